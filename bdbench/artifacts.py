@@ -1,0 +1,317 @@
+"""Data set, model and evaluation artifacts: tensors and tables on top of `store`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import bdbench
+from bdbench import store
+from bdbench.data import ImageDataset, PoisonedDataset
+from bdbench.devices import peak_memory_bytes
+from bdbench.errors import ArtifactError, DataError
+from bdbench.models.classifier import Classifier, build_classifier
+from bdbench.registry import MODELS
+from bdbench.store import Draft, Kind, Manifest
+
+
+class Artifact:
+    """A sealed folder; its files are checked against the manifest when they are first read.
+
+    Attributes:
+        path: the folder.
+        manifest: what it says of itself.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open an artifact of this kind.
+
+        Raises:
+            ArtifactError: see `bdbench.store.read_manifest`.
+        """
+        return cls(path, store.read_manifest(path, cls.kind))
+
+    @property
+    def id(self) -> str:
+        """The hash of what was asked."""
+        return self.manifest.id
+
+    def verify(self) -> None:
+        """Check every file's hash.
+
+        Raises:
+            ArtifactError: a file is missing, changed, or not in the manifest.
+        """
+        for name in self.manifest.files:
+            store.checked_file(self.path, self.manifest, name)
+        extra = sorted({file.name for file in self.path.iterdir()} - {store.MANIFEST, *self.manifest.files})
+        if extra:
+            raise ArtifactError(f"{self.path} holds files that its manifest does not know: {', '.join(extra)}")
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Read a safetensors file, memory-mapped, after checking its hash."""
+        try:
+            return load_file(store.checked_file(self.path, self.manifest, name))
+        except SafetensorError as error:
+            raise ArtifactError(f"{self.path / name} is not a safetensors file ({error}); make the artifact again") from error
+
+    def frame(self, name: str) -> pd.DataFrame:
+        """Read a Parquet file after checking its hash."""
+        try:
+            return pd.read_parquet(store.checked_file(self.path, self.manifest, name))
+        except (ValueError, OSError) as error:
+            raise ArtifactError(f"{self.path / name} is not a Parquet file ({error}); make the artifact again") from error
+
+
+class DatasetArtifact(Artifact):
+    """A poisoned data set. `train` and `trusted` are what a defender may see; the rest is for evaluation."""
+
+    kind = "dataset"
+
+    @cached_property
+    def train(self) -> ImageDataset:
+        """The visible training split: N images with the labels as poisoned."""
+        return self._split("train")
+
+    @property
+    def test(self) -> ImageDataset:
+        """All clean test images."""
+        return self._split("test")
+
+    @property
+    def triggered(self) -> ImageDataset:
+        """The triggered test images of eligible classes, labelled with what the attacker wants."""
+        return self._split("triggered")
+
+    @property
+    def trusted(self) -> ImageDataset | None:
+        """The reserved clean images, if there are any."""
+        return self._split("trusted") if self.manifest.facts["counts"]["trusted"] else None
+
+    @property
+    def truth(self) -> pd.DataFrame:
+        """row, clean_label, role, source_row of every training sample: for evaluation and inspection only."""
+        return self.frame("truth.parquet")
+
+    @property
+    def triggered_rows(self) -> Tensor:
+        """(M,) int64: the test row that each triggered image was made from."""
+        return torch.from_numpy(self.frame("triggered.parquet")["test_row"].to_numpy(copy=True))
+
+    @property
+    def trigger_state(self) -> dict[str, Tensor]:
+        """Pattern, mask, grid: what the attack needs to trigger new images."""
+        return self.tensors("attack.safetensors")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """K names."""
+        return tuple(self.manifest.facts["class_names"])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.manifest.facts["image_shape"]
+        return channels, height, width
+
+    def _split(self, name: str) -> ImageDataset:
+        images = self.tensors(f"{name}.safetensors").get("images")
+        labels = torch.from_numpy(self.frame(f"{name}.parquet")["label"].to_numpy(copy=True))
+        if images is None or tuple(images.shape[1:]) != self.image_shape:
+            raise ArtifactError(f"{self.path / name}.safetensors does not hold images of {self.image_shape}; make it again")
+        try:
+            return ImageDataset(images, labels, self.class_names)
+        except DataError as error:
+            raise ArtifactError(f"{self.path}, split {name}: {error}; make the artifact again") from error
+
+
+def write_dataset(draft: Draft, data: PoisonedDataset, *, name: str, augment: str) -> None:
+    """Write the files and facts of a data set artifact.
+
+    Args:
+        draft: from `store.create`.
+        data: what to write.
+        name: of the source, for tables.
+        augment: what `--augment auto` means for it.
+    """
+    splits = {"train": data.visible, "test": data.test, "triggered": data.triggered, "trusted": data.trusted}
+    extra: dict[str, dict[str, Tensor]] = {"triggered": {"test_row": data.triggered_rows}}
+    for split, content in splits.items():
+        if len(content) or split != "trusted":
+            save_file({"images": content.images.contiguous()}, draft.folder / f"{split}.safetensors")
+            _write_frame(draft, f"{split}.parquet", {"label": content.labels, **extra.get(split, {})})
+    truth = {"clean_label": data.clean_labels, "role": data.roles, "source_row": data.source_rows}
+    _write_frame(draft, "truth.parquet", truth)
+    save_file({key: value.contiguous() for key, value in data.trigger_state.items()}, draft.folder / "attack.safetensors")
+    draft.facts |= {
+        "name": name,
+        "augment": augment,
+        "class_names": list(data.visible.class_names),
+        "image_shape": list(data.visible.image_shape),
+        "counts": {split: len(content) for split, content in splits.items()},
+    }
+
+
+def _write_frame(draft: Draft, name: str, columns: Mapping[str, Tensor]) -> None:
+    frame = pd.DataFrame({key: value.numpy() for key, value in columns.items()})
+    frame.insert(0, "row", range(len(frame)))
+    frame.to_parquet(draft.folder / name, index=False)
+
+
+class ModelArtifact(Artifact):
+    """A trained classifier with its history and, where the method scored samples, its scores."""
+
+    kind = "model"
+
+    def classifier(self) -> Classifier:
+        """Rebuild the network and load its weights, in evaluation mode, on the CPU.
+
+        Raises:
+            ArtifactError: damaged, or weights that do not belong to the network.
+        """
+        facts = self.manifest.facts
+        shape = tuple(facts["image_shape"])
+        blank = torch.zeros(shape[0])
+        model = build_classifier(MODELS.load(facts["model"]), shape, len(facts["class_names"]), blank, blank + 1)
+        try:
+            model.load_state_dict(self.tensors("model.safetensors"), strict=True)
+        except RuntimeError as error:
+            raise ArtifactError(f"{self.path} does not hold weights of {facts['model']} ({error}); make it again") from error
+        return model.eval()
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """phase, epoch, loss, lr, images_per_second, seconds."""
+        return self.frame("history.parquet")
+
+    @property
+    def samples(self) -> pd.DataFrame | None:
+        """row, score (higher is more suspect), set_aside; None where the method scored nothing."""
+        return self.frame("samples.parquet") if "samples.parquet" in self.manifest.files else None
+
+    @property
+    def dataset_id(self) -> str:
+        """Id of the data set it was trained on."""
+        return self.manifest.ask.inputs["dataset"]
+
+
+def write_model(
+    draft: Draft, model: Classifier, history: list[dict[str, Any]], scores: Tensor | None, set_aside: Tensor | None
+) -> None:
+    """Write the files of a model artifact.
+
+    Args:
+        draft: from `store.create`.
+        model: weights are stored on the CPU, contiguous.
+        history: rows of the engine.
+        scores: (N,) float, higher is more suspect, or None.
+        set_aside: (N,) bool, the samples that the method did not train on in the end, or None.
+    """
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, draft.folder / "model.safetensors")
+    columns = ["phase", "epoch", "loss", "lr", "images_per_second", "seconds"]
+    pd.DataFrame(history, columns=columns).to_parquet(draft.folder / "history.parquet", index=False)
+    if scores is not None:
+        chosen = torch.zeros(len(scores), dtype=torch.bool) if set_aside is None else set_aside
+        _write_frame(draft, "samples.parquet", {"score": scores.float(), "set_aside": chosen})
+
+
+class EvaluationArtifact(Artifact):
+    """What a model predicts for every test image, and the metrics that follow."""
+
+    kind = "evaluation"
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """split (test, triggered), row, label, clean_label, prediction, confidence."""
+        return self.frame("predictions.parquet")
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """metric, value, low, high, numerator, denominator."""
+        return self.frame("metrics.parquet")
+
+
+OPENERS: dict[str, type[Artifact]] = {
+    cls.kind: cls for cls in (DatasetArtifact, ModelArtifact, EvaluationArtifact)
+}
+
+
+def open_any(path: Path) -> Artifact:
+    """Open an artifact of whatever kind is there."""
+    manifest = store.read_manifest(path)
+    return OPENERS[manifest.ask.kind](path, manifest)
+
+
+def verify(path: Path) -> Artifact:
+    """Check every hash, schema and cross-reference of an artifact, and return it.
+
+    Raises:
+        ArtifactError: says the first thing that is wrong.
+    """
+    artifact = open_any(path)
+    artifact.verify()
+    if isinstance(artifact, DatasetArtifact):
+        _verify_dataset(artifact)
+    elif isinstance(artifact, ModelArtifact):
+        artifact.classifier()
+    return artifact
+
+
+def _verify_dataset(artifact: DatasetArtifact) -> None:
+    counts = artifact.manifest.facts["counts"]
+    splits = {"train": artifact.train, "test": artifact.test, "triggered": artifact.triggered, "trusted": artifact.trusted}
+    for name, split in splits.items():
+        if split is not None and len(split) != counts[name]:
+            raise ArtifactError(f"{artifact.path}: {len(split)} images in {name}, the manifest says {counts[name]}")
+    if len(artifact.truth) != counts["train"]:
+        raise ArtifactError(f"{artifact.path}: truth.parquet has {len(artifact.truth)} rows for {counts['train']} images")
+    rows = artifact.triggered_rows
+    if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= counts["test"]):
+        raise ArtifactError(f"{artifact.path}: triggered.parquet names a test row that does not exist")
+
+
+class Stopwatch:
+    """Measures how an artifact is made: seconds and peak memory, with versions and hardware."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+
+    def made(self, device: torch.device | None = None, *, bf16: bool = False) -> dict[str, Any]:
+        """Return the `made` part of a manifest."""
+        device = device or torch.device("cpu")
+        return {
+            "bdbench": bdbench.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "precision": "bf16" if bf16 else "fp32",
+            "seconds": round(time.perf_counter() - self._begun, 3),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+
+def plain(value: object) -> Any:
+    """Return a value as JSON would give it back (tuples become lists, paths text)."""
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,65 @@
+"""WaNet: a smooth warp of the image."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from bdbench.attacks.base import Attack, State, Use
+from bdbench.data import ImageDataset
+from bdbench.seeds import generator
+
+
+class WaNet(Attack):
+    """A smooth random warp, the same for all images, is the trigger; cover samples are warped otherwise and keep their label.
+
+    The field: k x k control points, uniform in [-1, 1], divided by their mean size, enlarged bicubically, times
+    `strength` over the image side. Cover samples add their own uniform noise, of up to one such step, to the same field.
+
+    Paper: Nguyen and Tran, WaNet: Imperceptible Warping-based Backdoor Attack, ICLR 2021,
+    https://arxiv.org/abs/2102.10369.
+
+    Differs from the published code: the paper's attacker controls training and warps anew in every batch; here the images
+    are poisoned once, which is weaker at the published strength of 0.5 (the mean shift is a quarter of a pixel, mostly
+    a blur), so the default is 1.0. Every cover image draws its own noise (backdoor-toolbox reuses one).
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2102.10369"
+    threat: ClassVar[str] = "dirty label with cover samples, data only; the defender trains on the poisoned set"
+
+    control_points: int = Field(4, ge=2, description="k: the warp is drawn on a k x k grid.")
+    strength: float = Field(1.0, gt=0, description="s: mean shift, in half pixels; 0.5 as published.")
+    cover_ratio: float = Field(2.0, ge=0, description="Cover samples per poisoned sample.")
+
+    def fit(self, clean: ImageDataset, seed: int) -> State:
+        """Return the sampling grid (H, W, 2) float in [-1, 1], x before y."""
+        _, height, width = clean.image_shape
+        k = self.control_points
+        points = torch.rand(1, 2, k, k, generator=generator(seed, "wanet", "field")) * 2 - 1
+        points = points / points.abs().mean()
+        field = F.interpolate(points, size=(height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
+        y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        identity = torch.stack([x, y], 2)
+        step = torch.tensor([self.strength / width, self.strength / height])
+        return {"grid": (identity + step * field).clamp(-1, 1)}
+
+    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:
+        """Sample the images (bilinear, aligned corners) at the grid; covers at a grid with noise of their own."""
+        _, _, height, width = images.shape
+        grid = state["grid"].expand(len(images), -1, -1, -1)
+        if use == "cover":
+            shifts = torch.stack([torch.rand(height, width, 2, generator=rng) for rng in noise]) * 2 - 1
+            grid = (grid + shifts / torch.tensor([width, height])).clamp(-1, 1)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+    def random_for(self, use: Use) -> bool:
+        """Only covers draw noise."""
+        return use == "cover"
+
+    def cover_count(self, poison_count: int) -> int:
+        """Return `cover_ratio` covers per poisoned sample, rounded."""
+        return round(self.cover_ratio * poison_count)

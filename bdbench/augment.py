@@ -1,0 +1,106 @@
+"""Random crops, flips, holes and affine moves: per sample, in batches, wherever the images are."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdbench.errors import OptionError, unknown_name
+
+OPERATIONS = ("crop", "flip", "cutout", "affine")
+
+
+def parse_augment(text: str) -> tuple[str, ...]:
+    """Return the operations that a setting such as ``"crop,flip"`` names; ``"none"`` gives ().
+
+    Raises:
+        OptionError: an operation that is not one of `OPERATIONS`.
+    """
+    if text == "none":
+        return ()
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        if name not in OPERATIONS:
+            raise unknown_name("augmentation", name, (*OPERATIONS, "none", "auto"))
+    if len(set(names)) < len(names):
+        raise OptionError(f"augment '{text}' names an operation twice")
+    return names
+
+
+def gather_batch(images: Tensor, rows: Tensor, operations: tuple[str, ...], rng: torch.Generator) -> Tensor:
+    """Take a batch out of a data set, augmented anew.
+
+    Crop (zero padding of an eighth of the side, as 4 of 32), horizontal flip, then cutout (one zero hole of
+    a sixteenth of the side, 2x2 of 32: what "length 3" means in the code of ABL and CBD), then affine.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        rows: (B,) int64 on the device of `images`.
+        operations: of `OPERATIONS`.
+        rng: a CPU generator; equal states give equal batches.
+
+    Returns:
+        (B, C, H, W) float in [0, 1], channels-last in memory.
+    """
+    batch = _crop_and_flip(images, rows, "crop" in operations, "flip" in operations, rng)
+    batch = batch.permute(0, 3, 1, 2).float().div_(255)
+    if "cutout" in operations:
+        batch = _cutout(batch, rng)
+    if "affine" in operations:
+        batch = _affine(batch, rng)
+    return batch
+
+
+def _crop_and_flip(images: Tensor, rows: Tensor, crop: bool, flip: bool, rng: torch.Generator) -> Tensor:
+    """Return (B, H, W, C) uint8 with one gather: a shifted, perhaps mirrored window of the zero-padded image."""
+    _, _, height, width = images.shape
+    device, count = images.device, len(rows)
+    y = torch.arange(height).expand(count, height)
+    x = torch.arange(width).expand(count, width)
+    if flip:
+        mirrored = torch.rand(count, 1, generator=rng) < 0.5
+        x = torch.where(mirrored, width - 1 - x, x)
+    if crop:
+        pad_y, pad_x = max(1, round(height / 8)), max(1, round(width / 8))
+        y = y + torch.randint(-pad_y, pad_y + 1, (count, 1), generator=rng)
+        x = x + torch.randint(-pad_x, pad_x + 1, (count, 1), generator=rng)
+    y, x = y.to(device), x.to(device)
+    taken = images[rows[:, None, None], :, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
+    if crop:
+        inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+        taken = taken * inside[..., None]
+    return taken
+
+
+def _cutout(batch: Tensor, rng: torch.Generator) -> Tensor:
+    count, _, height, width = batch.shape
+    keep = torch.ones(count, 1, height, width, dtype=torch.bool)
+    for axis, side in ((2, height), (3, width)):
+        hole = max(2, round(side / 16))
+        start = torch.randint(0, side, (count, 1), generator=rng) - hole // 2
+        place = torch.arange(side)
+        covered = (place >= start) & (place < start + hole)
+        shape = [count, 1, 1, 1]
+        shape[axis] = side
+        keep = keep & ~covered.view(shape) if axis == 2 else keep | ~covered.view(shape)
+    return batch * keep.to(batch.device)
+
+
+def _affine(batch: Tensor, rng: torch.Generator) -> Tensor:
+    """Turn by up to 15 degrees, scale by up to 15 %, shear by up to 0.2 and shift by up to a tenth of the side."""
+    count = len(batch)
+
+    def uniform(limit: float) -> Tensor:
+        return (2 * torch.rand(count, generator=rng) - 1) * limit
+
+    angle, scale, shear = uniform(math.radians(15)), 1 + uniform(0.15), uniform(0.2)
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    matrix = torch.stack(
+        [torch.stack([cos, -sin + shear, uniform(0.2)], 1), torch.stack([sin, cos, uniform(0.2)], 1)], 1
+    )
+    grid = F.affine_grid(matrix.to(batch.device), list(batch.shape), align_corners=False)
+    moved = F.grid_sample(batch, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return moved.contiguous(memory_format=torch.channels_last)

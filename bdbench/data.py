@@ -1,0 +1,139 @@
+"""Images with labels, checked once: what sources give, attacks change and defences see."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bdbench.errors import DataError
+
+MIN_SIDE = 8
+
+
+class Role(IntEnum):
+    """What a training sample really is; only `truth.parquet` and `evaluate` know."""
+
+    CLEAN = 0
+    POISON = 1
+    COVER = 2
+    """Triggered, but truthfully labelled."""
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Images and their labels.
+
+    Attributes:
+        images: (N, C, H, W) uint8 with C of 1 or 3 and H, W of at least 8.
+        labels: (N,) int64 in [0, K).
+        class_names: K names.
+
+    Raises:
+        DataError: at construction, if a shape, a type or a label does not fit.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise DataError(f"images must be (N, C, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
+        if images.shape[1] not in (1, 3):
+            raise DataError(f"images must have 1 or 3 channels, got {images.shape[1]}")
+        if min(images.shape[2:]) < MIN_SIDE:
+            raise DataError(f"images must be at least {MIN_SIDE}x{MIN_SIDE} pixels, got {images.shape[2]}x{images.shape[3]}")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise DataError(f"labels must be ({len(images)},) int64, got {tuple(labels.shape)} {labels.dtype}")
+        if len(self.class_names) < 2:
+            raise DataError(f"a classifier needs at least 2 classes, got {len(self.class_names)}")
+        outside = labels[(labels < 0) | (labels >= len(self.class_names))]
+        if len(outside):
+            raise DataError(f"label {int(outside[0])} is outside 0..{len(self.class_names) - 1}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    def take(self, rows: Tensor) -> ImageDataset:
+        """Return the samples at `rows`, an (M,) int64 index or an (N,) bool mask, as a new data set."""
+        return ImageDataset(self.images[rows], self.labels[rows], self.class_names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over shape, pixels, labels and class names: equal content, equal fingerprint."""
+        digest = hashlib.sha256(repr((tuple(self.images.shape), self.class_names)).encode())
+        digest.update(memoryview(self.images.contiguous().numpy()).cast("B"))
+        digest.update(memoryview(self.labels.contiguous().numpy()).cast("B"))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class SourceData:
+    """A source as it comes, before any attack: both splits, and how its images may be augmented.
+
+    Attributes:
+        name: short name for tables and folder names.
+        train, test: the splits; same classes and image shape.
+        augment: what `--augment auto` means for these images, such as ``"crop,flip"`` (see `bdbench.augment`).
+    """
+
+    name: str
+    train: ImageDataset
+    test: ImageDataset
+    augment: str
+
+    def __post_init__(self) -> None:
+        if self.train.class_names != self.test.class_names or self.train.image_shape != self.test.image_shape:
+            raise DataError(f"{self.name}: training and test split differ in classes or image shape")
+        present = torch.unique(self.train.labels)
+        if len(present) < 2:
+            raise DataError(f"{self.name}: the training split has one class only; a backdoor needs at least 2")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over both splits; the name and the augmentation play no part."""
+        return hashlib.sha256(f"{self.train.fingerprint}{self.test.fingerprint}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PoisonedDataset:
+    """A poisoned training split with its truth, and the test images that judge a model trained on it.
+
+    Attributes:
+        visible: N training samples as a defender sees them.
+        clean_labels: (N,) int64, the labels before poisoning.
+        roles: (N,) uint8 of `Role`.
+        source_rows: (N,) int64, rows in the source's training split.
+        test: clean test images, all of them.
+        triggered: M triggered test images of the attack's eligible classes, labelled with what the attacker wants.
+        triggered_rows: (M,) int64, rows in `test`: their true labels and clean images are found there.
+        trusted: clean images reserved from the training split, disjoint from `visible`; may be empty.
+        trigger_state: tensors from which the attack can trigger new images.
+    """
+
+    visible: ImageDataset
+    clean_labels: Tensor
+    roles: Tensor
+    source_rows: Tensor
+    test: ImageDataset
+    triggered: ImageDataset
+    triggered_rows: Tensor
+    trusted: ImageDataset
+    trigger_state: dict[str, Tensor]

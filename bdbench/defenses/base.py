@@ -1,0 +1,84 @@
+"""What a defence gets, gives and declares. Nothing here knows the truth."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdbench.data import ImageDataset
+from bdbench.engine import Batch, Engine, Recipe
+from bdbench.models.classifier import Classifier
+from bdbench.options import Options
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a defence may use.
+
+    Attributes:
+        train: the training split as it came, perhaps poisoned.
+        new_model: a fresh network of the benchmark's architecture; the argument names what it is for, and equal names
+            give equal weights.
+        recipe: how the benchmark trains.
+        engine: what trains and evaluates.
+        trusted: clean images, only for a method with `needs_trusted`.
+        suspect: the undefended model, only for a method with `needs_suspect`.
+    """
+
+    train: ImageDataset
+    new_model: Callable[[str], Classifier]
+    recipe: Recipe
+    engine: Engine
+    trusted: ImageDataset | None = None
+    suspect: Classifier | None = None
+
+
+class Defended(NamedTuple):
+    """What a defence delivers.
+
+    Attributes:
+        model: the classifier.
+        scores: (N,) float, how suspect each training sample is, higher is more; None if it scores none.
+        set_aside: (N,) bool, the samples it took for poison; None if it takes no decision.
+    """
+
+    model: Classifier
+    scores: Tensor | None = None
+    set_aside: Tensor | None = None
+
+
+class Defense(Options, ABC):
+    """Base of defences: fields are options, the docstring is the help, `run` is the method.
+
+    `presets` name budgets, as values for the method's own options and for those of `Recipe`: ``paper``, ``fast`` (a
+    small one for CPUs) and ``tiny`` (a few thousand tiny images).
+    """
+
+    paper: ClassVar[str]
+    threat: ClassVar[str]
+    version: ClassVar[int] = 1
+    needs_trusted: ClassVar[bool] = False
+    needs_suspect: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    @abstractmethod
+    def run(self, task: Task) -> Defended:
+        """Train (or mend) a classifier."""
+
+
+def mean_cross_entropy(model: Classifier, batch: Batch) -> Tensor:
+    """Return the loss of plain training."""
+    return F.cross_entropy(model(batch.images), batch.labels)
+
+
+def lowest(losses: Tensor, count: int) -> Tensor:
+    """Return a mask (N,) of the `count` lowest losses; among equal ones the first rows win."""
+    mask = torch.zeros(len(losses), dtype=torch.bool)
+    mask[torch.argsort(losses, stable=True)[:count]] = True
+    return mask

@@ -1,0 +1,81 @@
+"""Which device and which precision, and what to say when memory runs out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from bdbench.errors import DeviceError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Raises:
+        DeviceError: the device is unknown or absent here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"unknown device '{name}'; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (device.index or 0) >= count:
+            raise DeviceError(f"device '{name}' was asked for, but {count} CUDA devices are usable; use --device auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device 'mps' was asked for, but this machine has none; use --device auto or cpu")
+    return device
+
+
+def use_bf16(precision: Precision, device: torch.device) -> bool:
+    """Say whether to compute in bfloat16: as asked, or, for ``auto``, where the hardware really accelerates it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and _cpu_accelerates_bf16()
+
+
+def _cpu_accelerates_bf16() -> bool:
+    """Say whether this CPU has AVX-512-BF16 or AMX-BF16 (torch offers only private names for it)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the largest memory that this process has held so far, in bytes: of the GPU if it works on one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows has no such account
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def out_of_memory_advice(setting: str) -> Iterator[None]:
+    """Turn running out of memory inside the block into an error that says which setting to lower.
+
+    Raises:
+        DeviceError: in place of torch's own out-of-memory errors.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise DeviceError(f"out of memory; lower {setting}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            raise DeviceError(f"out of memory; lower {setting}") from error
+        raise

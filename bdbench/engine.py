@@ -1,0 +1,301 @@
+"""The one training loop: device, precision, memory layout, schedule, resume and progress."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from bdbench import checkpoints
+from bdbench.augment import gather_batch, parse_augment
+from bdbench.data import ImageDataset
+from bdbench.devices import out_of_memory_advice
+from bdbench.errors import TrainingError
+from bdbench.models.classifier import Classifier
+from bdbench.options import Options
+from bdbench.progress import Progress, Silent
+from bdbench.seeds import generator, scoped
+
+EVALUATION_BATCH = 512
+CHECKPOINT_SECONDS = 10.0
+
+
+class Recipe(Options):
+    """How a network is trained: stochastic gradient descent with momentum, a schedule and an augmentation."""
+
+    epochs: int = Field(12, ge=1, description="Passes over the training set.")
+    batch_size: int = Field(128, ge=2, description="Images in a step.")
+    lr: float = Field(0.1, gt=0, description="Peak learning rate.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum.")
+    nesterov: bool = Field(True, description="Nesterov's form of momentum.")
+    weight_decay: float = Field(5e-4, ge=0, description="Weight decay on all weights.")
+    schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="How the learning rate falls.")
+    milestones: tuple[float, float] = Field((0.2, 0.7), description="Where `step` divides by 10: shares of the epochs.")
+    warmup: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
+    augment: str = Field("auto", description="crop, flip, cutout, affine (with commas), none, or auto: the data set's own.")
+
+    def lr_at(self, epoch: float) -> float:
+        """Return the learning rate at a point of the schedule.
+
+        Args:
+            epoch: 0 at the start, `epochs` at the end; `step` changes between whole epochs only.
+        """
+        if self.warmup and epoch < self.warmup:
+            return self.lr * max(epoch, 1e-3) / self.warmup
+        if self.schedule == "cosine":
+            done = (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-9)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        if self.schedule == "step":
+            return self.lr * 0.1 ** sum(math.floor(epoch) >= round(part * self.epochs) for part in self.milestones)
+        return self.lr
+
+
+class Batch(NamedTuple):
+    """What a loss sees: images (B, C, H, W) float in [0, 1], labels (B,), rows (B,) in the data set, steps taken before."""
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    step: int
+
+
+LossFunction = Callable[[Classifier, Batch], Tensor]
+"""From the model in training mode and a batch to the scalar that is minimised."""
+
+
+class Stateful(Protocol):
+    """Anything a phase trains beside its model, such as a critic or its optimiser."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object:
+        """Take a state back."""
+
+
+@dataclass
+class Engine:
+    """Runs networks over images.
+
+    Attributes:
+        device: where.
+        bf16: compute in bfloat16 where autocast allows; weights stay float32.
+        seed: every phase draws from its own streams of it.
+        work: folder for checkpoints of unfinished work; None keeps none.
+        progress: who is told how far it is.
+        history: a row per finished epoch: phase, epoch, loss, lr, images_per_second, seconds.
+        checkpoint_seconds: the least time between two checkpoints of one phase.
+    """
+
+    device: torch.device
+    bf16: bool
+    seed: int
+    work: Path | None = None
+    progress: Progress = field(default_factory=Silent)
+    history: list[dict[str, float | int | str]] = field(default_factory=list)
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+
+    def fit(
+        self,
+        model: Classifier,
+        data: ImageDataset,
+        loss: LossFunction,
+        recipe: Recipe,
+        *,
+        phase: str,
+        max_steps: int | None = None,
+        stop: Callable[[Classifier], bool] | None = None,
+        companions: Mapping[str, Stateful] | None = None,
+        frozen_norms: bool = False,
+    ) -> Classifier:
+        """Train a model in place and return it, in evaluation mode.
+
+        The result depends on the arguments and the engine's seed only: an interrupted phase goes on from its last
+        checkpoint and, on a CPU, ends bit-equal to an uninterrupted one.
+
+        Args:
+            model: moved to the engine's device.
+            data: N training images; a last batch of one image is left out (batch norm needs two).
+            loss: called once a step; see `LossFunction`.
+            recipe: with `augment` other than "auto".
+            phase: names the streams, the checkpoint and the rows of the history; once per engine.
+            max_steps: end after this many steps, even inside an epoch.
+            stop: asked after every epoch, with the model in evaluation mode; True ends the phase.
+            companions: objects whose state belongs to the phase.
+            frozen_norms: keep batch-norm statistics as they are and use them instead of the batch's own.
+
+        Raises:
+            TrainingError: the loss is not finite; the last good checkpoint is kept.
+            DeviceError: out of memory.
+        """
+        model.to(self.device, memory_format=torch.channels_last)
+        run = _Phase(self, model, data, loss, recipe, phase, max_steps, frozen_norms, dict(companions or {}))
+        with out_of_memory_advice("--batch-size"):
+            run.train(stop)
+        return model.eval()
+
+    def logits(self, model: Classifier, images: Tensor) -> Tensor:
+        """Return the logits (N, K) float32, on the CPU, of uint8 images (N, C, H, W), unaugmented, in evaluation mode."""
+        return self._map(model, model, images)
+
+    def embeddings(self, model: Classifier, images: Tensor) -> Tensor:
+        """Return the embeddings (N, D) float32, on the CPU, of uint8 images (N, C, H, W); see `logits`."""
+        return self._map(model, model.embed, images)
+
+    def losses(self, model: Classifier, data: ImageDataset) -> Tensor:
+        """Return the cross entropy of every sample, (N,) float32 on the CPU, unaugmented, in one batched pass."""
+        return F.cross_entropy(self.logits(model, data.images), data.labels, reduction="none")
+
+    def _map(self, model: Classifier, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        model.to(self.device, memory_format=torch.channels_last)
+        model.eval()
+        outputs = []
+        with torch.inference_mode(), self.autocast(), out_of_memory_advice("--batch-size"):
+            for chunk in images.split(EVALUATION_BATCH):
+                batch = chunk.to(self.device).float().div_(255).contiguous(memory_format=torch.channels_last)
+                outputs.append(function(batch))
+        return torch.cat(outputs).cpu() if outputs else torch.empty(0)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Compute in the engine's precision."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            yield
+
+
+class _Phase:
+    """One call of `Engine.fit`: its optimiser, its place in the schedule, its checkpoint."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: Classifier,
+        data: ImageDataset,
+        loss: LossFunction,
+        recipe: Recipe,
+        name: str,
+        max_steps: int | None,
+        frozen_norms: bool,
+        companions: dict[str, Stateful],
+    ) -> None:
+        self.engine, self.model, self.loss, self.recipe, self.name = engine, model, loss, recipe, name
+        self.images = data.images.to(engine.device)
+        self.labels = data.labels.to(engine.device)
+        self.operations = parse_augment(recipe.augment)
+        self.frozen_norms = frozen_norms
+        whole, rest = divmod(len(data), recipe.batch_size)
+        self.steps_per_epoch = whole + (rest > 1)
+        if not self.steps_per_epoch:
+            raise TrainingError(f"phase '{name}' has {len(data)} images; training needs at least 2")
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+        if max_steps is not None:
+            self.total_steps = min(self.total_steps, max_steps)
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
+            nesterov=recipe.nesterov and recipe.momentum > 0,
+        )  # fmt: skip
+        self.state: dict[str, Stateful] = {"model": model, "optimizer": self.optimizer, **companions}
+        self.step = 0
+        self.stopped = False
+        self.rows: list[dict[str, float | int | str]] = []
+        self.saved_at = time.monotonic()
+
+    def train(self, stop: Callable[[Classifier], bool] | None) -> None:
+        self._resume()
+        progress = self.engine.progress
+        if not self._finished:
+            progress.start(self.name, self.total_steps * self.recipe.batch_size)
+            progress.advance(self.step * self.recipe.batch_size)
+            while not self._finished:
+                self._epoch()
+                self.stopped = stop is not None and stop(self.model.eval())
+                self._save()
+            progress.finish()
+        self.engine.history.extend(self.rows)
+
+    @property
+    def _finished(self) -> bool:
+        return self.stopped or self.step >= self.total_steps
+
+    def _epoch(self) -> None:
+        engine, size = self.engine, self.recipe.batch_size
+        epoch = self.step // self.steps_per_epoch
+        steps = min(self.steps_per_epoch, self.total_steps - self.step)
+        self._training_mode()
+        rng = generator(engine.seed, self.name, "epoch", epoch)
+        order = torch.randperm(len(self.labels), generator=rng).to(engine.device)
+        total = torch.zeros((), device=engine.device)
+        lr, begun = self.recipe.lr_at(epoch), time.perf_counter()
+        with scoped(engine.seed, self.name, "global", epoch):
+            for index in range(steps):
+                rows = order[index * size : (index + 1) * size]
+                images = gather_batch(self.images, rows, self.operations, rng)
+                lr = self.recipe.lr_at(epoch + index / self.steps_per_epoch)
+                total += self._update(Batch(images, self.labels[rows], rows, self.step + index), lr)
+                engine.progress.advance(size)
+        self.step += steps
+        mean = float(total) / steps
+        seconds = time.perf_counter() - begun
+        if not math.isfinite(mean):
+            raise TrainingError(
+                f"the loss of phase '{self.name}' is {mean} in epoch {epoch + 1}; lower --lr (now {self.recipe.lr}); "
+                "the last good checkpoint is kept"
+            )
+        seen = min(steps * size, len(self.labels))
+        self.rows.append({
+            "phase": self.name, "epoch": epoch + 1, "loss": mean, "lr": lr,
+            "images_per_second": seen / seconds, "seconds": seconds,
+        })  # fmt: skip
+        engine.progress.advance(0, f"epoch {epoch + 1} loss {mean:.3f}")
+
+    def _update(self, batch: Batch, lr: float) -> Tensor:
+        """Take one step and return its loss, detached, without waiting for the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.engine.autocast():
+            loss = self.loss(self.model, batch)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach().float()
+
+    def _training_mode(self) -> None:
+        self.model.train()
+        if self.frozen_norms:
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - torch's only common base
+                    module.eval()
+
+    def _resume(self) -> None:
+        if self.engine.work is None:
+            return
+        saved = checkpoints.load(self.engine.work, self.name, self.state)
+        if saved is not None:
+            self.step, self.stopped, self.rows = saved.step, saved.stopped, saved.rows
+
+    def _save(self) -> None:
+        due = self._finished or time.monotonic() - self.saved_at >= self.engine.checkpoint_seconds
+        if self.engine.work is not None and due:
+            point = checkpoints.Point(self.step, self.stopped, self.rows)
+            checkpoints.save(self.engine.work, self.name, point, self.state)
+            self.saved_at = time.monotonic()
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def frozen(module: Module) -> Module:
+    """Return the module in evaluation mode, its parameters without gradients."""
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module

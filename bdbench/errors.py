@@ -1,0 +1,42 @@
+"""What a user can mend: every error names the thing, the limit, the value and the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BdbenchError(Exception):
+    """An error that its reader can mend; the command line shows its message without a traceback, exit code 1."""
+
+
+class OptionError(BdbenchError):
+    """An option has a name or a value that cannot be used."""
+
+
+class DataError(BdbenchError):
+    """Images or labels cannot be read or do not fit."""
+
+
+class ArtifactError(BdbenchError):
+    """An artifact is missing, damaged, of another kind, or in the way."""
+
+
+class DeviceError(BdbenchError):
+    """The device that was asked for is absent or out of memory."""
+
+
+class TrainingError(BdbenchError):
+    """Training went wrong in a way that a setting mends (a loss that is not finite, say)."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ' Did you mean X?' for the nearest of `known`, or '' when none is near."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> OptionError:
+    """Build the error for a name that no registry row has: the nearest name first, then all of them."""
+    names = sorted(known)
+    return OptionError(f"unknown {kind} '{name}'.{did_you_mean(name, names)} Known: {', '.join(names)}")

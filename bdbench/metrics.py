@@ -1,0 +1,119 @@
+"""What is reported: rates with their counts and intervals. Pure functions of (N,) tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share with its counts; `value` is nan where the denominator is 0."""
+
+    numerator: int
+    denominator: int
+
+    @property
+    def value(self) -> float:
+        """numerator / denominator, in [0, 1]."""
+        return self.numerator / self.denominator if self.denominator else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % score interval; (nan, nan) where the denominator is 0."""
+        n = self.denominator
+        if not n:
+            return math.nan, math.nan
+        centre = (self.value + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+        half = Z95 / (1 + Z95**2 / n) * math.sqrt(self.value * (1 - self.value) / n + Z95**2 / (4 * n**2))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rate(hits: Tensor) -> Rate:
+    """Count a (N,) bool tensor."""
+    return Rate(int(hits.sum()), hits.numel())
+
+
+def classification_rates(
+    predicted: Tensor, labels: Tensor, triggered_predicted: Tensor, wanted: Tensor, triggered_rows: Tensor, target: int | None
+) -> dict[str, Rate]:
+    """Return the metrics of one model on one attack.
+
+    Args:
+        predicted, labels: (N,) int64 over all clean test images: what the model says, what is true.
+        triggered_predicted, wanted: (M,) int64 over the triggered images of eligible classes: what the model says, what
+            the attacker wants.
+        triggered_rows: (M,) int64, the test row of each triggered image.
+        target: the attacker's one class, or None if there is no single one.
+
+    Returns:
+        ba: correct on all clean images. asr: called what the attacker wants. floor: the same images without trigger
+        that are called so anyway. ra: triggered images given their true label. With a target also
+        ba_non_target (over the other classes) and target_recall.
+    """
+    correct = predicted == labels
+    rates = {
+        "ba": rate(correct),
+        "asr": rate(triggered_predicted == wanted),
+        "floor": rate(predicted[triggered_rows] == wanted),
+        "ra": rate(triggered_predicted == labels[triggered_rows]),
+    }
+    if target is not None:
+        of_target = labels == target
+        rates["ba_non_target"] = rate(correct[~of_target])
+        rates["target_recall"] = rate(correct[of_target])
+    return rates
+
+
+def set_aside_rates(set_aside: Tensor, is_poison: Tensor) -> dict[str, Rate]:
+    """Return precision and recall of a decision (N,) bool about what is poison (N,) bool.
+
+    Covers are not poison: they are truthfully labelled. Nothing set aside leaves precision undefined, never 0 or 1.
+    """
+    hits = set_aside & is_poison
+    return {
+        "detection_precision": Rate(int(hits.sum()), int(set_aside.sum())),
+        "detection_recall": Rate(int(hits.sum()), int(is_poison.sum())),
+    }
+
+
+def score_metrics(scores: Tensor, is_poison: Tensor) -> dict[str, float]:
+    """Return AUROC and the true-positive rate at 1 % and 5 % false positives of scores (N,), higher is more suspect.
+
+    nan where there is only poison or only clean.
+    """
+    if is_poison.all() or not is_poison.any():
+        return dict.fromkeys(("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr"), math.nan)
+    truth, values = is_poison.numpy(), scores.double().numpy()
+    false_positive, true_positive, _ = roc_curve(truth, values, drop_intermediate=False)
+    at = {f"tpr_at_{percent}_fpr": float(true_positive[false_positive <= percent / 100].max()) for percent in (1, 5)}
+    return {"auroc": float(roc_auc_score(truth, values)), **at}
+
+
+def defence_effectiveness(ba_before: float, asr_before: float, ba_after: float, asr_after: float) -> float:
+    """Return the defence effectiveness rating in [0, 1]: (fall of ASR - fall of BA + 1) / 2, falls not below 0.
+
+    Source: Zhu et al., Enhancing Fine-Tuning based Backdoor Defense, ICCV 2023.
+    """
+    return (max(0.0, asr_before - asr_after) - max(0.0, ba_before - ba_after) + 1) / 2
+
+
+def mean_interval(values: list[float]) -> tuple[float, float, float]:
+    """Return mean, sample standard deviation and half the 95 % t interval of values over seeds; nan below 2 values."""
+    from scipy.stats import t
+
+    finite = torch.tensor([value for value in values if not math.isnan(value)], dtype=torch.float64)
+    if not len(finite):
+        return math.nan, math.nan, math.nan
+    mean = float(finite.mean())
+    if len(finite) < 2:
+        return mean, math.nan, math.nan
+    spread = float(finite.std(correction=1))
+    return mean, spread, float(t.ppf(0.975, len(finite) - 1)) * spread / float(np.sqrt(len(finite)))

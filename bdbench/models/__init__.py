@@ -1,0 +1,1 @@
+"""Classifiers: normalise, features, head."""

@@ -1,0 +1,79 @@
+"""What every model is: [0, 1] images in, embedding, logits out; normalisation is its first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from bdbench.errors import OptionError
+
+FeatureFactory = Callable[[tuple[int, int, int]], nn.Module]
+"""From an image shape (C, H, W) to a module (B, C, H, W) -> (B, D) with an attribute `size`, D."""
+
+
+class Classifier(nn.Module):
+    """A feature extractor with a linear head.
+
+    Args:
+        features: maps normalised images (B, C, H, W) to embeddings (B, D); its attribute `size` is D.
+        num_classes: K.
+        mean, std: (C,) of the training images, in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, features: nn.Module, num_classes: int, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.float().view(-1, 1, 1))
+        self.register_buffer("std", std.float().view(-1, 1, 1))
+        self.features = features
+        self.head = nn.Linear(cast("int", features.size), num_classes)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def embedding_size(self) -> int:
+        """D."""
+        return self.head.in_features
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [0, 1] to embeddings (B, D) float32, the input of the head."""
+        return cast("Tensor", self.features((images - self.mean) / self.std)).float()
+
+    def classify(self, embedding: Tensor) -> Tensor:
+        """Map embeddings (B, D) to logits (B, K), in float32 whatever the features were computed in."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            return cast("Tensor", self.head(embedding))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (B, C, H, W) in [0, 1] to logits (B, K) float32."""
+        return self.classify(self.embed(images))
+
+
+def build_classifier(
+    factory: FeatureFactory, image_shape: tuple[int, int, int], num_classes: int, mean: Tensor, std: Tensor
+) -> Classifier:
+    """Build a classifier with fresh weights and try it on one blank image pair.
+
+    Raises:
+        OptionError: the model cannot take images of this shape.
+    """
+    model = Classifier(factory(image_shape), num_classes, mean, std)
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(2, *image_shape))
+    except (RuntimeError, ValueError) as error:
+        raise OptionError(
+            f"the model cannot take images of shape {image_shape} ({str(error).splitlines()[0]}); "
+            "choose another --model or a larger --image-size when poisoning"
+        ) from error
+    return model.train()
+
+
+def pool(maps: Tensor) -> Tensor:
+    """Average (B, D, h, w) over its pixels to (B, D), in float32."""
+    return maps.float().mean((2, 3))

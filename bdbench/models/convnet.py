@@ -1,0 +1,33 @@
+"""A small convolutional network for tiny images."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from bdbench.models.classifier import pool
+
+
+class ConvNet(nn.Module):
+    """Three 3x3 convolutions of 32, 64 and 128 channels with batch norm, one halving, average pool; D is 128."""
+
+    size = 128
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *_block(image_shape[0], 32), *_block(32, 64), nn.MaxPool2d(2), *_block(64, self.size)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, 128)."""
+        return pool(cast("Tensor", self.layers(images)))
+
+
+def _block(channels_in: int, channels_out: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    ]

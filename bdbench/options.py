@@ -1,0 +1,99 @@
+"""Options of methods and recipes: declared once as typed fields, read as flags, TOML keys, Python and help."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from bdbench.errors import OptionError, did_you_mean
+
+
+class Options(BaseModel):
+    """Base of everything that a user can set: frozen, and nothing undeclared gets in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named settings that fill in what the user leaves out."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Self:
+        """Build the options from values of any origin.
+
+        Raises:
+            OptionError: names the option, the limit, the value and, for a wrong name, the nearest one.
+        """
+        known = cls.model_fields
+        for name in values:
+            if name not in known:
+                raise OptionError(
+                    f"unknown option '{name}'.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}"
+                )
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise OptionError(describe_invalid(error)) from None
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """Turn pydantic's report into one line per option: name, value, limit."""
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        shown = f"{name} {item['input']!r}: " if name else ""
+        lines.append(shown + message[:1].lower() + message[1:])
+    return "; ".join(lines)
+
+
+@dataclass(frozen=True)
+class OptionInfo:
+    """One option, as help, `show` and flags need it."""
+
+    name: str
+    flag: str
+    annotation: Any
+    type_name: str
+    default: Any
+    bounds: str
+    description: str
+
+
+def describe_options(cls: type[Options]) -> list[OptionInfo]:
+    """List the options of a class in the order of declaration, inherited ones first."""
+    return [
+        OptionInfo(
+            name=name,
+            flag="--" + name.replace("_", "-"),
+            annotation=field.annotation,
+            type_name=_type_name(field.annotation),
+            default=None if field.default is PydanticUndefined else field.default,
+            bounds=_bounds(field),
+            description=field.description or "",
+        )
+        for name, field in cls.model_fields.items()
+    ]
+
+
+def _type_name(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(str(value) for value in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " | ".join("none" if part is type(None) else _type_name(part) for part in get_args(annotation))
+    if origin is tuple:
+        return ", ".join(_type_name(part) for part in get_args(annotation))
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _bounds(field: FieldInfo) -> str:
+    """Say the limits of a field, such as '>= 0, <= 1'."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits = (f"{sign} {getattr(item, key)}" for item in field.metadata for key, sign in signs.items() if hasattr(item, key))
+    return ", ".join(limits)

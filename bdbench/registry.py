@@ -1,0 +1,108 @@
+"""Names of attacks, defences, data sets and models, and where each is defined. Imports nothing heavy.
+
+A row is `name: (module:object, one-line summary)`. Plugins add rows through the entry-point groups
+`bdbench.attacks`, `bdbench.defenses`, `bdbench.datasets` and `bdbench.models`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property, partial
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+from bdbench.errors import unknown_name
+
+
+class Row(NamedTuple):
+    """One registered name."""
+
+    target: str
+    summary: str
+
+
+class Registry:
+    """A table of names whose objects are imported when asked for."""
+
+    def __init__(self, kind: str, plural: str, rows: Mapping[str, tuple[str, str]]) -> None:
+        self.kind = kind
+        self.plural = plural
+        self._built_in = {name: Row(*row) for name, row in rows.items()}
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        """All rows, plugins after the built-in ones; a plugin cannot replace a built-in name."""
+        plugins = {
+            point.name: Row(point.value, f"plugin from {point.dist.name if point.dist else 'an unnamed package'}")
+            for point in entry_points(group=f"bdbench.{self.plural}")
+        }
+        return {**self._built_in, **{name: row for name, row in plugins.items() if name not in self._built_in}}
+
+    def names(self) -> list[str]:
+        """All names, in the order of the table."""
+        return list(self.rows)
+
+    def load(self, name: str) -> Any:  # noqa: ANN401 - each registry holds its own kind of class
+        """Import and return the object of a name; for a row `FAMILY:NAME` it is called with the member's name first.
+
+        Raises:
+            OptionError: no such name; the message has the nearest one and all of them.
+        """
+        family, _, member = name.partition(":")
+        row = self.rows.get(f"{family}:NAME" if member else name)
+        if row is None or member == "NAME":
+            raise unknown_name(self.kind, name, self.rows)
+        module, _, attribute = row.target.partition(":")
+        found = getattr(import_module(module), attribute)
+        return partial(found, member) if member else found
+
+
+ATTACKS = Registry(
+    "attack",
+    "attacks",
+    {
+        "badnets": ("bdbench.attacks.badnets:BadNets", "a small patch in a corner, relabelled to the target"),
+        "blended": ("bdbench.attacks.blended:Blended", "one fixed picture blended into the whole image"),
+        "sig": ("bdbench.attacks.sig:Sig", "clean-label: a faint sinusoid over images of the target class"),
+        "wanet": ("bdbench.attacks.wanet:WaNet", "a smooth warp, with cover samples under other warps"),
+    },
+)
+
+DEFENSES = Registry(
+    "defense",
+    "defenses",
+    {
+        "none": ("bdbench.defenses.none:NoDefense", "plain training: the undefended model"),
+        "cbd": ("bdbench.defenses.cbd:CBD", "trains away from an early-stopped, backdoored twin (CVPR 2023)"),
+        "abl": ("bdbench.defenses.abl:ABL", "isolates what is learned first, then unlearns it (NeurIPS 2021)"),
+    },
+)
+
+DATASETS = Registry(
+    "data set",
+    "datasets",
+    {
+        "digits": ("bdbench.datasets.digits:Digits", "1,797 scanned digits, 8x8 gray, in scikit-learn: no download"),
+        "mnist": ("bdbench.datasets.torchvision_sets:Mnist", "70,000 handwritten digits, 28x28 gray"),
+        "fashion-mnist": ("bdbench.datasets.torchvision_sets:FashionMnist", "70,000 clothes, 28x28 gray"),
+        "cifar10": ("bdbench.datasets.torchvision_sets:Cifar10", "60,000 photographs, 32x32 colour, 10 classes"),
+        "cifar100": ("bdbench.datasets.torchvision_sets:Cifar100", "60,000 photographs, 32x32 colour, 100 classes"),
+        "gtsrb": ("bdbench.datasets.torchvision_sets:Gtsrb", "39,270 traffic signs, colour, 43 classes"),
+        "svhn": ("bdbench.datasets.torchvision_sets:Svhn", "99,289 house numbers, 32x32 colour, 10 classes"),
+    },
+)
+
+MODELS = Registry(
+    "model",
+    "models",
+    {
+        "convnet": ("bdbench.models.convnet:ConvNet", "three convolutions, for images of 8 to 16 pixels"),
+        "wrn-16-1": ("bdbench.models.wide_resnet:WideResNet", "Wide ResNet 16-1, the model of ABL and CBD"),
+        "preact-resnet-18": ("bdbench.models.resnet:PreActResNet18", "pre-activation ResNet-18, 3x3 stem"),
+        "resnet-18": ("bdbench.models.resnet:ResNet18", "ResNet-18 with the 3x3 stem for small images"),
+        "torchvision:NAME": ("bdbench.models.torchvision_models:TorchvisionFeatures", "any torchvision classifier"),
+    },
+)
+
+REGISTRIES = {registry.plural: registry for registry in (ATTACKS, DEFENSES, DATASETS, MODELS)}

@@ -1,0 +1,434 @@
+"""The three stages: images -> data set artifact -> model artifact -> evaluation artifact. The Python API.
+
+    from bdbench import stages
+
+    data = stages.poison("digits", "badnets", options={"rate": 0.1}, seed=0)
+    plain = stages.defend(data.path, "none")
+    model = stages.defend(data.path, "cbd", preset="tiny", options={"twin_epochs": 3})
+    result = stages.evaluate(model.path)
+    print(result.metrics)
+
+Each stage returns the artifact it made, or the equal one that was there. Options are those of the command line, with
+underscores. A defence gets the visible training images and nothing that tells which are poisoned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from bdbench import metrics, store
+from bdbench.artifacts import (
+    Artifact,
+    DatasetArtifact,
+    EvaluationArtifact,
+    ModelArtifact,
+    Stopwatch,
+    plain,
+    write_dataset,
+    write_model,
+)
+from bdbench.attacks.base import Attack
+from bdbench.augment import parse_augment
+from bdbench.data import ImageDataset, Role
+from bdbench.defenses.base import Defended, Defense, Task
+from bdbench.devices import Precision, resolve_device, use_bf16
+from bdbench.engine import Engine, Recipe
+from bdbench.errors import ArtifactError, OptionError, did_you_mean, unknown_name
+from bdbench.models.classifier import Classifier, build_classifier
+from bdbench.options import Options
+from bdbench.poisoning import poison_source
+from bdbench.progress import Progress, Silent
+from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
+from bdbench.seeds import scoped
+from bdbench.store import Ask
+
+TINY_IMAGES = 10_000
+TINY_SIDE = 16
+
+
+def poison(
+    dataset: str | Path = "digits",
+    attack: str = "badnets",
+    *,
+    options: Mapping[str, Any] | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    trusted: float = 0.05,
+    seed: int = 0,
+    out: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> DatasetArtifact:
+    """Poison a data set once, on disk, before any augmentation.
+
+    Args:
+        dataset: a registered name, or the path of an image folder, Parquet or .npz.
+        attack: a registered name.
+        options: of the attack, such as ``{"rate": 0.05, "target": 3}``.
+        source_options: of the source: data_root, download, image_size, test_fraction.
+        trusted: share of the training split reserved as clean, for defences that need clean images; 0 for none.
+        seed: of every random choice.
+        out: folder of the artifact; default ``runs/<dataset>-<attack>-s<seed>``.
+        force: make it again even if it is there, and replace another data set that is at `out`.
+        progress: who is told how far it is.
+
+    Raises:
+        BdbenchError: an option, the images or the place do not fit; the message has the way out.
+    """
+    watch, progress = Stopwatch(), progress or Silent()
+    if not 0 <= trusted < 1:
+        raise OptionError(f"trusted {trusted} must be at least 0 and less than 1")
+    method = cast("type[Attack]", ATTACKS.load(attack)).parse(options or {})
+    source = _open_source(dataset, source_options or {}).load(progress)
+    config = {"dataset": source.name, "trusted": trusted, **plain(method.model_dump())}
+    ask = Ask("dataset", attack, method.version, config, seed, {"source": source.fingerprint[:16]})
+    out = out or store.ROOT / f"{source.name}-{attack}-s{seed}"
+    if store.existing(out, ask, force=force):
+        progress.note(f"{out} is there already ({ask.id}); --force makes it again")
+        return DatasetArtifact.open(out)
+    poisoned = poison_source(source, method, seed, trusted)
+    with store.create(out, ask) as draft:
+        write_dataset(draft, poisoned, name=source.name, augment=source.augment)
+        draft.made |= watch.made()
+    return DatasetArtifact.open(out)
+
+
+def _open_source(dataset: str | Path, options: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a Source
+    """Return the source of a registered name, or of a path."""
+    from bdbench.datasets.paths import PathSource
+
+    if str(dataset) in DATASETS.rows:
+        return DATASETS.load(str(dataset)).parse(options)
+    path = Path(dataset).expanduser()
+    if not path.exists() and not re.search(r"[/\\.]", str(dataset)):
+        raise OptionError(
+            f"unknown data set '{dataset}'.{did_you_mean(str(dataset), DATASETS.rows)} Known: "
+            f"{', '.join(DATASETS.names())}; or give the path of an image folder, a Parquet or an .npz file"
+        )
+    return PathSource.parse({"path": path, **options})
+
+
+def defend(
+    dataset: str | Path,
+    method: str = "none",
+    *,
+    model: str = "auto",
+    preset: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    suspect: str | Path | None = None,
+    seed: int | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ModelArtifact:
+    """Train a model on a data set artifact with a defence; ``none`` is plain training.
+
+    Interrupted, the same call goes on from the last finished epoch that was saved.
+
+    Args:
+        dataset: path or id of a data set artifact.
+        method: a registered defence.
+        model: a registered model, ``torchvision:NAME``, or ``auto``: convnet up to 16 pixels, wrn-16-1 above.
+        preset: budget: paper, fast, tiny, or ``auto``: tiny for small sets of tiny images, else fast.
+        options: of the method and of the recipe (epochs, lr, batch_size, ...); they win over the preset.
+        suspect: path or id of the undefended model, for methods that mend one.
+        seed: of weights, order and augmentation; default: the data set's.
+        out: folder; default: the data set's folder name and the method's.
+        device: auto, cpu, cuda, cuda:N or mps.
+        precision: auto, fp32 or bf16.
+        force: see `poison`.
+        progress: who is told how far it is.
+
+    Raises:
+        BdbenchError: see `poison`.
+    """
+    watch, progress = Stopwatch(), progress or Silent()
+    place = resolve_device(device)
+    bf16 = use_bf16(precision, place)
+    data = DatasetArtifact.open(store.locate(dataset, "dataset"))
+    model = _model_name(model, data)
+    preset, defense, recipe = resolve_budget(method, preset, options or {}, data)
+    inputs = {"dataset": data.id}
+    suspect_model = _open_suspect(defense, method, suspect, data)
+    if suspect_model is not None:
+        inputs["suspect"] = suspect_model.id
+    seed = data.manifest.ask.seed if seed is None else seed
+    config = {"model": model, "preset": preset, **plain(recipe.model_dump()), **plain(defense.model_dump())}
+    ask = Ask("model", method, defense.version, config, seed, inputs)
+    out = out or data.path.with_name(f"{data.path.name}-{method}")
+    if store.existing(out, ask, force=force):
+        progress.note(f"{out} is there already ({ask.id}); --force makes it again")
+        return ModelArtifact.open(out)
+
+    with store.create(out, ask) as draft:
+        engine = Engine(place, bf16, seed, draft.work, progress)
+        task = Task(
+            train=data.train,
+            new_model=_model_factory(model, data.train, seed),
+            recipe=recipe,
+            engine=engine,
+            trusted=_open_trusted(defense, method, data),
+            suspect=suspect_model.classifier() if suspect_model else None,
+        )
+        result = defense.run(task)
+        _check_result(result, len(data.train), method)
+        write_model(draft, result.model, engine.history, result.scores, result.set_aside)
+        draft.facts |= {
+            "model": model,
+            "class_names": list(data.class_names),
+            "image_shape": list(data.image_shape),
+            "sets_aside": result.set_aside is not None,
+        }
+        draft.made |= watch.made(place, bf16=bf16)
+        draft.made["training_seconds"] = round(sum(float(row["seconds"]) for row in engine.history), 3)
+    return ModelArtifact.open(out)
+
+
+def resolve_budget(
+    method: str, preset: str, options: Mapping[str, Any], data: DatasetArtifact
+) -> tuple[str, Defense, Recipe]:
+    """Return the preset's name, the defence and the recipe: preset first, then what the user gave.
+
+    Raises:
+        OptionError: unknown method, preset or option, or a value out of bounds.
+    """
+    cls = cast("type[Defense]", DEFENSES.load(method))
+    if preset == "auto":
+        small = data.manifest.facts["counts"]["train"] < TINY_IMAGES and max(data.image_shape[1:]) <= TINY_SIDE
+        preset = "tiny" if small else "fast"
+    if preset not in cls.presets:
+        raise unknown_name(f"preset of {method}", preset, cls.presets)
+    recipe_values, method_values = split_options({**cls.presets[preset], **options}, cls)
+    recipe = Recipe.parse(recipe_values)
+    if recipe.augment == "auto":
+        recipe = recipe.model_copy(update={"augment": data.manifest.facts["augment"]})
+    parse_augment(recipe.augment)
+    return preset, cls.parse(method_values), recipe
+
+
+def split_options(values: Mapping[str, Any], cls: type[Options]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split values into those of `Recipe` and those of the method.
+
+    Raises:
+        OptionError: a name that neither has.
+    """
+    known = {*Recipe.model_fields, *cls.model_fields}
+    for name in values:
+        if name not in known:
+            raise OptionError(f"unknown option '{name}'.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}")
+    recipe = {name: value for name, value in values.items() if name in Recipe.model_fields}
+    return recipe, {name: value for name, value in values.items() if name not in recipe}
+
+
+def _model_name(model: str, data: DatasetArtifact) -> str:
+    if model == "auto":
+        return "convnet" if max(data.image_shape[1:]) <= TINY_SIDE else "wrn-16-1"
+    MODELS.load(model)
+    return model
+
+
+def _model_factory(name: str, train: ImageDataset, seed: int) -> Any:  # noqa: ANN401 - Callable[[str], Classifier]
+    mean, std = channel_statistics(train.images)
+
+    def build(purpose: str) -> Classifier:
+        with scoped(seed, "weights", purpose):
+            return build_classifier(MODELS.load(name), train.image_shape, train.num_classes, mean, std)
+
+    return build
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (C,) of uint8 images (N, C, H, W), in [0, 1], from at most 5,000 of them."""
+    sample = images[:: max(1, len(images) // 5000)].float().div(255)
+    return sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
+
+
+def _open_suspect(
+    defense: Defense, method: str, suspect: str | Path | None, data: DatasetArtifact
+) -> ModelArtifact | None:
+    if not defense.needs_suspect:
+        if suspect is not None:
+            raise OptionError(f"method '{method}' trains from scratch and takes no --suspect")
+        return None
+    if suspect is None:
+        raise OptionError(
+            f"method '{method}' mends a model: give --suspect PATH (make one with: bdbench train {data.path})"
+        )
+    found = ModelArtifact.open(store.locate(suspect, "model"))
+    if found.dataset_id != data.id:
+        raise ArtifactError(f"suspect {found.path} was trained on data set {found.dataset_id}, not on {data.id}")
+    return found
+
+
+def _open_trusted(defense: Defense, method: str, data: DatasetArtifact) -> ImageDataset | None:
+    if not defense.needs_trusted:
+        return None
+    if data.trusted is None:
+        raise ArtifactError(
+            f"method '{method}' needs trusted clean images, and {data.path} has none; poison again with --trusted 0.05"
+        )
+    return data.trusted
+
+
+def _check_result(result: Defended, count: int, method: str) -> None:
+    for name, values in (("scores", result.scores), ("set_aside", result.set_aside)):
+        if values is not None and values.shape != (count,):
+            raise ValueError(f"defense '{method}' returned {name} of shape {tuple(values.shape)} for {count} samples")
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    data: str | Path | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> EvaluationArtifact:
+    """Judge a model on the clean and the triggered test images of its data set; the one stage that opens the truth.
+
+    Args:
+        model: path or id of a model artifact.
+        data: the data set artifact it was trained on; default: found by id beside the model or under ``runs/``.
+        out: folder; default: the model's folder name and ``-eval``.
+        device, precision, force, progress: see `defend`.
+
+    Raises:
+        BdbenchError: the model or its data set is missing, damaged, or they do not belong together.
+    """
+    watch, progress = Stopwatch(), progress or Silent()
+    place = resolve_device(device)
+    bf16 = use_bf16(precision, place)
+    judged = ModelArtifact.open(store.locate(model, "model"))
+    source = _dataset_of(judged, data)
+    ask = Ask("evaluation", "evaluate", 1, {}, judged.manifest.ask.seed, {"model": judged.id, "dataset": source.id})
+    out = out or judged.path.with_name(f"{judged.path.name}-eval")
+    if store.existing(out, ask, force=force):
+        return EvaluationArtifact.open(out)
+    engine = Engine(place, bf16, ask.seed, progress=progress)
+    with store.create(out, ask) as draft:
+        frame = _predict(engine, judged.classifier(), source)
+        frame.to_parquet(draft.folder / "predictions.parquet", index=False)
+        rates, values = _measure(frame, source, judged)
+        _metrics_frame(rates, values).to_parquet(draft.folder / "metrics.parquet", index=False)
+        draft.facts |= _row_facts(judged, source)
+        draft.made |= watch.made(place, bf16=bf16)
+    return EvaluationArtifact.open(out)
+
+
+def _dataset_of(model: ModelArtifact, data: str | Path | None) -> DatasetArtifact:
+    wanted = model.dataset_id
+    if data is not None:
+        found = DatasetArtifact.open(store.locate(data, "dataset"))
+        if found.id != wanted:
+            raise ArtifactError(f"{model.path} was trained on data set {wanted}, but {found.path} is {found.id}")
+        return found
+    for root in (model.path.parent, store.ROOT):
+        for path, manifest in store.find_artifacts(root, "dataset"):
+            if manifest.id == wanted:
+                return DatasetArtifact(path, manifest)
+    raise ArtifactError(
+        f"the data set {wanted} of {model.path} is neither beside it nor under {store.ROOT}/; give --data PATH"
+    )
+
+
+def _predict(engine: Engine, model: Classifier, source: DatasetArtifact) -> pd.DataFrame:
+    test, triggered, test_rows = source.test, source.triggered, source.triggered_rows
+    frames = []
+    splits = [("test", test, torch.arange(len(test))), ("triggered", triggered, test_rows)]
+    for name, split, rows in splits:
+        confidence, prediction = engine.logits(model, split.images).softmax(1).max(1)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "split": name,
+                    "row": rows.numpy(),
+                    "label": split.labels.numpy(),
+                    "clean_label": test.labels[rows].numpy(),
+                    "prediction": prediction.numpy(),
+                    "confidence": confidence.numpy().astype(np.float32),
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _measure(
+    frame: pd.DataFrame, source: DatasetArtifact, model: ModelArtifact
+) -> tuple[dict[str, metrics.Rate], dict[str, float]]:
+    def column(split: str, name: str) -> Tensor:
+        return torch.from_numpy(frame.loc[frame["split"] == split, name].to_numpy(copy=True))
+
+    config = source.manifest.ask.config
+    rates = metrics.classification_rates(
+        predicted=column("test", "prediction"),
+        labels=column("test", "clean_label"),
+        triggered_predicted=column("triggered", "prediction"),
+        wanted=column("triggered", "label"),
+        triggered_rows=column("triggered", "row"),
+        target=None if config["labels"] == "all-to-all" else config["target"],
+    )
+    samples = model.samples
+    if samples is None:
+        return rates, {}
+    is_poison = torch.from_numpy(source.truth["role"].to_numpy(copy=True)) == Role.POISON
+    if model.manifest.facts["sets_aside"]:
+        rates |= metrics.set_aside_rates(torch.from_numpy(samples["set_aside"].to_numpy(copy=True)), is_poison)
+    return rates, metrics.score_metrics(torch.from_numpy(samples["score"].to_numpy(copy=True)), is_poison)
+
+
+def _metrics_frame(rates: Mapping[str, metrics.Rate], values: Mapping[str, float]) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = [
+        {
+            "metric": name,
+            "value": item.value,
+            "low": item.interval[0],
+            "high": item.interval[1],
+            "numerator": item.numerator,
+            "denominator": item.denominator,
+        }
+        for name, item in rates.items()
+    ]
+    rows += [{"metric": name, "value": value} for name, value in values.items()]
+    columns = ["metric", "value", "low", "high", "numerator", "denominator"]
+    return pd.DataFrame(rows, columns=columns).astype({"numerator": "Int64", "denominator": "Int64"})
+
+
+def _row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
+    """Return what a table needs to know beside the metrics, so that it opens evaluations only."""
+    asked, attacked = model.manifest.ask, source.manifest.ask
+    return {
+        "dataset": source.manifest.facts["name"],
+        "dataset_id": source.id,
+        "model": asked.config["model"],
+        "model_id": model.id,
+        "attack": attacked.method,
+        "attack_options": dict(attacked.config),
+        "defense": asked.method,
+        "defense_options": dict(asked.config),
+        "preset": asked.config["preset"],
+        "seed": asked.seed,
+        "attack_seed": attacked.seed,
+        "seconds": model.manifest.made["seconds"],
+        "peak_memory_bytes": model.manifest.made["peak_memory_bytes"],
+        "device": model.manifest.made["device"],
+        "precision": model.manifest.made["precision"],
+    }
+
+
+def latest(kind: store.Kind, root: Path = store.ROOT) -> Artifact | None:
+    """Return the newest artifact of a kind under a folder, or None."""
+    from bdbench.artifacts import OPENERS
+
+    found = store.find_artifacts(root, kind)
+    return OPENERS[kind](*found[-1]) if found else None

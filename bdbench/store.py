@@ -1,0 +1,293 @@
+"""Artifact folders: manifest, hashes, one sealing rename. Knows no tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from filelock import FileLock, Timeout
+
+from bdbench.errors import ArtifactError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+ROOT = Path("runs")
+"""Where artifacts lie when no place is given."""
+
+Kind = Literal["dataset", "model", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What was asked for; its hash is the artifact's id.
+
+    Attributes:
+        kind: of artifact.
+        method: attack or defence, or "evaluate".
+        version: of the method; raised when its results change.
+        config: every setting with its value, defaults included, as JSON values.
+        seed: the user's.
+        inputs: what it was made from: name -> id or fingerprint.
+    """
+
+    kind: Kind
+    method: str
+    version: int
+    config: Mapping[str, Any]
+    seed: int
+    inputs: Mapping[str, str]
+
+    @property
+    def id(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the ask and the schema: equal id, same question."""
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says.
+
+    Attributes:
+        id: see `Ask.id`.
+        ask: what was asked.
+        files: name -> {"sha256", "bytes"} of every other file.
+        facts: what a reader needs to use the files, such as shapes and class names.
+        made: how it was made: versions, device, precision, seconds, peak memory, time.
+    """
+
+    id: str
+    ask: Ask
+    files: Mapping[str, Mapping[str, Any]]
+    facts: Mapping[str, Any]
+    made: Mapping[str, Any]
+    schema: int = SCHEMA
+
+
+@dataclass
+class Draft:
+    """An artifact that is being written.
+
+    Attributes:
+        folder: where its files go.
+        work: where checkpoints go; after an interruption the same ask finds them again.
+        facts, made: see `Manifest`; the writer fills them in.
+    """
+
+    folder: Path
+    work: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def create(path: Path, ask: Ask) -> Iterator[Draft]:
+    """Write an artifact in a hidden sibling folder and seal it by one rename when the block ends well.
+
+    Whatever was at `path` is replaced at that moment (callers look first: see `existing`). Killed at any time, a
+    reader never sees half an artifact; leftovers go when the same path is written next.
+
+    Raises:
+        ArtifactError: another process writes this path, or there is no permission or no space.
+    """
+    hidden = path.parent / f".{path.name}.work"
+    with _locked(hidden, path):
+        for leftover in hidden.glob("draft-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        draft = Draft(hidden / f"draft-{uuid.uuid4().hex[:8]}", hidden / ask.id)
+        try:
+            draft.folder.mkdir()
+            draft.work.mkdir(exist_ok=True)
+            yield draft
+            _seal(draft, path, ask)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        finally:
+            shutil.rmtree(draft.folder, ignore_errors=True)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextmanager
+def _locked(hidden: Path, path: Path) -> Iterator[None]:
+    try:
+        hidden.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(hidden / "lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise ArtifactError(f"another process is making {path} right now; wait for it, or choose another --out") from error
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _seal(draft: Draft, path: Path, ask: Ask) -> None:
+    files = {file.name: _describe(file) for file in sorted(draft.folder.iterdir())}
+    manifest = Manifest(ask.id, ask, files, draft.facts, draft.made)
+    with (draft.folder / MANIFEST).open("w", encoding="utf-8") as stream:
+        json.dump(asdict(manifest), stream, indent=1, sort_keys=True)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if path.exists():
+        path.rename(draft.folder.with_name(f"draft-{uuid.uuid4().hex[:8]}"))
+    draft.folder.rename(path)
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+
+
+def _cannot_write(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"cannot write {path}: {error.strerror or error}; choose another --out or make room")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_artifact(path: Path) -> bool:
+    """Say whether a folder has a manifest."""
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(path: Path, kind: Kind | None = None) -> Manifest:
+    """Read the manifest of an artifact, of `kind` if that is given, without looking at its files.
+
+    Raises:
+        ArtifactError: no artifact, unreadable manifest, another kind, a newer schema, or an id that does not
+            belong to what was asked.
+    """
+    file = path / MANIFEST
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist")
+    if path.is_file():
+        raise ArtifactError(
+            f"{path} is a file; an artifact is a folder. bdbench opens no pickles (.pt, .pth, .pkl): they can run code"
+        )
+    if not file.is_file():
+        raise ArtifactError(f"{path} is not an artifact of bdbench: it has no {MANIFEST}")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        schema = raw["schema"]
+        if schema != SCHEMA:
+            advice = "upgrade bdbench" if schema > SCHEMA else "make it again"
+            raise ArtifactError(f"{path} has schema {schema}, this bdbench reads {SCHEMA}; {advice}")
+        manifest = Manifest(**{**raw, "ask": Ask(**raw["ask"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{file} is damaged ({type(error).__name__}: {error}); make the artifact again") from error
+    if manifest.ask.kind not in get_args(Kind) or manifest.id != manifest.ask.id:
+        raise ArtifactError(f"{file} was changed: its id does not belong to what it says was asked; make it again")
+    if kind is not None and manifest.ask.kind != kind:
+        raise ArtifactError(f"{path} is a {manifest.ask.kind} artifact; a {kind} artifact is needed here")
+    return manifest
+
+
+def checked_file(path: Path, manifest: Manifest, name: str) -> Path:
+    """Return a file of an artifact after comparing its size and hash with the manifest.
+
+    Raises:
+        ArtifactError: the file is missing, cut short or changed.
+    """
+    file = path / name
+    said = manifest.files.get(name)
+    if said is None:
+        raise ArtifactError(f"{path} has no {name}")
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing; make the artifact again")
+    size = file.stat().st_size
+    if size != said["bytes"]:
+        raise ArtifactError(f"{file} has {size} bytes, its manifest says {said['bytes']}; make the artifact again")
+    if file_sha256(file) != said["sha256"]:
+        raise ArtifactError(f"{file} was changed: its SHA-256 is not the manifest's; make the artifact again")
+    return file
+
+
+def existing(path: Path, ask: Ask, *, force: bool) -> bool:
+    """Say whether the artifact that is asked for is at `path` already and need not be made.
+
+    Raises:
+        ArtifactError: something else is at `path`.
+    """
+    if not path.exists():
+        return False
+    if not is_artifact(path):
+        raise ArtifactError(f"{path} exists and is not an artifact of bdbench; choose another --out")
+    found = read_manifest(path)
+    if found.id == ask.id:
+        return not force
+    if force and found.ask.kind == ask.kind:
+        return False
+    differing = ", ".join(_differences(found.ask, ask)) or "its kind"
+    raise ArtifactError(
+        f"{path} holds another {found.ask.kind} artifact ({found.id}; different: {differing}); "
+        "choose another --out, or --force to replace it"
+    )
+
+
+def _differences(one: Ask, other: Ask) -> Iterator[str]:
+    for name in ("kind", "method", "version", "seed", "inputs"):
+        if getattr(one, name) != getattr(other, name):
+            yield name
+    for key in sorted({*one.config, *other.config}):
+        if one.config.get(key) != other.config.get(key):
+            yield f"{key} {one.config.get(key)} -> {other.config.get(key)}"
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; what is written there replaces `path` by one rename at the end."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def find_artifacts(root: Path, kind: Kind | None = None) -> list[tuple[Path, Manifest]]:
+    """List the readable artifacts under a folder, oldest first; a damaged manifest is passed over."""
+    found = []
+    for file in root.glob(f"**/{MANIFEST}"):
+        if any(part.startswith(".") for part in file.relative_to(root).parts):
+            continue
+        with contextlib.suppress(ArtifactError):
+            found.append((file.stat().st_mtime_ns, file.parent, read_manifest(file.parent, kind)))
+    return [(path, manifest) for _, path, manifest in sorted(found, key=lambda item: item[:2])]
+
+
+def locate(reference: str | Path, kind: Kind | None = None, root: Path = ROOT) -> Path:
+    """Return the folder of an artifact given by path or by id (at least 6 of its digits).
+
+    Raises:
+        ArtifactError: nothing is there, or several artifacts share the beginning of the id.
+    """
+    path = Path(reference)
+    text = str(reference)
+    if path.exists() or len(text) < 6 or not all(digit in "0123456789abcdef" for digit in text):
+        read_manifest(path, kind)
+        return path
+    matches = [(place, manifest) for place, manifest in find_artifacts(root, kind) if manifest.id.startswith(text)]
+    ids = {manifest.id for _, manifest in matches}
+    if len(ids) > 1:
+        raise ArtifactError(f"id {text} is the beginning of {len(ids)} artifacts: {', '.join(sorted(ids))}")
+    if not matches:
+        raise ArtifactError(f"{text} does not exist, and no {kind or ''} artifact under {root}/ has that id".replace("  ", " "))
+    return matches[-1][0]
