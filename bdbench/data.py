@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,8 +80,8 @@ class ImageDataset:
     def fingerprint(self) -> str:
         """SHA-256 over shape, pixels, labels and class names: equal content, equal fingerprint."""
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.class_names)).encode())
-        digest.update(memoryview(self.images.contiguous().numpy()).cast("B"))
-        digest.update(memoryview(self.labels.contiguous().numpy()).cast("B"))
+        digest.update(np.ascontiguousarray(self.images.numpy()).data)
+        digest.update(np.ascontiguousarray(self.labels.numpy()).data)
         return digest.hexdigest()
 
 

@@ -29,7 +29,7 @@ class BadNets(Attack):
     `--patch` names the published patches: `grid` (ABL, CBD: 3x3 at the bottom right, 0 and 255), `white` and `checker`
     (BackdoorBench), `square` (ABL: white, one pixel from the border), `4corner` (ABL: the grid in all corners, one
     pixel from the border at the top and left), `dbd` (2x2 colours near the top left). `--patch-size`, `--colour`,
-    `--corner` and `--margin` change size, colour and place. Left alone, the size grows with the image: 3 of 32 pixels.
+    `--corner` and `--margin` change size, colour and place. Left alone, the size grows with the image, 3 of 32 pixels, and is never below the published pattern's.
 
     Differs from the published code: black patches are possible (BackdoorBench takes 0 for transparent).
     """
@@ -49,7 +49,7 @@ class BadNets(Attack):
         """Return pattern (C, H, W) float and mask (1, H, W) float of 0 and 1."""
         channels, height, width = clean.image_shape
         values = self._values()
-        size = self.patch_size or max(2, round(values.shape[1] * min(height, width) / 32))
+        size = self.patch_size or max(values.shape[1], round(values.shape[1] * min(height, width) / 32))
         margin = self.margin if self.margin is not None else self._published_margin(min(height, width))
         if size + margin > min(height, width):
             raise OptionError(
