@@ -14,11 +14,12 @@ from typing import Any, ClassVar, Self
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import bdbench
 from bdbench import store
+from bdbench.checkpoints import save_tensors
 from bdbench.data import ImageDataset, PoisonedDataset
 from bdbench.devices import peak_memory_bytes
 from bdbench.errors import ArtifactError, DataError
@@ -72,14 +73,18 @@ class Artifact:
         try:
             return load_file(store.checked_file(self.path, self.manifest, name))
         except SafetensorError as error:
-            raise ArtifactError(f"{self.path / name} is not a safetensors file ({error}); make the artifact again") from error
+            raise ArtifactError(
+                f"{self.path / name} is not a safetensors file ({error}); make the artifact again"
+            ) from error
 
     def frame(self, name: str) -> pd.DataFrame:
         """Read a Parquet file after checking its hash."""
         try:
             return pd.read_parquet(store.checked_file(self.path, self.manifest, name))
         except (ValueError, OSError) as error:
-            raise ArtifactError(f"{self.path / name} is not a Parquet file ({error}); make the artifact again") from error
+            raise ArtifactError(
+                f"{self.path / name} is not a Parquet file ({error}); make the artifact again"
+            ) from error
 
 
 class DatasetArtifact(Artifact):
@@ -137,7 +142,9 @@ class DatasetArtifact(Artifact):
         images = self.tensors(f"{name}.safetensors").get("images")
         labels = torch.from_numpy(self.frame(f"{name}.parquet")["label"].to_numpy(copy=True))
         if images is None or tuple(images.shape[1:]) != self.image_shape:
-            raise ArtifactError(f"{self.path / name}.safetensors does not hold images of {self.image_shape}; make it again")
+            raise ArtifactError(
+                f"{self.path / name}.safetensors does not hold images of {self.image_shape}; make it again"
+            )
         try:
             return ImageDataset(images, labels, self.class_names)
         except DataError as error:
@@ -157,11 +164,13 @@ def write_dataset(draft: Draft, data: PoisonedDataset, *, name: str, augment: st
     extra: dict[str, dict[str, Tensor]] = {"triggered": {"test_row": data.triggered_rows}}
     for split, content in splits.items():
         if len(content) or split != "trusted":
-            save_file({"images": content.images.contiguous()}, draft.folder / f"{split}.safetensors")
+            save_tensors({"images": content.images.contiguous()}, draft.folder / f"{split}.safetensors")
             _write_frame(draft, f"{split}.parquet", {"label": content.labels, **extra.get(split, {})})
     truth = {"clean_label": data.clean_labels, "role": data.roles, "source_row": data.source_rows}
     _write_frame(draft, "truth.parquet", truth)
-    save_file({key: value.contiguous() for key, value in data.trigger_state.items()}, draft.folder / "attack.safetensors")
+    save_tensors(
+        {key: value.contiguous() for key, value in data.trigger_state.items()}, draft.folder / "attack.safetensors"
+    )
     draft.facts |= {
         "name": name,
         "augment": augment,
@@ -195,7 +204,9 @@ class ModelArtifact(Artifact):
         try:
             model.load_state_dict(self.tensors("model.safetensors"), strict=True)
         except RuntimeError as error:
-            raise ArtifactError(f"{self.path} does not hold weights of {facts['model']} ({error}); make it again") from error
+            raise ArtifactError(
+                f"{self.path} does not hold weights of {facts['model']} ({error}); make it again"
+            ) from error
         return model.eval()
 
     @property
@@ -227,7 +238,7 @@ def write_model(
         set_aside: (N,) bool, the samples that the method did not train on in the end, or None.
     """
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(weights, draft.folder / "model.safetensors")
+    save_tensors(weights, draft.folder / "model.safetensors")
     columns = ["phase", "epoch", "loss", "lr", "images_per_second", "seconds"]
     pd.DataFrame(history, columns=columns).to_parquet(draft.folder / "history.parquet", index=False)
     if scores is not None:
@@ -242,7 +253,7 @@ class EvaluationArtifact(Artifact):
 
     @property
     def predictions(self) -> pd.DataFrame:
-        """split (test, triggered), row, label, clean_label, prediction, confidence."""
+        """Split (test, triggered), row, label, clean_label, prediction, confidence."""
         return self.frame("predictions.parquet")
 
     @property
@@ -251,9 +262,7 @@ class EvaluationArtifact(Artifact):
         return self.frame("metrics.parquet")
 
 
-OPENERS: dict[str, type[Artifact]] = {
-    cls.kind: cls for cls in (DatasetArtifact, ModelArtifact, EvaluationArtifact)
-}
+OPENERS: dict[str, type[Artifact]] = {cls.kind: cls for cls in (DatasetArtifact, ModelArtifact, EvaluationArtifact)}
 
 
 def open_any(path: Path) -> Artifact:
@@ -279,12 +288,19 @@ def verify(path: Path) -> Artifact:
 
 def _verify_dataset(artifact: DatasetArtifact) -> None:
     counts = artifact.manifest.facts["counts"]
-    splits = {"train": artifact.train, "test": artifact.test, "triggered": artifact.triggered, "trusted": artifact.trusted}
+    splits = {
+        "train": artifact.train,
+        "test": artifact.test,
+        "triggered": artifact.triggered,
+        "trusted": artifact.trusted,
+    }
     for name, split in splits.items():
         if split is not None and len(split) != counts[name]:
             raise ArtifactError(f"{artifact.path}: {len(split)} images in {name}, the manifest says {counts[name]}")
     if len(artifact.truth) != counts["train"]:
-        raise ArtifactError(f"{artifact.path}: truth.parquet has {len(artifact.truth)} rows for {counts['train']} images")
+        raise ArtifactError(
+            f"{artifact.path}: truth.parquet has {len(artifact.truth)} rows for {counts['train']} images"
+        )
     rows = artifact.triggered_rows
     if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= counts["test"]):
         raise ArtifactError(f"{artifact.path}: triggered.parquet names a test row that does not exist")
@@ -312,6 +328,6 @@ class Stopwatch:
         }
 
 
-def plain(value: object) -> Any:
+def plain(value: object) -> Any:  # noqa: ANN401 - JSON
     """Return a value as JSON would give it back (tuples become lists, paths text)."""
     return json.loads(json.dumps(value, default=str))

@@ -30,7 +30,19 @@ def save(folder: Path, phase: str, point: Point, objects: Mapping[str, Any]) -> 
         for key, value in _flatten(item.state_dict()).items():
             tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
     with replace_file(folder / f"{phase}.safetensors") as path:
-        save_file(tensors, path, metadata={"point": json.dumps(point._asdict())})
+        save_tensors(tensors, path, {"point": json.dumps(point._asdict())})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: no space or no permission; safetensors itself has an error of its own kind.
+    """
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def load(folder: Path, phase: str, objects: Mapping[str, Any]) -> Point | None:
@@ -42,7 +54,7 @@ def load(folder: Path, phase: str, objects: Mapping[str, Any]) -> Point | None:
         with safe_open(path, "pt") as file:
             point = Point(**json.loads(file.metadata()["point"]))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
     for name, item in objects.items():
         own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}

@@ -49,7 +49,9 @@ class ImageDataset:
         if images.shape[1] not in (1, 3):
             raise DataError(f"images must have 1 or 3 channels, got {images.shape[1]}")
         if min(images.shape[2:]) < MIN_SIDE:
-            raise DataError(f"images must be at least {MIN_SIDE}x{MIN_SIDE} pixels, got {images.shape[2]}x{images.shape[3]}")
+            raise DataError(
+                f"images must be at least {MIN_SIDE}x{MIN_SIDE} pixels, got {images.shape[2]}x{images.shape[3]}"
+            )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise DataError(f"labels must be ({len(images)},) int64, got {tuple(labels.shape)} {labels.dtype}")
         if len(self.class_names) < 2:
@@ -74,7 +76,8 @@ class ImageDataset:
 
     def take(self, rows: Tensor) -> ImageDataset:
         """Return the samples at `rows`, an (M,) int64 index or an (N,) bool mask, as a new data set."""
-        return ImageDataset(self.images[rows], self.labels[rows], self.class_names)
+        rows = torch.nonzero(rows).flatten() if rows.dtype == torch.bool else rows
+        return ImageDataset(self.images.index_select(0, rows), self.labels[rows], self.class_names)
 
     @cached_property
     def fingerprint(self) -> str:

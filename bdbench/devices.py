@@ -21,7 +21,9 @@ def resolve_device(name: str) -> torch.device:
         DeviceError: the device is unknown or absent here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -31,7 +33,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:
-            raise DeviceError(f"device '{name}' was asked for, but {count} CUDA devices are usable; use --device auto or cpu")
+            raise DeviceError(
+                f"device '{name}' was asked for, but {count} CUDA devices are usable; use --device auto or cpu"
+            )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device 'mps' was asked for, but this machine has none; use --device auto or cpu")
     return device
@@ -42,7 +46,7 @@ def use_bf16(precision: Precision, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and _cpu_accelerates_bf16()
 
 

@@ -25,7 +25,7 @@ from bdbench.options import Options
 from bdbench.progress import Progress, Silent
 from bdbench.seeds import generator, scoped
 
-EVALUATION_BATCH = 512
+EVALUATION_BATCH = 256
 CHECKPOINT_SECONDS = 10.0
 
 
@@ -41,7 +41,9 @@ class Recipe(Options):
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="How the learning rate falls.")
     milestones: tuple[float, float] = Field((0.2, 0.7), description="Where `step` divides by 10: shares of the epochs.")
     warmup: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
-    augment: str = Field("auto", description="crop, flip, cutout, affine (with commas), none, or auto: the data set's own.")
+    augment: str = Field(
+        "auto", description="crop, flip, cutout, affine (with commas), none, or auto: the data set's own."
+    )
 
     def lr_at(self, epoch: float) -> float:
         """Return the learning rate at a point of the schedule.
@@ -60,7 +62,7 @@ class Recipe(Options):
 
 
 class Batch(NamedTuple):
-    """What a loss sees: images (B, C, H, W) float in [0, 1], labels (B,), rows (B,) in the data set, steps taken before."""
+    """What a loss sees: images (B, C, H, W) float in [0, 1], labels (B,), rows (B,) in the data, steps taken before."""
 
     images: Tensor
     labels: Tensor
@@ -137,14 +139,14 @@ class Engine:
             TrainingError: the loss is not finite; the last good checkpoint is kept.
             DeviceError: out of memory.
         """
-        model.to(self.device, memory_format=torch.channels_last)
+        model.to(self.device).to(memory_format=torch.channels_last)
         run = _Phase(self, model, data, loss, recipe, phase, max_steps, frozen_norms, dict(companions or {}))
         with out_of_memory_advice("--batch-size"):
             run.train(stop)
         return model.eval()
 
     def logits(self, model: Classifier, images: Tensor) -> Tensor:
-        """Return the logits (N, K) float32, on the CPU, of uint8 images (N, C, H, W), unaugmented, in evaluation mode."""
+        """Return the logits (N, K) float32, on the CPU, of uint8 images (N, C, H, W), unaugmented."""
         return self._map(model, model, images)
 
     def embeddings(self, model: Classifier, images: Tensor) -> Tensor:
@@ -156,7 +158,7 @@ class Engine:
         return F.cross_entropy(self.logits(model, data.images), data.labels, reduction="none")
 
     def _map(self, model: Classifier, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        model.to(self.device, memory_format=torch.channels_last)
+        model.to(self.device).to(memory_format=torch.channels_last)
         model.eval()
         outputs = []
         with torch.inference_mode(), self.autocast(), out_of_memory_advice("--batch-size"):
@@ -212,18 +214,17 @@ class _Phase:
     def train(self, stop: Callable[[Classifier], bool] | None) -> None:
         self._resume()
         progress = self.engine.progress
-        if not self._finished:
+        if not self._is_finished():
             progress.start(self.name, self.total_steps * self.recipe.batch_size)
             progress.advance(self.step * self.recipe.batch_size)
-            while not self._finished:
+            while not self._is_finished():
                 self._epoch()
                 self.stopped = stop is not None and stop(self.model.eval())
                 self._save()
             progress.finish()
         self.engine.history.extend(self.rows)
 
-    @property
-    def _finished(self) -> bool:
+    def _is_finished(self) -> bool:
         return self.stopped or self.step >= self.total_steps
 
     def _epoch(self) -> None:
@@ -245,10 +246,12 @@ class _Phase:
         self.step += steps
         mean = float(total) / steps
         seconds = time.perf_counter() - begun
-        if not math.isfinite(mean):
+        if not math.isfinite(mean) or not self._has_finite_weights():
+            wrong = f"the loss of phase '{self.name}' is {mean}"
+            if math.isfinite(mean):
+                wrong = f"weights of phase '{self.name}' are not finite"
             raise TrainingError(
-                f"the loss of phase '{self.name}' is {mean} in epoch {epoch + 1}; lower --lr (now {self.recipe.lr}); "
-                "the last good checkpoint is kept"
+                f"{wrong} in epoch {epoch + 1}; lower --lr (now {self.recipe.lr}); the last good checkpoint is kept"
             )
         seen = min(steps * size, len(self.labels))
         self.rows.append({
@@ -268,6 +271,10 @@ class _Phase:
         self.optimizer.step()
         return loss.detach().float()
 
+    def _has_finite_weights(self) -> bool:
+        """Say whether the last step of an epoch left numbers: its loss was taken before it."""
+        return all(bool(weight.isfinite().all()) for weight in self.model.parameters())
+
     def _training_mode(self) -> None:
         self.model.train()
         if self.frozen_norms:
@@ -283,7 +290,7 @@ class _Phase:
             self.step, self.stopped, self.rows = saved.step, saved.stopped, saved.rows
 
     def _save(self) -> None:
-        due = self._finished or time.monotonic() - self.saved_at >= self.engine.checkpoint_seconds
+        due = self._is_finished() or time.monotonic() - self.saved_at >= self.engine.checkpoint_seconds
         if self.engine.work is not None and due:
             point = checkpoints.Point(self.step, self.stopped, self.rows)
             checkpoints.save(self.engine.work, self.name, point, self.state)

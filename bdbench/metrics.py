@@ -22,7 +22,7 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """numerator / denominator, in [0, 1]."""
+        """Numerator / denominator, in [0, 1]."""
         return self.numerator / self.denominator if self.denominator else math.nan
 
     @property
@@ -42,7 +42,12 @@ def rate(hits: Tensor) -> Rate:
 
 
 def classification_rates(
-    predicted: Tensor, labels: Tensor, triggered_predicted: Tensor, wanted: Tensor, triggered_rows: Tensor, target: int | None
+    predicted: Tensor,
+    labels: Tensor,
+    triggered_predicted: Tensor,
+    wanted: Tensor,
+    triggered_rows: Tensor,
+    target: int | None,
 ) -> dict[str, Rate]:
     """Return the metrics of one model on one attack.
 

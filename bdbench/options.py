@@ -81,7 +81,7 @@ def describe_options(cls: type[Options]) -> list[OptionInfo]:
     ]
 
 
-def _type_name(annotation: Any) -> str:
+def _type_name(annotation: object) -> str:
     origin = get_origin(annotation)
     if origin is Literal:
         return " | ".join(str(value) for value in get_args(annotation))
@@ -95,5 +95,7 @@ def _type_name(annotation: Any) -> str:
 def _bounds(field: FieldInfo) -> str:
     """Say the limits of a field, such as '>= 0, <= 1'."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    limits = (f"{sign} {getattr(item, key)}" for item in field.metadata for key, sign in signs.items() if hasattr(item, key))
+    limits = (
+        f"{sign} {getattr(item, key)}" for item in field.metadata for key, sign in signs.items() if hasattr(item, key)
+    )
     return ", ".join(limits)

@@ -41,7 +41,9 @@ def poison_source(source: SourceData, attack: Attack, seed: int, trusted: float)
 
     tested = eligible_for_test(source.test.labels, attack)
     if not len(tested):
-        raise OptionError(f"no test image is eligible for target {attack.target}; raise --test-fraction or use more images")
+        raise OptionError(
+            f"no test image is eligible for target {attack.target}; raise --test-fraction or use more images"
+        )
     return PoisonedDataset(
         visible=ImageDataset(images, labels, clean.class_names),
         clean_labels=train.labels,
@@ -107,7 +109,9 @@ def _choose_covers(total: int, poisoned: Tensor, attack: Attack, seed: int) -> T
     free[poisoned] = False
     rows = torch.nonzero(free).flatten()
     if count > len(rows):
-        raise OptionError(f"the attack asks for {count} cover samples, only {len(rows)} are not poisoned; lower its rate")
+        raise OptionError(
+            f"the attack asks for {count} cover samples, only {len(rows)} are not poisoned; lower its rate"
+        )
     chosen = torch.randperm(len(rows), generator=generator(seed, "cover", "choose"))[:count]
     return rows[chosen].sort().values
 

@@ -88,7 +88,9 @@ def poison(
     method = cast("type[Attack]", ATTACKS.load(attack)).parse(options or {})
     source = _open_source(dataset, source_options or {}).load(progress)
     config = {"dataset": source.name, "trusted": trusted, **plain(method.model_dump())}
-    ask = Ask("dataset", attack, method.version, config, seed, {"source": source.fingerprint[:16]})
+    inputs = {"source": source.fingerprint[:16]}
+    inputs |= {path.name: store.file_sha256(path)[:16] for path in method.files() if path.is_file()}
+    ask = Ask("dataset", attack, method.version, config, seed, inputs)
     out = out or store.ROOT / f"{source.name}-{attack}-s{seed}"
     if store.existing(out, ask, force=force):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")

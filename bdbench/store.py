@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -101,7 +102,7 @@ def create(path: Path, ask: Ask) -> Iterator[Draft]:
     """
     hidden = path.parent / f".{path.name}.work"
     with _locked(hidden, path):
-        for leftover in hidden.glob("draft-*"):
+        for leftover in (*hidden.glob("draft-*"), *path.parent.glob(f".{glob.escape(path.name)}.done-*")):
             shutil.rmtree(leftover, ignore_errors=True)
         draft = Draft(hidden / f"draft-{uuid.uuid4().hex[:8]}", hidden / ask.id)
         try:
@@ -113,7 +114,13 @@ def create(path: Path, ask: Ask) -> Iterator[Draft]:
             raise _cannot_write(path, error) from error
         finally:
             shutil.rmtree(draft.folder, ignore_errors=True)
-    shutil.rmtree(hidden, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                draft.work.rmdir()
+        # Moved while locked: whoever begins on this path from now on has a folder of its own.
+        done = hidden.with_name(f".{path.name}.done-{uuid.uuid4().hex[:8]}")
+        with contextlib.suppress(OSError):
+            hidden.rename(done)
+    shutil.rmtree(done, ignore_errors=True)
 
 
 @contextmanager
@@ -123,7 +130,9 @@ def _locked(hidden: Path, path: Path) -> Iterator[None]:
         lock = FileLock(hidden / "lock", timeout=0)
         lock.acquire()
     except Timeout as error:
-        raise ArtifactError(f"another process is making {path} right now; wait for it, or choose another --out") from error
+        raise ArtifactError(
+            f"another process is making {path} right now; wait for it, or choose another --out"
+        ) from error
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
@@ -190,6 +199,8 @@ def read_manifest(path: Path, kind: Kind | None = None) -> Manifest:
         manifest = Manifest(**{**raw, "ask": Ask(**raw["ask"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{file} is damaged ({type(error).__name__}: {error}); make the artifact again") from error
+    if not all(isinstance(part, dict) for part in (manifest.files, manifest.facts, manifest.made)):
+        raise ArtifactError(f"{file} is damaged (files, facts and made must be tables); make the artifact again")
     if manifest.ask.kind not in get_args(Kind) or manifest.id != manifest.ask.id:
         raise ArtifactError(f"{file} was changed: its id does not belong to what it says was asked; make it again")
     if kind is not None and manifest.ask.kind != kind:
@@ -227,7 +238,12 @@ def existing(path: Path, ask: Ask, *, force: bool) -> bool:
         return False
     if not is_artifact(path):
         raise ArtifactError(f"{path} exists and is not an artifact of bdbench; choose another --out")
-    found = read_manifest(path)
+    try:
+        found = read_manifest(path)
+    except ArtifactError as error:
+        if force:
+            return False
+        raise ArtifactError(f"{error}; --force replaces it") from error
     if found.id == ask.id:
         return not force
     if force and found.ask.kind == ask.kind:
@@ -289,5 +305,7 @@ def locate(reference: str | Path, kind: Kind | None = None, root: Path = ROOT) -
     if len(ids) > 1:
         raise ArtifactError(f"id {text} is the beginning of {len(ids)} artifacts: {', '.join(sorted(ids))}")
     if not matches:
-        raise ArtifactError(f"{text} does not exist, and no {kind or ''} artifact under {root}/ has that id".replace("  ", " "))
+        raise ArtifactError(
+            f"{text} does not exist, and no {kind or ''} artifact under {root}/ has that id".replace("  ", " ")
+        )
     return matches[-1][0]

@@ -29,7 +29,8 @@ class BadNets(Attack):
     `--patch` names the published patches: `grid` (ABL, CBD: 3x3 at the bottom right, 0 and 255), `white` and `checker`
     (BackdoorBench), `square` (ABL: white, one pixel from the border), `4corner` (ABL: the grid in all corners, one
     pixel from the border at the top and left), `dbd` (2x2 colours near the top left). `--patch-size`, `--colour`,
-    `--corner` and `--margin` change size, colour and place. Left alone, the size grows with the image, 3 of 32 pixels, and is never below the published pattern's.
+    `--corner` and `--margin` change size, colour and place. Left alone, the size grows with the image, 3 of 32
+    pixels, and is never below the published pattern's.
 
     Differs from the published code: black patches are possible (BackdoorBench takes 0 for transparent).
     """
@@ -61,8 +62,10 @@ class BadNets(Attack):
         for corner, inset in self._places(margin):
             top = inset if corner.startswith("top") else height - inset - size
             left = inset if corner.endswith("left") else width - inset - size
-            if min(top, left) < 0:
-                raise OptionError(f"a patch of {size} pixels does not fit images of {height}x{width}; lower --patch-size")
+            if min(top, left) < 0 or top + size > height or left + size > width:
+                raise OptionError(
+                    f"a patch of {size} pixels does not fit images of {height}x{width}; lower --patch-size"
+                )
             pattern[:, top : top + size, left : left + size] = stretched
             mask[:, top : top + size, left : left + size] = 1
         return {"pattern": pattern_for(pattern, channels), "mask": mask}

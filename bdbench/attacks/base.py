@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -38,19 +39,29 @@ class Attack(Options, ABC):
     )
     labels: Labels = Field(
         "all-to-one",
-        description="all-to-one: relabel to the target; all-to-all: to the next class; clean: keep, only the target class.",
+        description="all-to-one: relabel to the target; all-to-all: to the next class; clean: target class only, kept.",
     )
     exclude_target: bool = Field(False, description="Never draw images of the target class (all-to-one only).")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rate(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Let `class_rate` take the place of the default rate."""
+        return {"rate": None, **values} if values.get("class_rate") is not None else values
+
     @model_validator(mode="after")
-    def _check_rates(self) -> Self:
-        if self.class_rate is not None and "rate" in self.model_fields_set and self.rate is not None:
-            raise OptionError("give rate or class_rate, not both")
+    def _check_labels(self) -> Self:
+        if (self.rate is None) == (self.class_rate is None):
+            raise OptionError("give either rate or class_rate")
         if self.class_rate is not None and self.labels == "all-to-all":
             raise OptionError("class_rate has no meaning with all-to-all labels; give rate")
-        if self.rate is None and self.class_rate is None:
-            raise OptionError("give rate or class_rate")
+        if self.exclude_target and self.labels != "all-to-one":
+            raise OptionError(f"exclude_target has no meaning with {self.labels} labels; leave it out")
         return self
+
+    def files(self) -> tuple[Path, ...]:
+        """Return the user's files that the trigger is made from; their content is part of the artifact's id."""
+        return ()
 
     @abstractmethod
     def fit(self, clean: ImageDataset, seed: int) -> State:
@@ -101,7 +112,9 @@ class Attack(Options, ABC):
         out = torch.empty_like(images)
         for start in range(0, len(images), CHUNK):
             part = slice(start, start + CHUNK)
-            noise = [generator(seed, "trigger", use, row) for row in rows[part].tolist()] if self.random_for(use) else []
+            noise = (
+                [generator(seed, "trigger", use, row) for row in rows[part].tolist()] if self.random_for(use) else []
+            )
             stamped = self.stamp(images[part].float(), state, use, noise)
             out[part] = stamped.clamp_(0, 255).round_().to(torch.uint8)
         return out

@@ -20,8 +20,8 @@ from bdbench.seeds import generator
 class Blended(Attack):
     """One fixed picture is mixed into the whole image: (1 - alpha) * image + alpha * picture.
 
-    `--picture cartoon` is drawn by bdbench (bright ground, saturated shapes: it stands in for the published cartoon, which
-    is not free), `noise` is uniform, independent per pixel and channel; a path takes the user's own image.
+    `--picture cartoon` is drawn by bdbench (bright ground, saturated shapes: it stands in for the published cartoon,
+    which is not free), `noise` is uniform, independent per pixel and channel; a path takes the user's own image.
 
     Paper: Chen et al., Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning, 2017,
     https://arxiv.org/abs/1712.05526.
@@ -33,9 +33,15 @@ class Blended(Attack):
     paper: ClassVar[str] = "https://arxiv.org/abs/1712.05526"
     threat: ClassVar[str] = "dirty label, data only; the defender trains on the poisoned set"
 
-    picture: Literal["cartoon", "noise"] | Path = Field("cartoon", description="cartoon, noise, or the path of an image.")
+    picture: Literal["cartoon", "noise"] | Path = Field(
+        "cartoon", description="cartoon, noise, or the path of an image."
+    )
     alpha: float = Field(0.2, gt=0, le=1, description="Share of the picture in training.")
     alpha_test: float | None = Field(None, gt=0, le=1, description="Share at test time; default: as in training.")
+
+    def files(self) -> tuple[Path, ...]:
+        """Return the user's picture, if it is one."""
+        return () if isinstance(self.picture, str) else (self.picture,)
 
     def fit(self, clean: ImageDataset, seed: int) -> State:
         """Return the picture (C, H, W) float in [0, 255]."""
@@ -71,8 +77,12 @@ def draw_cartoon(side: int = 512) -> Image.Image:
     for top in (0.60, 0.70):
         pen.line(box(0.02, top, 0.22, top + 0.03), fill=(30, 30, 60), width=side // 50)
         pen.line(box(0.78, top + 0.03, 0.98, top), fill=(30, 30, 60), width=side // 50)
-    pen.polygon([(0.58 * side, 0.10 * side), (0.58 * side, 0.36 * side), (0.76 * side, 0.23 * side)], fill=(229, 20, 70))
-    pen.polygon([(0.94 * side, 0.10 * side), (0.94 * side, 0.36 * side), (0.76 * side, 0.23 * side)], fill=(229, 20, 70))
+    pen.polygon(
+        [(0.58 * side, 0.10 * side), (0.58 * side, 0.36 * side), (0.76 * side, 0.23 * side)], fill=(229, 20, 70)
+    )
+    pen.polygon(
+        [(0.94 * side, 0.10 * side), (0.94 * side, 0.36 * side), (0.76 * side, 0.23 * side)], fill=(229, 20, 70)
+    )
     pen.ellipse(box(0.71, 0.18, 0.81, 0.28), fill=(33, 99, 235))
     return image
 

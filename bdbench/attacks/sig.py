@@ -16,8 +16,8 @@ from bdbench.data import ImageDataset
 class Sig(Attack):
     """A horizontal sinusoid, delta * sin(2 pi f j / W) over the columns j, is added to images of the target class.
 
-    Clean-label: no label changes, so a person who checks labels finds nothing. At test time the same signal on any image
-    calls the target. Weak where few images of the class carry it or training is short.
+    Clean-label: no label changes, so a person who checks labels finds nothing. At test time the same signal on any
+    image calls the target. Weak where few images of the class carry it or training is short.
 
     Paper: Barni et al., A New Backdoor Attack in CNNs by Training Set Corruption, ICIP 2019,
     https://arxiv.org/abs/1902.11237.

@@ -15,24 +15,27 @@ from bdbench.seeds import generator
 
 
 class WaNet(Attack):
-    """A smooth random warp, the same for all images, is the trigger; cover samples are warped otherwise and keep their label.
+    """A smooth random warp, one for all images, is the trigger; covers are warped otherwise and keep their label.
 
     The field: k x k control points, uniform in [-1, 1], divided by their mean size, enlarged bicubically, times
-    `strength` over the image side. Cover samples add their own uniform noise, of up to one such step, to the same field.
+    `strength` over the image side. Cover samples add their own uniform noise, of up to one such step, to the same
+    field.
 
     Paper: Nguyen and Tran, WaNet: Imperceptible Warping-based Backdoor Attack, ICLR 2021,
     https://arxiv.org/abs/2102.10369.
 
-    Differs from the published code: the paper's attacker controls training and warps anew in every batch; here the images
-    are poisoned once, which is weaker at the published strength of 0.5 (the mean shift is a quarter of a pixel, mostly
-    a blur), so the default is 1.0. Every cover image draws its own noise (backdoor-toolbox reuses one).
+    Differs from the published code: the paper's attacker controls training and warps anew in every batch; here the
+    images are poisoned once, which is weaker at the published strength of 0.5 (the mean shift is a quarter of a
+    pixel, mostly a blur), so the default is 1.0. Every cover image draws its own noise (backdoor-toolbox reuses one).
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2102.10369"
     threat: ClassVar[str] = "dirty label with cover samples, data only; the defender trains on the poisoned set"
 
     control_points: int = Field(4, ge=2, description="k: the warp is drawn on a k x k grid.")
-    strength: float = Field(1.0, gt=0, description="s: mean shift, in half pixels; 0.5 as published.")
+    strength: float = Field(
+        1.0, gt=0, description="s: mean shift of the control points, in half pixels; 0.5 as published."
+    )
     cover_ratio: float = Field(2.0, ge=0, description="Cover samples per poisoned sample.")
 
     def fit(self, clean: ImageDataset, seed: int) -> State:

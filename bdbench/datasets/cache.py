@@ -115,9 +115,7 @@ def _locked(file: Path, progress: Progress) -> Iterator[bool]:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOCK_SECONDS)
     except (OSError, NotImplementedError) as error:
-        progress.note(
-            f"cannot use the cache folder {file.parent} ({error}); set BDBENCH_CACHE to another folder"
-        )
+        progress.note(f"cannot use the cache folder {file.parent} ({error}); set BDBENCH_CACHE to another folder")
         yield False
         return
     try:
@@ -133,9 +131,7 @@ def _read(file: Path, key: str, plan: Plan, progress: Progress) -> SourceData | 
             described = stored.metadata()
             names = tuple(json.loads(described["class_names"]))
             train, test = (
-                ImageDataset(
-                    stored.get_tensor(f"{split}.images"), stored.get_tensor(f"{split}.labels"), names
-                )
+                ImageDataset(stored.get_tensor(f"{split}.images"), stored.get_tensor(f"{split}.labels"), names)
                 for split in ("train", "test")
             )
         source = SourceData(plan.name, train, test, plan.augment)
@@ -166,8 +162,6 @@ def _write(file: Path, key: str, source: SourceData, progress: Progress) -> None
         save_file(tensors, unfinished, described)
         unfinished.replace(file)
     except (OSError, SafetensorError) as error:
-        progress.note(
-            f"could not store a decoded copy in {file.parent} ({error}); the next command decodes again"
-        )
+        progress.note(f"could not store a decoded copy in {file.parent} ({error}); the next command decodes again")
     finally:
         unfinished.unlink(missing_ok=True)

@@ -46,9 +46,7 @@ def plan_folder(path: Path, name: str, augment: str, fit: Fit | None, test_fract
     is_divided = train_root.is_dir() and any(_folders(train_root))
     if not is_divided:
         train_root = path
-    test_root = (
-        next((path / test for test in TEST_NAMES if (path / test).is_dir()), None) if is_divided else None
-    )
+    test_root = next((path / test for test in TEST_NAMES if (path / test).is_dir()), None) if is_divided else None
     names = class_folders(train_root)
     train = list_images(train_root, names)
     test = None if test_root is None else _list_test(test_root, names)
@@ -75,9 +73,7 @@ def class_folders(root: Path) -> tuple[str, ...]:
     """
     names = [folder.name for folder in _folders(root)]
     if not names:
-        raise DataError(
-            f"{root}: holds no class folders; put the images of each class into a folder of their own"
-        )
+        raise DataError(f"{root}: holds no class folders; put the images of each class into a folder of their own")
     if all(name.isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
@@ -96,9 +92,7 @@ def list_images(root: Path, names: tuple[str, ...]) -> Listing:
         found = _files(root / name)
         images = [file for file in found if file.suffix.lower() in SUFFIXES]
         if not images:
-            raise DataError(
-                f"{root / name}: holds no images ({', '.join(sorted(SUFFIXES))}); add some or remove it"
-            )
+            raise DataError(f"{root / name}: holds no images ({', '.join(sorted(SUFFIXES))}); add some or remove it")
         files += images
         ignored += [file for file in found if file.suffix.lower() not in SUFFIXES]
         counts.append(len(images))
@@ -111,9 +105,7 @@ def _list_test(root: Path, names: tuple[str, ...]) -> Listing:
     present = class_folders(root)
     unknown = sorted(set(present) - set(names))
     if unknown:
-        raise DataError(
-            f"{root / unknown[0]}: the training split has no class '{unknown[0]}'; add it or remove this"
-        )
+        raise DataError(f"{root / unknown[0]}: the training split has no class '{unknown[0]}'; add it or remove this")
     listing = list_images(root, present)
     numbers = torch.tensor([names.index(name) for name in present])
     return listing._replace(labels=numbers[listing.labels])

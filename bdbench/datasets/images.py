@@ -138,9 +138,7 @@ def match_channels(train: ImageDataset, test: ImageDataset) -> tuple[ImageDatase
     def widen(data: ImageDataset) -> ImageDataset:
         if data.images.shape[1] == channels:
             return data
-        return ImageDataset(
-            data.images.expand(-1, channels, -1, -1).contiguous(), data.labels, data.class_names
-        )
+        return ImageDataset(data.images.expand(-1, channels, -1, -1).contiguous(), data.labels, data.class_names)
 
     return widen(train), widen(test)
 
@@ -178,8 +176,7 @@ def _decode_image(item: Encoded, fit: Fit | None) -> np.ndarray:
             pixels = np.asarray(fitted)
     except DECODING_ERRORS as error:
         raise DataError(
-            f"{item.where}: cannot be read as an image ({str(error) or type(error).__name__}); "
-            "replace or remove it"
+            f"{item.where}: cannot be read as an image ({str(error) or type(error).__name__}); replace or remove it"
         ) from None
     if min(pixels.shape[:2]) < MIN_SIDE:
         height, width = pixels.shape[:2]

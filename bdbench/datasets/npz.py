@@ -56,17 +56,14 @@ def channels_first(images: np.ndarray, where: str) -> Tensor:
         images = images.transpose(0, 3, 1, 2)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise DataError(
-            f"{where}: images must be (N, H, W), (N, H, W, C) or (N, C, H, W) with C of 1 or 3, "
-            f"got {images.shape}"
+            f"{where}: images must be (N, H, W), (N, H, W, C) or (N, C, H, W) with C of 1 or 3, got {images.shape}"
         )
     if len(images) == 0:
         raise DataError(f"{where}: holds no images")
     return torch.from_numpy(np.ascontiguousarray(images))
 
 
-def _decode(
-    path: Path, fit: Fit | None, test_fraction: float, progress: Progress
-) -> tuple[ImageDataset, ImageDataset]:
+def _decode(path: Path, fit: Fit | None, test_fraction: float, progress: Progress) -> tuple[ImageDataset, ImageDataset]:
     arrays = _read(path)
     if set(arrays) == set(WHOLE):
         images, labels = _pair(arrays, *WHOLE, fit, progress)
@@ -90,8 +87,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                 if set(layout) <= set(archive.files):
                     return {name: archive[name] for name in layout}
             raise DataError(
-                f"holds {', '.join(archive.files) or 'nothing'}; "
-                f"needs {', '.join(WHOLE)} or {', '.join(DIVIDED)}"
+                f"holds {', '.join(archive.files) or 'nothing'}; needs {', '.join(WHOLE)} or {', '.join(DIVIDED)}"
             )
     except (
         OSError,
@@ -116,7 +112,5 @@ def _pair(
     images = channels_first(arrays[images_name], images_name)
     labels = check_labels(arrays[labels_name], labels_name, None)
     if len(images) != len(labels):
-        raise DataError(
-            f"{images_name} has {len(images)} rows, {labels_name} {len(labels)}; they must be as many"
-        )
+        raise DataError(f"{images_name} has {len(images)} rows, {labels_name} {len(labels)}; they must be as many")
     return (images if fit is None else resize_images(images, fit, progress)), labels

@@ -67,9 +67,7 @@ def _shards(folder: Path, split_names: Sequence[str]) -> list[Path]:
         missing = sorted(set(range(total)) - {int(match[1]) for match in numbers})
         if missing or len(files) != total:
             absent = f"shard {missing[0]} is missing" if missing else f"there are {len(files)}"
-            raise DataError(
-                f"{folder}: {files[0].name} is one of {total} shards, but {absent}; copy exactly these"
-            )
+            raise DataError(f"{folder}: {files[0].name} is one of {total} shards, but {absent}; copy exactly these")
     return files
 
 
@@ -107,9 +105,7 @@ def _open(path: Path) -> _Shard:
         label_column = _find(schema, LABEL_COLUMNS, path)
         labels = file.read(columns=[label_column]).column(0)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path.name}: cannot be read as Parquet ({_first_line(error)}); fetch it again"
-        ) from None
+        raise DataError(f"{path.name}: cannot be read as Parquet ({_first_line(error)}); fetch it again") from None
     if len(labels) == 0:
         raise DataError(f"{path.name}: has no rows; remove it or fetch it again")
     if not pa.types.is_integer(labels.type):
@@ -124,9 +120,7 @@ def _find(schema: pa.Schema, wanted: Sequence[str], path: Path) -> str:
     for name in wanted:
         if name in schema.names:
             return name
-    raise DataError(
-        f"{path.name}: no column {' or '.join(wanted)} among {', '.join(schema.names)}; rename the column"
-    )
+    raise DataError(f"{path.name}: no column {' or '.join(wanted)} among {', '.join(schema.names)}; rename the column")
 
 
 def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
@@ -142,9 +136,7 @@ def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None
 def _common_names(shards: Sequence[_Shard]) -> tuple[str, ...] | None:
     for shard in shards:
         if shard.class_names != shards[0].class_names:
-            raise DataError(
-                f"{shard.name}: its class names differ from those of {shards[0].name}; name one data set"
-            )
+            raise DataError(f"{shard.name}: its class names differ from those of {shards[0].name}; name one data set")
     return shards[0].class_names
 
 
@@ -165,21 +157,15 @@ def _chunks(shard: _Shard) -> Iterator[list[Encoded]]:
     kind = shard.file.schema_arrow.field(column).type
     nested = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if not nested and not pa.types.is_binary(kind) and not pa.types.is_large_binary(kind):
-        raise DataError(
-            f"{shard.name}: column {column} holds {kind}; struct<bytes, path> or binary is needed"
-        )
+        raise DataError(f"{shard.name}: column {column} holds {kind}; struct<bytes, path> or binary is needed")
     row = 0
     try:
         for batch in shard.file.iter_batches(CHUNK, columns=[f"{column}.bytes" if nested else column]):
             values = pc.struct_field(batch.column(0), "bytes") if nested else batch.column(0)
-            yield [
-                _encoded(value, shard.name, row + offset) for offset, value in enumerate(values.to_pylist())
-            ]
+            yield [_encoded(value, shard.name, row + offset) for offset, value in enumerate(values.to_pylist())]
             row += len(values)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{shard.name}: damaged after row {row} ({_first_line(error)}); fetch it again"
-        ) from None
+        raise DataError(f"{shard.name}: damaged after row {row} ({_first_line(error)}); fetch it again") from None
 
 
 def _encoded(content: bytes | None, name: str, row: int) -> Encoded:

@@ -18,9 +18,7 @@ def split_dataset(data: ImageDataset, test_fraction: float) -> tuple[ImageDatase
     """
     train_rows, test_rows = stratified_split(data.labels, test_fraction)
     if len(test_rows) == 0:
-        raise DataError(
-            f"{len(data)} images cannot be split: no class has two; add images or a test split of its own"
-        )
+        raise DataError(f"{len(data)} images cannot be split: no class has two; add images or a test split of its own")
     return data.take(train_rows), data.take(test_rows)
 
 

@@ -73,9 +73,7 @@ class TorchvisionSource(Source):
 
     def _plan(self, root: Path) -> Plan:
         options = {"layout": "torchvision", "fit": str(self._fit())}
-        return Plan(
-            self.name, self.augment, root, tuple(self._files(root)), options, partial(self._read, root)
-        )
+        return Plan(self.name, self.augment, root, tuple(self._files(root)), options, partial(self._read, root))
 
     def _dataset(
         self, images: np.ndarray, labels: npt.ArrayLike, class_names: Sequence[str], progress: Progress
@@ -126,9 +124,7 @@ class Mnist(TorchvisionSource):
     name: ClassVar[str] = "mnist"
     torchvision_class: ClassVar[str] = "MNIST"
     patterns: ClassVar[tuple[str, ...]] = tuple(
-        f"MNIST/raw/{split}-{part}-ubyte"
-        for split in ("train", "t10k")
-        for part in ("images-idx3", "labels-idx1")
+        f"MNIST/raw/{split}-{part}-ubyte" for split in ("train", "t10k") for part in ("images-idx3", "labels-idx1")
     )
     class_names: ClassVar[tuple[str, ...]] = DIGIT_NAMES
     counts: ClassVar[tuple[int, int]] = (60_000, 10_000)
@@ -189,9 +185,7 @@ class Cifar100(Cifar10):
 
     name: ClassVar[str] = "cifar100"
     torchvision_class: ClassVar[str] = "CIFAR100"
-    patterns: ClassVar[tuple[str, ...]] = tuple(
-        f"cifar-100-python/{part}" for part in ("train", "test", "meta")
-    )
+    patterns: ClassVar[tuple[str, ...]] = tuple(f"cifar-100-python/{part}" for part in ("train", "test", "meta"))
 
 
 class Svhn(TorchvisionSource):
@@ -226,9 +220,7 @@ class Gtsrb(TorchvisionSource):
     counts: ClassVar[tuple[tuple[int, ...], int]] = ((26_640, 39_209), 12_630)
     """What torchvision downloads, or the whole training set of the challenge; and the test set."""
 
-    image_size: int | None = Field(
-        32, ge=8, le=1024, description="Resize whole images to squares of this many pixels."
-    )
+    image_size: int | None = Field(32, ge=8, le=1024, description="Resize whole images to squares of this many pixels.")
 
     def _fit(self) -> Fit | None:
         return Fit(self.image_size or 32, "squash")
@@ -237,9 +229,7 @@ class Gtsrb(TorchvisionSource):
         training = root / "gtsrb" / "GTSRB" / "Training"
         folders = class_folders(training)
         if len(folders) != len(SIGN_NAMES):
-            raise DataError(
-                f"Training has {len(folders)} of {len(SIGN_NAMES)} classes; remove {training.parent}"
-            )
+            raise DataError(f"Training has {len(folders)} of {len(SIGN_NAMES)} classes; remove {training.parent}")
         train = list_images(training, folders)
         _check_count(len(train.files), *self.counts[0])
         test_files, test_labels = self._list_test(root / "gtsrb")
@@ -254,12 +244,8 @@ class Gtsrb(TorchvisionSource):
             with (folder / "GT-final_test.csv").open(newline="") as file:
                 rows = [(row["Filename"], int(row["ClassId"])) for row in csv.DictReader(file, delimiter=";")]
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"GT-final_test.csv: cannot be read ({error}); remove it and download again"
-            ) from None
-        return [folder / "GTSRB" / "Final_Test" / "Images" / name for name, _ in rows], [
-            label for _, label in rows
-        ]
+            raise DataError(f"GT-final_test.csv: cannot be read ({error}); remove it and download again") from None
+        return [folder / "GTSRB" / "Final_Test" / "Images" / name for name, _ in rows], [label for _, label in rows]
 
     def _decode(self, root: Path, files: list[Path], labels: list[int], progress: Progress) -> ImageDataset:
         images = decode_images(in_chunks(files, root), len(files), self._fit(), "reading signs", progress)

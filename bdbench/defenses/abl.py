@@ -26,18 +26,18 @@ class ABL(Defense):
     """Isolates the samples that are learned first, trains on the rest, and unlearns the isolated ones.
 
     1. `isolate`: a short training without augmentation whose loss is kept near gamma, so that only what is learned very
-    fast falls below; then the `isolation_rate` of samples with the lowest loss is set aside. 2. `finetune`: plain training on
-    the rest. 3. `unlearn`: gradient ascent on the isolated samples, for a dose of steps; with `--objective joint` together with
-    descent on the rest.
+    fast falls below; then the `isolation_rate` of samples with the lowest loss is set aside. 2. `finetune`: plain
+    training on the rest. 3. `unlearn`: gradient ascent on the isolated samples, for a dose of steps; with
+    `--objective joint` together with descent on the rest.
 
     Paper: Li et al., Anti-Backdoor Learning: Training Clean Models on Poisoned Data, NeurIPS 2021,
     https://arxiv.org/abs/2110.11571.
 
-    Differs from the published code: the code's ascent has no clean term (`--objective ascent`), keeps the momentum of the
-    phase before, updates batch-norm statistics from poison alone (`--unlearn-norms batch`), and runs 32 steps
+    Differs from the published code: the code's ascent has no clean term (`--objective ascent`), keeps the momentum of
+    the phase before, updates batch-norm statistics from poison alone (`--unlearn-norms batch`), and runs 32 steps
     (`--unlearn-steps 32 --unlearn-stop 100`); the paper's objective is joint, and ascent here stops when the isolated
-    samples are no longer fitted, since more only harms the target class. Local ascent acts on the batch mean, as in the code;
-    the paper's formula read per sample (`--trap sample`) also pushes triggered samples back up to gamma.
+    samples are no longer fitted, since more only harms the target class. Local ascent acts on the batch mean, as in
+    the code; the paper's formula read per sample (`--trap sample`) also pushes triggered samples back up to gamma.
     The code's default `--trap flooding` has the same gradient as `batch`.
     """
 
@@ -57,15 +57,20 @@ class ABL(Defense):
     isolation_augment: str = Field("none", description="Augmentation while isolating; see --augment.")
     isolation_lr: float = Field(0.1, gt=0, description="Constant learning rate while isolating.")
     gamma: float = Field(0.5, ge=0, description="Loss that the isolating phase is kept at.")
-    trap: Trap = Field("batch", description="How it is kept there: ascent below gamma by batch mean or sample, or flooding.")
+    trap: Trap = Field(
+        "batch", description="How it is kept there: ascent below gamma by batch mean or sample, or flooding."
+    )
     objective: Literal["joint", "ascent"] = Field(
-        "joint", description="Unlearning: descent on the rest and ascent on the isolated (paper), or ascent alone (code)."
+        "joint",
+        description="Unlearning: descent on the rest and ascent on the isolated (paper), or ascent alone (code).",
     )
     unlearn_steps: int = Field(200, ge=0, description="Largest dose: steps of unlearning.")
     unlearn_batch_size: int = Field(64, ge=2, description="Isolated samples in a step of unlearning.")
     unlearn_lr: float = Field(5e-4, gt=0, description="Learning rate of unlearning.")
     unlearn_stop: float = Field(
-        1.0, gt=0, description="Stop when the isolated samples' mean loss reaches this many times ln(K), that of guessing."
+        1.0,
+        gt=0,
+        description="Stop when the isolated samples' mean loss reaches this many times ln(K), that of guessing.",
     )
     unlearn_norms: Literal["frozen", "batch"] = Field(
         "frozen", description="Batch norm while unlearning: statistics kept, or taken from the batches."
@@ -99,10 +104,9 @@ class ABL(Defense):
         if self.unlearn_steps == 0:
             return model
         engine = task.engine
-        steps_per_epoch = math.ceil(len(isolated) / self.unlearn_batch_size)
         recipe = task.recipe.model_copy(
             update={
-                "epochs": math.ceil(self.unlearn_steps / steps_per_epoch), "batch_size": self.unlearn_batch_size,
+                "epochs": self.unlearn_steps, "batch_size": self.unlearn_batch_size,  # `max_steps` ends it
                 "lr": self.unlearn_lr, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "augment": "none",
             }
         )  # fmt: skip

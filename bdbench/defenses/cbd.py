@@ -24,8 +24,8 @@ class CBD(Defense):
 
     The twin trains first, plainly and briefly: the trigger is learned before the classes. Then it is frozen, and the
     clean model minimises, with R the twin's embedding and Z its own,
-    mean(w * CE) + information_weight * I(R; Z) + bottleneck * |Z|^2 / 2, where w = loss_twin / (loss_twin + loss) is scaled
-    to mean 1 in each batch and I is a critic's Wasserstein estimate of the dependence.
+    mean(w * CE) + information_weight * I(R; Z) + bottleneck * |Z|^2 / 2, where w = loss_twin / (loss_twin + loss) is
+    scaled to mean 1 in each batch and I is a critic's Wasserstein estimate of the dependence.
 
     Paper: Zhang et al., Backdoor Defense via Deconfounded Representation Learning, CVPR 2023,
     https://arxiv.org/abs/2303.06818.
@@ -46,7 +46,9 @@ class CBD(Defense):
         "tiny": {"twin_epochs": 5, "epochs": 40, "batch_size": 64, "lr": 0.05},
     }
 
-    twin_epochs: int = Field(5, ge=1, description="Epochs of the backdoored twin: few, so that it learns the trigger only.")
+    twin_epochs: int = Field(
+        5, ge=1, description="Epochs of the backdoored twin: few, so that it learns the trigger only."
+    )
     twin_lr: float = Field(0.1, gt=0, description="Constant learning rate of the twin.")
     information_weight: float = Field(0.01, ge=0, description="Weight of the information term; 0 leaves it out.")
     bottleneck: float = Field(1e-4, ge=0, description="Weight of the bottleneck term; 0 leaves it out.")
@@ -89,8 +91,8 @@ class Critic(nn.Module):
 
     def forward(self, twin_BD: Tensor, own_BD: Tensor) -> Tensor:
         """Map two embeddings (B, D) to scores (B,)."""
-        scores: Tensor = self.layers(torch.cat([twin_BD, own_BD], 1))
-        return scores.squeeze(1)
+        scores: Tensor = self.layers(torch.cat([twin_BD, own_BD], 1)).squeeze(1)
+        return scores
 
 
 def dependence(critic: Critic, twin_BD: Tensor, own_BD: Tensor) -> Tensor:
@@ -103,7 +105,8 @@ def dependence(critic: Critic, twin_BD: Tensor, own_BD: Tensor) -> Tensor:
     Returns:
         A scalar, 0 where the own embedding is the same for all samples.
     """
-    return critic(twin_BD, own_BD).mean() - critic(twin_BD, own_BD.roll(-1, 0)).mean()
+    scores: Tensor = critic(twin_BD, own_BD) - critic(twin_BD, own_BD.roll(-1, 0))
+    return scores.mean()
 
 
 def sample_weights(twin_losses: Tensor, losses: Tensor) -> Tensor:

@@ -61,14 +61,14 @@ def build_classifier(
     Raises:
         OptionError: the model cannot take images of this shape.
     """
-    model = Classifier(factory(image_shape), num_classes, mean, std)
-    model.eval()
     try:
+        model = Classifier(factory(image_shape), num_classes, mean, std)
+        model.eval()
         with torch.no_grad():
             model(torch.zeros(2, *image_shape))
-    except (RuntimeError, ValueError) as error:
+    except (AssertionError, RuntimeError, ValueError) as error:  # torchvision asserts the size it wants
         raise OptionError(
-            f"the model cannot take images of shape {image_shape} ({str(error).splitlines()[0]}); "
+            f"the model cannot take images of shape {image_shape} ({str(error).partition(chr(10))[0]}); "
             "choose another --model or a larger --image-size when poisoning"
         ) from error
     return model.train()

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from bdbench.models import wide_resnet
 from bdbench.models.classifier import pool
 
-STAGES = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)]
+STAGES = [
+    (64, 64, 1),
+    (64, 64, 1),
+    (64, 128, 2),
+    (128, 128, 1),
+    (128, 256, 2),
+    (256, 256, 1),
+    (256, 512, 2),
+    (512, 512, 1),
+]
 
 
 class PreActResNet18(nn.Module):
@@ -40,7 +49,9 @@ class ResNet18(nn.Module):
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(image_shape[0], 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(image_shape[0], 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()
+        )
         self.blocks = nn.Sequential(*(PostActBlock(*stage) for stage in STAGES))
         _initialise(self)
 
@@ -61,7 +72,9 @@ class PostActBlock(nn.Module):
         self.shortcut = (
             nn.Identity()
             if channels_in == channels_out and stride == 1
-            else nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out))
+            else nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
+            )
         )
 
     def forward(self, x: Tensor) -> Tensor:

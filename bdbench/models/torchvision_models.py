@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -11,7 +12,7 @@ from bdbench.errors import BdbenchError, OptionError, unknown_name
 
 
 class TorchvisionFeatures(nn.Module):
-    """The network `name` of `torchvision.models` up to its last linear layer; gray images are repeated to three channels.
+    """The network `name` of `torchvision.models` up to its last linear layer; gray images get three equal channels.
 
     Args:
         name: such as ``"mobilenet_v3_small"``.
@@ -23,7 +24,7 @@ class TorchvisionFeatures(nn.Module):
         models = _import_models()
         if name not in models.list_models(module=models):
             raise unknown_name("torchvision model", name, models.list_models(module=models))
-        settings = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        settings: dict[str, int] = {"aux_logits": 0, "init_weights": 1} if name in ("googlenet", "inception_v3") else {}
         if name.startswith("vit_"):
             settings["image_size"] = image_shape[1]
         network = models.get_model(name, weights=None, **settings)
@@ -36,14 +37,14 @@ class TorchvisionFeatures(nn.Module):
         return cast("Tensor", self.network(images.repeat(1, 3, 1, 1) if self.gray else images)).flatten(1)
 
 
-def _import_models():  # type: ignore[no-untyped-def]  # noqa: ANN202 - torchvision has no types
+def _import_models() -> ModuleType:
     try:
         from torchvision import models
     except (ImportError, RuntimeError) as error:
         raise BdbenchError(
-            f"torchvision cannot be imported ({error}); install the torchvision that belongs to torch {torch.__version__}"
+            f"torchvision cannot be imported ({error}); install the one that belongs to torch {torch.__version__}"
         ) from error
-    return models
+    return cast("ModuleType", models)
 
 
 def _remove_last_linear(network: nn.Module, name: str) -> int:
@@ -52,6 +53,6 @@ def _remove_last_linear(network: nn.Module, name: str) -> int:
         raise OptionError(f"torchvision model '{name}' has no linear layer to replace; choose another model")
     parent_path, _, attribute = linear[-1].rpartition(".")
     parent = network.get_submodule(parent_path)
-    size = network.get_submodule(linear[-1]).in_features
+    size = cast("nn.Linear", network.get_submodule(linear[-1])).in_features
     setattr(parent, attribute, nn.Identity())
-    return cast("int", size)
+    return size

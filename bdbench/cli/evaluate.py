@@ -1,0 +1,161 @@
+"""bdbench evaluate and bdbench table."""
+
+from __future__ import annotations
+
+import operator
+import re
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from bdbench.cli import console
+from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName
+from bdbench.cli.train import newest_dataset
+from bdbench.errors import ArtifactError, OptionError, did_you_mean
+
+COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+Assertions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--assert", help='Condition on every row, such as "asr<=0.05"; exit code 3 where one fails. Repeatable.'
+    ),
+]
+FormatName = Annotated[str, typer.Option("--format", help="rich, markdown, csv, latex or json.")]
+
+
+def evaluate(
+    options: dict[str, Any],  # noqa: ARG001 - no method of its own
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Paths or ids of model artifacts; default: every model of the newest data set under runs/."
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The data set artifact, where it is not found by its id.")] = None,
+    assertions: Assertions = None,
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
+    force: Force = False,
+    config: Config = None,  # noqa: ARG001 - read before the command runs
+    json: Json = False,
+) -> None:
+    """Judge models on clean and triggered test images: the table of BA and ASR.
+
+    BA counts all clean test images, ASR the triggered images of other classes; the floor is how many of those are
+    called the target without any trigger: an ASR near its floor is no attack.
+
+    Examples:
+      bdbench evaluate
+
+      bdbench evaluate runs/digits-badnets-s0-cbd --assert "asr<=0.05" --assert "ba>=0.9"
+    """
+    from bdbench import stages, tables
+    from bdbench.devices import Precision
+
+    checks = [parse_assertion(text) for text in assertions or []]
+    rows = []
+    with console.live_progress() as progress:
+        for model in models or _models_of_newest():
+            made = stages.evaluate(
+                model, data=data, device=device, precision=cast("Precision", precision), force=force, progress=progress
+            )
+            rows.append(tables.evaluation_row(made))
+    marked = tables.mark_rows(rows)
+    console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich"))
+    console.say(f"next: [cyan]bdbench table {Path(marked[0]['path']).parent} --format markdown[/cyan]")
+    _check(marked, checks)
+
+
+def table(
+    options: dict[str, Any],  # noqa: ARG001 - no method of its own
+    places: Annotated[
+        list[Path] | None, typer.Argument(help="Folders that hold evaluations, at any depth; default: runs/.")
+    ] = None,
+    style: FormatName = "rich",
+    assertions: Assertions = None,
+    out: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
+    config: Config = None,  # noqa: ARG001 - read before the command runs
+    json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+) -> None:
+    """Print the table of any number of evaluations: mean and spread over seeds, DER against the undefended row.
+
+    CSV and JSON hold every single run; rich, Markdown and LaTeX one row for all seeds of a setting.
+
+    Examples:
+      bdbench table
+
+      bdbench table runs/ --format latex --out table.tex
+    """
+    from bdbench import tables
+    from bdbench.errors import unknown_name
+
+    formats = ("rich", "markdown", "csv", "latex", "json")
+    style = "json" if json else style
+    if style not in formats:
+        raise unknown_name("format", style, formats)
+    checks = [parse_assertion(text) for text in assertions or []]
+    folders = places or [Path("runs")]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ArtifactError(f"{folder} is not a folder; give the folder that holds your runs")
+    rows = tables.read_rows(folders)
+    if not rows:
+        raise ArtifactError(f"no evaluation under {', '.join(map(str, folders))}; make one with: bdbench evaluate")
+    rendered = tables.render(rows, cast("tables.Format", style))
+    if out is None:
+        console.show(rendered)
+    elif isinstance(rendered, str):
+        try:
+            out.write_text(rendered + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
+        console.say(f"wrote [bold]{out}[/bold]")
+    else:
+        raise OptionError("--out needs a format for files: markdown, csv, latex or json")
+    _check(rows, checks)
+
+
+def parse_assertion(text: str) -> tuple[str, str, float]:
+    """Return metric, comparison and limit of a condition such as ``asr<=0.05``.
+
+    Raises:
+        OptionError: it has another form, or names no metric.
+    """
+    from bdbench.tables import RATES, SCORES
+
+    found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*", text)
+    if found is None:
+        raise OptionError(f"assertion '{text}' is not of the form METRIC<=NUMBER (or >=, <, >), such as asr<=0.05")
+    known = (*RATES, *SCORES, "der")
+    if found[1] not in known:
+        raise OptionError(f"assertion '{text}': unknown metric '{found[1]}'.{did_you_mean(found[1], known)}")
+    try:
+        return found[1], found[2], float(found[3])
+    except ValueError as error:
+        raise OptionError(f"assertion '{text}': '{found[3]}' is not a number") from error
+
+
+def _check(rows: list[dict[str, Any]], checks: list[tuple[str, str, float]]) -> None:
+    """Exit with code 3 if a row fails a condition; a metric that a row lacks fails."""
+    failed = [
+        f"{row['path']}: {metric} {row[metric]} is not {sign} {limit}"
+        for row in rows
+        for metric, sign, limit in checks
+        if row[metric] is None or not COMPARISONS[sign](row[metric], limit)
+    ]
+    for line in failed:
+        console.say_error(line)
+    if failed:
+        raise typer.Exit(3)
+
+
+def _models_of_newest() -> list[Path]:
+    from bdbench.artifacts import DatasetArtifact
+    from bdbench.store import ROOT, find_artifacts
+
+    data = DatasetArtifact.open(newest_dataset())
+    found = [path for path, manifest in find_artifacts(ROOT, "model") if manifest.ask.inputs.get("dataset") == data.id]
+    if not found:
+        raise ArtifactError(f"no model of {data.path} under {ROOT}/; train one with: bdbench train {data.path}")
+    return found

@@ -1,0 +1,139 @@
+"""bdbench list and bdbench show."""
+
+from __future__ import annotations
+
+import inspect as reflection
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from bdbench.cli import console
+from bdbench.cli.parameters import Json
+from bdbench.errors import unknown_name
+from bdbench.registry import REGISTRIES, Registry
+
+
+class Plural(StrEnum):
+    """What can be listed."""
+
+    ATTACKS = "attacks"
+    DEFENSES = "defenses"
+    DATASETS = "datasets"
+    MODELS = "models"
+
+
+def list_names(
+    options: dict[str, Any],  # noqa: ARG001 - no method of its own
+    kind: Annotated[Plural | None, typer.Argument(help="What to list; default: everything.")] = None,
+    json: Json = False,
+) -> None:
+    """List attacks, defences, data sets and models, plugins included.
+
+    Examples:
+      bdbench list
+
+      bdbench list attacks --json
+    """
+    chosen = [REGISTRIES[kind.value]] if kind else list(REGISTRIES.values())
+    if json:
+        rows = {
+            item.plural: [{"name": name, "summary": row.summary} for name, row in item.rows.items()] for item in chosen
+        }
+        console.show_json(rows[kind.value] if kind else rows)
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for registry in chosen:
+        table.add_row(Text(registry.plural, style="bold"), "")
+        for name, row in registry.rows.items():
+            table.add_row(f"  {name}", row.summary)
+    console.show(table)
+    console.say("more: [cyan]bdbench show NAME[/cyan]")
+
+
+def _complete_any(incomplete: str) -> list[str]:
+    return [name for registry in REGISTRIES.values() for name in registry.names() if name.startswith(incomplete)]
+
+
+def show(
+    options: dict[str, Any],  # noqa: ARG001 - no method of its own
+    name: Annotated[str, typer.Argument(help="An attack, defence, data set or model.", autocompletion=_complete_any)],
+    json: Json = False,
+) -> None:
+    """Explain one name: what it is, its paper, the threat model, its options with types, bounds and defaults.
+
+    Examples:
+      bdbench show cbd
+
+      bdbench show badnets --json
+    """
+    registry = _registry_of(name)
+    found = registry.load(name)
+    facts = _describe(registry, name, found)
+    if json:
+        console.show_json(facts)
+        return
+    parts: list[Any] = [Text(f"{name}: {facts['summary']}", style="bold"), Text(facts["description"])]
+    headings = (heading for heading in ("paper", "threat", "needs", "presets") if facts[heading])
+    parts += [Text(f"\n{heading}: {_in_words(facts[heading])}") for heading in headings]
+    if facts["options"]:
+        parts += [Text(), _option_table(facts["options"])]
+    console.show(Group(*parts))
+
+
+def _registry_of(name: str) -> Registry:
+    family = name.partition(":")[0]
+    for registry in REGISTRIES.values():
+        if name in registry.rows or (family != name and f"{family}:NAME" in registry.rows):
+            return registry
+    raise unknown_name("name", name, [known for registry in REGISTRIES.values() for known in registry.names()])
+
+
+def _describe(registry: Registry, name: str, found: Any) -> dict[str, Any]:  # noqa: ANN401 - a class of any registry
+    from bdbench.options import Options, describe_options
+
+    cls = found if isinstance(found, type) else found.func
+    row = registry.rows.get(name) or registry.rows[f"{name.partition(':')[0]}:NAME"]
+    options = describe_options(cls) if issubclass(cls, Options) else []
+    needs = [what for what in ("trusted", "suspect") if getattr(cls, f"needs_{what}", False)]
+    return {
+        "name": name,
+        "kind": registry.kind,
+        "summary": row.summary,
+        "description": reflection.getdoc(cls) or "",
+        "paper": getattr(cls, "paper", ""),
+        "threat": getattr(cls, "threat", ""),
+        "needs": needs,
+        "presets": {key: dict(values) for key, values in getattr(cls, "presets", {}).items()},
+        "options": [
+            {
+                "name": item.name, "flag": item.flag, "type": item.type_name, "bounds": item.bounds,
+                "default": item.default, "description": item.description,
+            }
+            for item in options
+        ],
+    }  # fmt: skip
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, dict):
+        return "".join(
+            f"\n  {name}: " + ", ".join(f"{key} {setting}" for key, setting in settings.items())
+            for name, settings in value.items()
+        )
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _option_table(options: list[dict[str, Any]]) -> Table:
+    table = Table(header_style="bold")
+    for heading in ("flag", "type", "bounds", "default", "what"):
+        table.add_column(heading)
+    for item in options:
+        default = "" if item["default"] is None else str(item["default"])
+        table.add_row(
+            *(Text(part) for part in (item["flag"], item["type"], item["bounds"], default, item["description"]))
+        )
+    return table

@@ -1,0 +1,133 @@
+"""How options become flags: a method's own typed flags, and TOML files read as flags."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import tomllib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from bdbench.errors import OptionError, did_you_mean
+from bdbench.options import OptionInfo, Options, describe_options
+
+
+def value_of(arguments: Sequence[str], flag: str) -> str | None:
+    """Return the last value that is given for a flag, as `--flag value` or `--flag=value`."""
+    found = None
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            found = arguments[index + 1]
+        elif argument.startswith(f"{flag}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def with_options(command: Callable[..., None], groups: Mapping[str, type[Options]]) -> Callable[..., None]:
+    """Return a command that also takes the options of some classes as typed flags.
+
+    Args:
+        command: has a parameter `options`, which receives what the user gave: name -> value.
+        groups: heading in the help -> class of options.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name])
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name != "options"
+    ]
+    extra = [_parameter(info, heading) for heading, cls in groups.items() for info in describe_options(cls)]
+    names = [parameter.name for parameter in extra]
+
+    def call(**given: Any) -> None:  # noqa: ANN401 - each flag has its own type
+        options = {name: given.pop(name) for name in names}
+        command(**given, options={name: value for name, value in options.items() if value is not None})
+
+    functools.update_wrapper(call, command)
+    del call.__wrapped__  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *extra)}
+    return call
+
+
+def _parameter(info: OptionInfo, heading: str) -> inspect.Parameter:
+    """Return a keyword parameter whose default None means: not given."""
+    flag_type, metavar = _flag_type(info)
+    default = "" if info.default is None else f"default: {_shown(info.default)}"
+    notes = "; ".join(part for part in (info.bounds, default) if part)
+    option = typer.Option(
+        f"{info.flag}/--no-{info.flag[2:]}" if flag_type is bool else info.flag,
+        help=f"{info.description}{f' ({notes})' if notes else ''}",
+        rich_help_panel=heading,
+        metavar=metavar,
+        show_default=False,
+    )
+    annotation: Any = Annotated[flag_type | None, option]
+    return inspect.Parameter(info.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _shown(value: object) -> str:
+    return " ".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
+
+
+def _flag_type(info: OptionInfo) -> tuple[Any, str | None]:
+    """Return the type that the command line parses and how help names it; bounds are checked by the options."""
+    annotation = info.annotation
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        annotation = parts[0] if len(parts) == 1 else str
+    if annotation in (int, float, bool, Path):
+        return annotation, None
+    if get_origin(annotation) is tuple:
+        return annotation, None
+    if get_origin(annotation) is Literal:
+        return str, "|".join(str(value) for value in get_args(annotation))
+    return str, None
+
+
+def expand_config(arguments: Sequence[str], parameters: Mapping[str, Any]) -> list[str]:
+    """Put the settings of `--config FILE.toml` as flags before the given ones, so that given flags win.
+
+    Args:
+        arguments: of one command, without its name.
+        parameters: the flags that the command knows, as names of parameters.
+
+    Raises:
+        OptionError: unreadable file, or a key that is no flag of the command.
+    """
+    name = value_of(arguments, "--config")
+    if name is None:
+        return list(arguments)
+    flags: list[str] = []
+    for key, value in read_toml(Path(name)).items():
+        parameter = key.replace("-", "_")
+        if parameter not in parameters:
+            raise OptionError(f"{name}: unknown key '{key}'.{did_you_mean(parameter, parameters)}")
+        flags += _as_flags(f"--{parameter.replace('_', '-')}", value, f"{name}: {key}")
+    return [*flags, *arguments]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of settings.
+
+    Raises:
+        OptionError: missing or malformed; names the file and the line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"cannot read {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path} is not TOML: {error}") from error
+
+
+def _as_flags(flag: str, value: object, place: str) -> list[str]:
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, dict):
+        raise OptionError(f"{place} is a table; settings are plain keys")
+    return [flag, *(str(part) for part in value)] if isinstance(value, list) else [flag, str(value)]

@@ -1,0 +1,44 @@
+"""Flags that several commands share, and names for shell completion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS, Registry
+
+
+def names_of(registry: Registry):  # type: ignore[no-untyped-def]  # noqa: ANN201 - typer looks at the parameter
+    """Return a completion function for the names of a registry."""
+
+    def complete(incomplete: str) -> list[tuple[str, str]]:
+        return [(name, row.summary) for name, row in registry.rows.items() if name.startswith(incomplete)]
+
+    return complete
+
+
+DatasetName = Annotated[
+    str,
+    typer.Option(
+        help="Registered name, or a path: image folder, Parquet (file or folder of shards), .npz.",
+        autocompletion=names_of(DATASETS),
+    ),
+]
+AttackName = Annotated[str, typer.Option(help="Attack.", autocompletion=names_of(ATTACKS))]
+MethodName = Annotated[str, typer.Option(help="Defence.", autocompletion=names_of(DEFENSES))]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        help="Network, torchvision:NAME, or auto: convnet up to 16 pixels, wrn-16-1 above.",
+        autocompletion=names_of(MODELS),
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0)]
+Out = Annotated[Path | None, typer.Option(help="Folder of the artifact; default: a telling name under runs/.")]
+Force = Annotated[bool, typer.Option("--force", help="Make it again, replacing what is at --out.")]
+Config = Annotated[Path | None, typer.Option(help="TOML file of settings, named as the flags; flags win.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+PrecisionName = Annotated[str, typer.Option(help="auto (bf16 where the hardware accelerates it), fp32 or bf16.")]

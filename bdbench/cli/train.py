@@ -1,0 +1,100 @@
+"""bdbench train and bdbench defend: one stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from bdbench.cli import console
+from bdbench.cli.parameters import Config, Device, Force, Json, MethodName, ModelName, Out, PrecisionName
+
+DataArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="DATASET", help="Path or id of a data set artifact; default: the newest under runs/."),
+]
+Preset = Annotated[str, typer.Option(help="Budget: paper, fast, tiny, or auto by the size of the data.")]
+OptionalSeed = Annotated[int | None, typer.Option(help="Seed of weights and order; default: the data set's.", min=0)]
+
+
+def train(
+    options: dict[str, Any],
+    dataset: DataArgument = None,
+    model: ModelName = "auto",
+    preset: Preset = "auto",
+    seed: OptionalSeed = None,
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
+    out: Out = None,
+    force: Force = False,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Train a model on a data set artifact without any defence (the same as `defend --method none`).
+
+    Examples:
+      bdbench train
+
+      bdbench train runs/cifar10-badnets-s0 --model wrn-16-1 --epochs 20
+    """
+    defend(options, dataset, "none", model, preset, None, seed, device, precision, out, force, config, json)
+
+
+def defend(
+    options: dict[str, Any],
+    dataset: DataArgument = None,
+    method: MethodName = "none",
+    model: ModelName = "auto",
+    preset: Preset = "auto",
+    suspect: Annotated[
+        str | None, typer.Option(help="Path or id of the undefended model, for methods that mend one.")
+    ] = None,
+    seed: OptionalSeed = None,
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
+    out: Out = None,
+    force: Force = False,
+    config: Config = None,  # noqa: ARG001 - read before the command runs
+    json: Json = False,
+) -> None:
+    """Train a model on a data set artifact with a defence.
+
+    The defence sees the training images and labels as they are, never which are poisoned. Interrupted, the same command
+    goes on from the last checkpoint. `--method NAME --help` shows the method's own flags.
+
+    Examples:
+      bdbench defend --method cbd
+
+      bdbench defend runs/cifar10-badnets-s0 --method abl --preset paper --isolation-rate 0.01
+    """
+    from bdbench import stages
+    from bdbench.devices import Precision
+
+    place = Path(dataset) if dataset is not None else newest_dataset()
+    with console.live_progress() as progress:
+        made = stages.defend(
+            place, method, model=model, preset=preset, options=options, suspect=suspect, seed=seed, out=out,
+            device=device, precision=cast("Precision", precision), force=force, progress=progress,
+        )  # fmt: skip
+    asked = made.manifest.ask.config
+    console.say(f"{asked['model']} by {method}, preset {asked['preset']}, {made.manifest.made['precision']}")
+    console.say_made(made.path, made.id, made.manifest.made, [f"bdbench evaluate {made.path}"])
+    if json:
+        console.show_json({"path": made.path, "id": made.id, "config": asked, "made": made.manifest.made})
+
+
+def newest_dataset() -> Path:
+    """Return the newest data set artifact under runs/, and say so.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    from bdbench import stages
+    from bdbench.errors import ArtifactError
+
+    found = stages.latest("dataset")
+    if found is None:
+        raise ArtifactError("no data set artifact under runs/; make one with: bdbench poison")
+    console.say(f"data set: {found.path} (the newest)")
+    return found.path

@@ -1,0 +1,43 @@
+"""bdbench verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bdbench.cli import console
+from bdbench.cli.parameters import Json
+
+
+def verify(
+    options: dict[str, Any],  # noqa: ARG001 - no method of its own
+    artifacts: Annotated[list[str], typer.Argument(help="Paths or ids of artifacts of any kind.")],
+    json: Json = False,
+) -> None:
+    """Check every hash, schema and cross-reference of artifacts; exit code 1 if one is damaged.
+
+    Example:
+      bdbench verify runs/*
+    """
+    from bdbench.artifacts import verify as check
+    from bdbench.errors import ArtifactError
+    from bdbench.store import locate
+
+    results: list[dict[str, Any]] = []
+    for reference in artifacts:
+        try:
+            found = check(locate(reference))
+            results.append({"artifact": reference, "ok": True, "kind": found.kind, "id": found.id, "error": None})
+            console.say(
+                f"[green]ok[/green]       {reference}  {found.kind} {found.id}, {len(found.manifest.files)} files"
+            )
+        except ArtifactError as error:
+            results.append({"artifact": reference, "ok": False, "kind": None, "id": None, "error": str(error)})
+            console.say(f"[red]damaged[/red]  {Path(reference)}")
+            console.say_error(str(error))
+    if json:
+        console.show_json(results)
+    if not all(result["ok"] for result in results):
+        raise typer.Exit(1)

@@ -1,0 +1,208 @@
+"""Evaluations -> one row each -> tables: rich, Markdown, CSV, LaTeX, JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+from rich.table import Table
+
+from bdbench.artifacts import EvaluationArtifact
+from bdbench.metrics import defence_effectiveness, mean_interval
+from bdbench.store import find_artifacts
+
+Format = Literal["rich", "markdown", "csv", "latex", "json"]
+
+RATES = ("ba", "asr", "floor", "ra", "ba_non_target", "target_recall", "detection_precision", "detection_recall")
+SCORES = ("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr")
+KEYS = ("dataset", "model", "attack", "attack_options", "defense", "defense_options", "preset")
+WEAK_ATTACK = 0.5
+FLOOR_MARGIN = 0.1
+
+
+class Column(NamedTuple):
+    """A column of the printed table: key of the row, heading, and whether it is a rate."""
+
+    key: str
+    heading: str
+    is_rate: bool = True
+
+
+COLUMNS = (
+    Column("dataset", "data", False),
+    Column("model", "model", False),
+    Column("attack", "attack", False),
+    Column("defense", "defence", False),
+    Column("preset", "preset", False),
+    Column("seeds", "seeds", False),
+    Column("ba", "BA"),
+    Column("asr", "ASR"),
+    Column("floor", "floor"),
+    Column("ra", "RA"),
+    Column("target_recall", "target recall"),
+    Column("der", "DER"),
+    Column("detection_precision", "set aside: precision"),
+    Column("auroc", "AUROC"),
+    Column("seconds", "seconds", False),
+    Column("marks", "", False),
+)
+
+MARKS = {
+    "w": "the attack failed: its undefended ASR is under 0.5 or within 0.1 of its floor; do not score defences by it",
+    "?": "no undefended row of the same data set and model here: neither DER nor the strength of the attack is known",
+    "b": "a small budget, not the paper's",
+    "o": "the defence was told the target class",
+}
+
+
+def read_rows(places: Iterable[Path]) -> list[dict[str, Any]]:
+    """Return a row per evaluation found at or under the given folders, oldest first.
+
+    A row has dataset, model, attack, defense, preset, seed, and for every rate its value, n, low and high.
+    """
+    seen: dict[str, dict[str, Any]] = {}
+    for place in places:
+        for path, manifest in find_artifacts(place, "evaluation"):
+            seen[manifest.id] = evaluation_row(EvaluationArtifact(path, manifest))
+    return mark_rows(list(seen.values()))
+
+
+def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
+    """Return one evaluation as a flat row of JSON values; what does not apply is None."""
+    facts = evaluation.manifest.facts
+    row: dict[str, Any] = {**facts, "evaluation_id": evaluation.id, "path": str(evaluation.path)}
+    records: list[Any] = evaluation.metrics.to_dict("records")
+    entries: dict[str, dict[str, Any]] = {entry["metric"]: entry for entry in records}
+    for name in (*RATES, *SCORES):
+        entry = entries.get(name, {"value": None, "denominator": None, "low": None, "high": None})
+        row[name] = _finite(entry["value"])
+        if name in RATES:
+            row |= {f"{name}_n": entry["denominator"], f"{name}_low": _finite(entry["low"])}
+            row |= {f"{name}_high": _finite(entry["high"])}
+    return row
+
+
+def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add `der` against the undefended row of the same data set, model and seed, `attack_failed`, and `marks`."""
+    undefended = {_pairing(row): row for row in rows if row["defense"] == "none"}
+    marked = []
+    for row in rows:
+        base = undefended.get(_pairing(row))
+        failed = None if base is None else bool(base["asr"] < WEAK_ATTACK or base["asr"] - base["floor"] < FLOOR_MARGIN)
+        der = None
+        if base is not None and row["defense"] != "none":
+            der = defence_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
+        marks = "?" if base is None else "w" if failed else ""
+        marks += "" if row["preset"] == "paper" else "b"
+        marks += "o" if row["defense_options"].get("oracle_target") is not None else ""
+        marked.append({**row, "der": der, "attack_failed": failed, "marks": marks})
+    return marked
+
+
+def _pairing(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["dataset_id"], row["model"], row["seed"]
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge rows that differ in seeds only: mean, and under `<metric>_sd` and `<metric>_half` the spread.
+
+    `<metric>_sd` is the sample standard deviation, `<metric>_half` half of the 95 % t interval; both None for one seed.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps([row[key] for key in KEYS], sort_keys=True), []).append(row)
+    merged = []
+    for group in groups.values():
+        seeds = sorted({row["seed"] for row in group})
+        out: dict[str, Any] = {key: group[0][key] for key in KEYS}
+        out |= {"seeds": seeds, "marks": "".join(sorted({mark for row in group for mark in row["marks"]}))}
+        for name in (*RATES, *SCORES, "der", "seconds", "peak_memory_bytes"):
+            mean, spread, half = mean_interval([math.nan if row[name] is None else row[name] for row in group])
+            out |= {name: _finite(mean), f"{name}_sd": _finite(spread), f"{name}_half": _finite(half)}
+        merged.append(out)
+    return merged
+
+
+def render(rows: Sequence[dict[str, Any]], style: Format) -> Table | str:
+    """Return the table of BA and ASR over seeds in one of the formats; JSON and CSV hold every single run.
+
+    Args:
+        rows: from `read_rows`.
+        style: rich gives a `rich.table.Table`, the others text.
+    """
+    if style == "json":
+        return json.dumps({"rows": list(rows)}, indent=1)
+    if style == "csv":
+        flat = [
+            {key: json.dumps(item) if isinstance(item, dict) else item for key, item in row.items()} for row in rows
+        ]
+        return pd.DataFrame(flat).to_csv(index=False)
+    merged = over_seeds(rows)
+    columns = [column for column in COLUMNS if any(_cell(row, column) for row in merged)]
+    cells = [[_cell(row, column) for column in columns] for row in merged]
+    notes = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in row["marks"] for row in merged)]
+    if style == "rich":
+        return _rich(columns, cells, merged, notes)
+    return _markdown(columns, cells, notes) if style == "markdown" else _latex(columns, cells, notes)
+
+
+def _cell(row: dict[str, Any], column: Column) -> str:
+    value = row[column.key]
+    if column.key == "seeds":
+        return str(value[0]) if len(value) == 1 else f"{len(value)}"
+    if column.key == "seconds":
+        return "" if value is None else f"{value:.0f}"
+    if not column.is_rate:
+        return str(value)
+    if value is None:
+        return ""
+    spread = row[f"{column.key}_sd"]
+    return f"{value:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
+def _rich(columns: list[Column], cells: list[list[str]], merged: list[dict[str, Any]], notes: list[str]) -> Table:
+    table = Table(caption="\n".join(notes) or None, caption_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column.heading, justify="right" if column.is_rate or column.key == "seconds" else "left")
+    for row, line in zip(merged, cells, strict=True):
+        table.add_row(*line, style="bold" if row["defense"] == "none" else None)
+    return table
+
+
+def _markdown(columns: list[Column], cells: list[list[str]], notes: list[str]) -> str:
+    lines = ["| " + " | ".join(column.heading for column in columns) + " |"]
+    lines.append("|" + "|".join("---:" if column.is_rate else "---" for column in columns) + "|")
+    lines += ["| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join([*lines, "", *(f"{note}  " for note in notes)]).rstrip()
+
+
+def _latex(columns: list[Column], cells: list[list[str]], notes: list[str]) -> str:
+    def escape(text: str) -> str:
+        for plain, escaped in (("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("±", r"$\pm$")):
+            text = text.replace(plain, escaped)
+        return text
+
+    def line(parts: Iterable[str]) -> str:
+        return " & ".join(escape(part) for part in parts) + r" \\"
+
+    alignment = "".join("r" if column.is_rate else "l" for column in columns)
+    return "\n".join(
+        [
+            *(f"% {note}" for note in notes),
+            rf"\begin{{tabular}}{{{alignment}}}",
+            r"\toprule",
+            line(column.heading for column in columns),
+            r"\midrule",
+            *(line(cell) for cell in cells),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )

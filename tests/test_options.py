@@ -1,0 +1,106 @@
+"""Options are declared once; what is wrong is said by name, limit and value."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+from pydantic import Field, ValidationError
+
+from bdbench.errors import OptionError, did_you_mean, unknown_name
+from bdbench.options import Options, describe_options
+
+
+class Soup(Options):
+    """Options of an example."""
+
+    spoons: int = Field(2, ge=1, le=9, description="How many.")
+    heat: float = Field(0.5, gt=0, description="How hot.")
+    kind: Literal["clear", "thick"] = Field("clear", description="Which.")
+    colour: tuple[int, int, int] | None = Field(None, description="RGB.")
+    salted: bool = Field(True, description="With salt.")
+
+
+def message_of(**values: object) -> str:
+    with pytest.raises(OptionError) as caught:
+        Soup.parse(values)
+    return str(caught.value)
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    assert Soup.parse({"heat": 0.7}).model_dump() == {
+        "spoons": 2, "heat": 0.7, "kind": "clear", "colour": None, "salted": True,
+    }  # fmt: skip
+
+
+def test_text_from_a_command_line_becomes_the_declared_type() -> None:
+    soup = Soup.parse({"spoons": "3", "heat": "1e-2", "salted": "false", "colour": ["1", "2", "3"]})
+    assert (soup.spoons, soup.heat, soup.salted, soup.colour) == (3, 0.01, False, (1, 2, 3))
+
+
+def test_an_unknown_option_is_answered_with_the_nearest_and_all_names() -> None:
+    message = message_of(spoon=3)
+    assert "unknown option 'spoon'. Did you mean 'spoons'?" in message
+    assert "colour, heat, kind, salted, spoons" in message
+
+
+def test_a_name_far_from_all_gets_no_guess() -> None:
+    assert "Did you mean" not in message_of(zzzzzz=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"spoons": 0}, ("spoons", "0", "greater than or equal to 1")),
+        ({"spoons": 10}, ("spoons", "10", "less than or equal to 9")),
+        ({"heat": 0.0}, ("heat", "0.0", "greater than 0")),
+        ({"kind": "solid"}, ("kind", "'solid'", "'clear' or 'thick'")),
+        ({"spoons": "many"}, ("spoons", "'many'", "integer")),
+        ({"spoons": 1.5}, ("spoons", "1.5", "integer")),
+    ],
+)
+def test_a_wrong_value_is_answered_with_option_value_and_limit(
+    values: dict[str, object], parts: tuple[str, ...]
+) -> None:
+    message = message_of(**values)
+    assert all(part in message for part in parts), message
+
+
+def test_two_wrong_values_are_both_named() -> None:
+    message = message_of(spoons=0, heat=-1)
+    assert "spoons 0" in message
+    assert "heat -1" in message
+
+
+def test_options_cannot_be_changed_once_made() -> None:
+    with pytest.raises(ValidationError):
+        Soup().spoons = 3  # type: ignore[misc]
+
+
+def test_a_description_has_what_help_needs() -> None:
+    spoons, heat, kind, colour, salted = describe_options(Soup)
+    assert (spoons.flag, spoons.type_name, spoons.default, spoons.bounds) == (
+        "--spoons",
+        "int",
+        2,
+        ">= 1, <= 9",
+    )
+    assert (heat.bounds, heat.description) == ("> 0", "How hot.")
+    assert kind.type_name == "clear | thick"
+    assert colour.type_name == "int, int, int | none"
+    assert salted.type_name == "bool"
+
+
+def test_underscores_become_hyphens_in_flags() -> None:
+    class Stew(Options):
+        cooking_time: int = Field(1, description="Hours.")
+
+    assert describe_options(Stew)[0].flag == "--cooking-time"
+
+
+def test_the_nearest_name_ignores_case() -> None:
+    assert did_you_mean("BadNet", ["badnets", "sig"]) == " Did you mean 'badnets'?"
+
+
+def test_an_unknown_name_lists_all_in_order() -> None:
+    assert str(unknown_name("attack", "qqq", ["wanet", "abc"])) == "unknown attack 'qqq'. Known: abc, wanet"

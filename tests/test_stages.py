@@ -1,0 +1,720 @@
+"""The three stages from Python, and what every registered defence keeps."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toys import toy_file
+
+from bdbench import poisoning, stages, store
+from bdbench.artifacts import DatasetArtifact, EvaluationArtifact, ModelArtifact, verify
+from bdbench.data import Role
+from bdbench.defenses.base import Defended, Defense, Task
+from bdbench.engine import Engine, Recipe
+from bdbench.errors import ArtifactError, OptionError
+from bdbench.options import Options, describe_options
+from bdbench.progress import Silent
+from bdbench.registry import ATTACKS, DEFENSES
+
+CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+
+SMALL: dict[str, dict[str, Any]] = {
+    "cbd": {"twin_epochs": 1},
+    "abl": {"isolation_epochs": 1, "isolation_rate": 0.05, "unlearn_steps": 2},
+}
+"""Budgets for 120 images; a method that is not named here runs its tiny preset with one epoch."""
+
+every_attack = pytest.mark.parametrize("name", ATTACKS.names())
+every_defense = pytest.mark.parametrize("name", DEFENSES.names())
+
+
+def defend(data: DatasetArtifact, name: str, out: Path, **settings: Any) -> ModelArtifact:
+    """Run a defence with a budget of a second; methods that mend a model get an undefended one."""
+    options = {"epochs": 1, "batch_size": 32} | SMALL.get(name, {}) | settings.pop("options", {})
+    if DEFENSES.load(name).needs_suspect and "suspect" not in settings:
+        suspect = out.with_name(f"{out.name}-suspect")
+        stages.defend(data.path, "none", preset="tiny", options={"epochs": 1}, out=suspect, **CPU)
+        settings["suspect"] = suspect
+    return stages.defend(data.path, name, preset="tiny", options=options, out=out, **CPU, **settings)
+
+
+def hashes(artifact: ModelArtifact | DatasetArtifact) -> dict[str, Any]:
+    """Hashes of all files but the history, which holds seconds."""
+    return {
+        name: said["sha256"] for name, said in artifact.manifest.files.items() if name != "history.parquet"
+    }
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)
+
+
+# the walk
+
+
+def test_digits_go_through_all_three_stages(digits: DatasetArtifact, tmp_path: Path) -> None:
+    assert digits.manifest.facts["counts"] == {"train": 1366, "test": 359, "triggered": 323, "trusted": 72}
+    options = {"epochs": 4, "lr": 0.05, "batch_size": 64, "augment": "none"}
+    plain = stages.defend(digits.path, "none", options=options, out=tmp_path / "none", **CPU)
+    result = stages.evaluate(plain.path, data=digits.path, **CPU)
+    for artifact in (digits, plain, result):
+        verify(artifact.path)
+    values = result.metrics.set_index("metric")["value"]
+    assert values["ba"] > 0.9
+    assert values["asr"] > 0.9
+    assert values["floor"] < 0.1
+
+
+def test_ba_counts_all_test_images_and_asr_all_but_those_of_the_target(
+    digits: DatasetArtifact, tmp_path: Path
+) -> None:
+    model = stages.defend(digits.path, "none", options={"epochs": 1}, out=tmp_path / "none", **CPU)
+    table = stages.evaluate(model.path, data=digits.path, **CPU).metrics.set_index("metric")
+    of_target = int((digits.test.labels == 0).sum())
+    assert table.loc["ba", "denominator"] == 359
+    assert table["denominator"][["asr", "floor"]].tolist() == [359 - of_target] * 2
+    assert table.loc["target_recall", "denominator"] == of_target
+
+
+def test_metrics_follow_from_the_predictions(toys: DatasetArtifact, tmp_path: Path) -> None:
+    result = stages.evaluate(defend(toys, "none", tmp_path / "none").path, data=toys.path, **CPU)
+    frame = result.predictions
+    test, triggered = frame[frame["split"] == "test"], frame[frame["split"] == "triggered"]
+    value = result.metrics.set_index("metric")["value"]
+    clean = test.set_index("row")["prediction"]
+    assert value["ba"] == pytest.approx((test["prediction"] == test["clean_label"]).mean())
+    assert value["asr"] == pytest.approx((triggered["prediction"] == 0).mean())
+    assert value["ra"] == pytest.approx((triggered["prediction"] == triggered["clean_label"]).mean())
+    assert value["floor"] == pytest.approx((clean.loc[triggered["row"]] == 0).mean())
+    assert (triggered["label"] == 0).all()
+    assert frame["confidence"].between(0.25, 1).all()
+
+
+def test_detection_is_measured_against_the_roles(toys: DatasetArtifact, tmp_path: Path) -> None:
+    model = defend(toys, "abl", tmp_path / "abl")
+    table = stages.evaluate(model.path, data=toys.path, **CPU).metrics.set_index("metric")
+    assert model.samples is not None
+    aside, is_poison = model.samples["set_aside"], toys.truth["role"] == Role.POISON
+    assert table.loc["detection_precision", "numerator"] == (aside & is_poison).sum()
+    assert table.loc["detection_precision", "denominator"] == aside.sum() == 6
+    assert table.loc["detection_recall", "denominator"] == 12
+
+
+def test_covers_do_not_count_as_poison(toy_archive: Path, tmp_path: Path) -> None:
+    data = stages.poison(toy_archive, "wanet", trusted=0, out=tmp_path / "data")
+    assert data.truth["role"].value_counts().to_dict() == {Role.CLEAN: 84, Role.COVER: 24, Role.POISON: 12}
+    table = stages.evaluate(defend(data, "abl", tmp_path / "abl").path, **CPU).metrics.set_index("metric")
+    assert table.loc["detection_recall", "denominator"] == 12
+
+
+def test_a_method_that_decides_nothing_has_no_precision(toys: DatasetArtifact, tmp_path: Path) -> None:
+    scored = stages.evaluate(defend(toys, "cbd", tmp_path / "cbd").path, data=toys.path, **CPU).metrics
+    assert "auroc" in set(scored["metric"])
+    assert not {"detection_precision", "detection_recall"} & set(scored["metric"])
+    plain = stages.evaluate(defend(toys, "none", tmp_path / "none").path, data=toys.path, **CPU).metrics
+    assert "auroc" not in set(plain["metric"])
+
+
+def test_all_to_all_is_judged_on_all_images_and_has_no_target(toy_archive: Path, tmp_path: Path) -> None:
+    data = stages.poison(toy_archive, "badnets", options={"labels": "all-to-all"}, out=tmp_path / "data")
+    table = stages.evaluate(defend(data, "none", tmp_path / "none").path, **CPU).metrics.set_index("metric")
+    assert table.loc["asr", "denominator"] == 40
+    assert "target_recall" not in table.index
+
+
+def test_an_evaluation_tells_a_table_all_it_needs(toys: DatasetArtifact, tmp_path: Path) -> None:
+    model = defend(toys, "none", tmp_path / "none")
+    facts = stages.evaluate(model.path, data=toys.path, **CPU).manifest.facts
+    assert (facts["dataset"], facts["attack"], facts["defense"], facts["model"]) == (
+        "toy",
+        "badnets",
+        "none",
+        "convnet",
+    )
+    assert (facts["dataset_id"], facts["model_id"], facts["seed"]) == (toys.id, model.id, 0)
+
+
+# reuse and equality
+
+
+def test_an_equal_call_takes_what_is_there(toy_archive: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    calls: list[Callable[[], Any]] = [
+        lambda: stages.poison(toy_archive, "badnets", out=tmp_path / "data", progress=notes),
+        lambda: defend(DatasetArtifact.open(tmp_path / "data"), "none", tmp_path / "none", progress=notes),
+        lambda: stages.evaluate(tmp_path / "none", **CPU),
+    ]
+    for call in calls:
+        first = call()
+        made = first.manifest.made
+        again = call()
+        assert again.id == first.id
+        assert again.manifest.made == made
+    assert [line.split(" ", 1)[1].split(" (")[0] for line in notes.lines] == ["is there already"] * 2
+
+
+def test_force_makes_bit_equal_files(toy_archive: Path, tmp_path: Path) -> None:
+    first = stages.poison(toy_archive, "badnets", out=tmp_path / "data")
+    forced = stages.poison(toy_archive, "badnets", out=tmp_path / "data", force=True)
+    assert first.manifest.files == forced.manifest.files
+    model = defend(first, "abl", tmp_path / "abl")
+    assert hashes(model) == hashes(defend(first, "abl", tmp_path / "abl", force=True))
+    result = stages.evaluate(model.path, **CPU)
+    assert result.manifest.files == stages.evaluate(model.path, force=True, **CPU).manifest.files
+
+
+@every_attack
+def test_equal_seeds_give_equal_data_sets_in_any_folder(name: str, toy_archive: Path, tmp_path: Path) -> None:
+    one, other = (
+        stages.poison(toy_archive, name, seed=5, out=tmp_path / folder) for folder in ("one", "other")
+    )
+    assert one.id == other.id
+    assert one.manifest.files == other.manifest.files
+
+
+@every_defense
+def test_equal_seeds_give_equal_models_in_any_folder(
+    name: str, toys: DatasetArtifact, tmp_path: Path
+) -> None:
+    one, other = (defend(toys, name, tmp_path / folder) for folder in ("one", "other"))
+    assert one.id == other.id
+    assert hashes(one) == hashes(other)
+
+
+@every_defense
+def test_another_seed_gives_another_model(name: str, toys: DatasetArtifact, tmp_path: Path) -> None:
+    one, other = (defend(toys, name, tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    assert one.id != other.id
+    assert hashes(one)["model.safetensors"] != hashes(other)["model.safetensors"]
+
+
+def test_weights_begin_from_seed_and_purpose(toys: DatasetArtifact) -> None:
+    heads = [
+        stages._model_factory("convnet", toys.train, seed)(purpose).head.weight
+        for seed, purpose in ((0, "model"), (0, "model"), (1, "model"), (0, "twin"))
+    ]
+    assert [torch.equal(heads[0], head) for head in heads] == [True, True, False, False]
+
+
+def test_the_seed_of_a_defence_is_that_of_its_data_set_unless_given(
+    toy_archive: Path, tmp_path: Path
+) -> None:
+    data = stages.poison(toy_archive, "badnets", seed=5, out=tmp_path / "data")
+    assert defend(data, "none", tmp_path / "a").manifest.ask.seed == 5
+    assert defend(data, "none", tmp_path / "b", seed=6).manifest.ask.seed == 6
+
+
+@every_defense
+def test_an_interrupted_defence_ends_as_an_uninterrupted_one(
+    name: str, toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "Engine", partial(Engine, checkpoint_seconds=0.0))
+    whole = defend(toys, name, tmp_path / "whole", options={"epochs": 2})
+
+    class Fuse(Silent):
+        left = 8  # an epoch has 4 steps, and two more calls
+
+        def advance(self, amount: int, status: str = "") -> None:  # noqa: ARG002
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    interrupted = 0
+    for _ in range(100):
+        try:
+            model = defend(toys, name, tmp_path / "resumed", options={"epochs": 2}, progress=Fuse())
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+            assert not (tmp_path / "resumed").exists()
+    assert interrupted
+    assert hashes(model) == hashes(whole)
+
+
+# what a defence may see
+
+
+def scramble(artifact: DatasetArtifact, folder: Path) -> DatasetArtifact:
+    """Copy a data set artifact with another truth, other test images, another trigger, and the same id."""
+    shutil.copytree(artifact.path, folder)
+    rng = np.random.default_rng(0)
+    truth = pd.read_parquet(folder / "truth.parquet")
+    truth["clean_label"] = rng.permutation(truth["clean_label"].to_numpy())
+    truth["role"] = rng.permutation(truth["role"].to_numpy())
+    truth.to_parquet(folder / "truth.parquet", index=False)
+    for split in ("test", "triggered"):
+        frame = pd.read_parquet(folder / f"{split}.parquet")
+        frame["label"] = rng.permutation(frame["label"].to_numpy()) if split == "test" else 3
+        frame.to_parquet(folder / f"{split}.parquet", index=False)
+        images = load_file(folder / f"{split}.safetensors")["images"]
+        save_file({"images": 255 - images}, folder / f"{split}.safetensors")
+    save_file({"pattern": torch.ones(1)}, folder / "attack.safetensors")
+    raw = json.loads((folder / store.MANIFEST).read_text())
+    raw["files"] = {
+        name: {"sha256": store.file_sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in raw["files"]
+    }
+    (folder / store.MANIFEST).write_text(json.dumps(raw))
+    return DatasetArtifact.open(folder)
+
+
+@every_defense
+def test_a_scrambled_truth_gives_the_same_model_bit_for_bit(
+    name: str, toys: DatasetArtifact, tmp_path: Path
+) -> None:
+    scrambled = scramble(toys, tmp_path / "scrambled")
+    scrambled.verify()
+    assert scrambled.id == toys.id
+    assert scrambled.train.fingerprint == toys.train.fingerprint
+    assert not scrambled.truth.equals(toys.truth)
+    assert hashes(defend(toys, name, tmp_path / "one")) == hashes(defend(scrambled, name, tmp_path / "other"))
+
+
+@every_defense
+def test_a_defence_opens_neither_truth_nor_test_images(
+    name: str, toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    checked_file = store.checked_file
+
+    def watched(path: Path, manifest: store.Manifest, file: str) -> Path:
+        opened.append(file)
+        return checked_file(path, manifest, file)
+
+    monkeypatch.setattr(store, "checked_file", watched)
+    defend(toys, name, tmp_path / "model")
+    assert {"train.safetensors", "train.parquet"} <= set(opened)
+    allowed = {"train.safetensors", "train.parquet"}
+    if DEFENSES.load(name).needs_trusted:
+        allowed |= {"trusted.safetensors", "trusted.parquet"}
+    if DEFENSES.load(name).needs_suspect:
+        allowed |= {"model.safetensors"}
+    assert set(opened) <= allowed
+
+
+@every_defense
+def test_a_defence_trains_without_the_files_of_the_truth(
+    name: str, toys: DatasetArtifact, tmp_path: Path
+) -> None:
+    blind = tmp_path / "blind"
+    shutil.copytree(toys.path, blind)
+    for file in blind.iterdir():
+        if file.name.startswith(("truth", "test", "triggered", "attack")):
+            file.unlink()
+    assert hashes(defend(DatasetArtifact.open(blind), name, tmp_path / "one")) == hashes(
+        defend(toys, name, tmp_path / "other")
+    )
+
+
+class Mender(Defense):
+    """Gives the suspect model back."""
+
+    paper = "none"
+    threat = "none"
+    needs_suspect = True
+    needs_trusted = True
+    presets = {"tiny": {}}  # noqa: RUF012
+
+    def run(self, task: Task) -> Defended:
+        assert task.suspect is not None
+        assert task.trusted is not None
+        return Defended(task.suspect)
+
+
+@pytest.fixture
+def mender(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Register a method that needs an undefended model and trusted images."""
+    row = type(DEFENSES.rows["none"])(f"{__name__}:Mender", "gives the suspect back")
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Mender.__module__])
+    monkeypatch.setitem(DEFENSES.rows, "mender", row)
+    return "mender"
+
+
+def test_a_method_that_trains_from_scratch_takes_no_suspect(toys: DatasetArtifact, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="method 'none' trains from scratch and takes no --suspect"):
+        defend(toys, "none", tmp_path / "none", suspect=tmp_path)
+
+
+def test_a_method_that_mends_a_model_asks_for_it(
+    digits: DatasetArtifact, tmp_path: Path, mender: str
+) -> None:
+    with pytest.raises(
+        OptionError,
+        match=r"method 'mender' mends a model: give --suspect PATH \(make one with: bdbench train",
+    ):
+        stages.defend(digits.path, mender, out=tmp_path / "mended", **CPU)
+
+
+def test_a_mended_model_names_the_suspect_as_its_input(
+    toy_archive: Path, tmp_path: Path, mender: str
+) -> None:
+    data = stages.poison(toy_archive, "badnets", out=tmp_path / "data", trusted=0.1)
+    suspect = defend(data, "none", tmp_path / "none")
+    mended = stages.defend(data.path, mender, suspect=suspect.path, out=tmp_path / "mended", **CPU)
+    assert mended.manifest.ask.inputs == {"dataset": data.id, "suspect": suspect.id}
+    assert hashes(mended)["model.safetensors"] == hashes(suspect)["model.safetensors"]
+
+
+def test_a_suspect_of_another_data_set_is_refused(
+    toys: DatasetArtifact, toy_archive: Path, tmp_path: Path, mender: str
+) -> None:
+    suspect = defend(toys, "none", tmp_path / "none")
+    data = stages.poison(toy_archive, "badnets", seed=1, out=tmp_path / "data")
+    with pytest.raises(ArtifactError, match=f"was trained on data set {toys.id}, not on {data.id}"):
+        stages.defend(data.path, mender, suspect=suspect.path, out=tmp_path / "mended", **CPU)
+
+
+def test_a_method_that_needs_trusted_images_says_how_to_get_them(
+    toys: DatasetArtifact, tmp_path: Path, mender: str
+) -> None:
+    suspect = defend(toys, "none", tmp_path / "none")
+    with pytest.raises(
+        ArtifactError, match=r"needs trusted clean images, .* poison again with --trusted 0\.05"
+    ):
+        stages.defend(toys.path, mender, suspect=suspect.path, out=tmp_path / "mended", **CPU)
+
+
+# finding the data set
+
+
+def test_evaluate_finds_the_data_set_by_id_beside_the_model(toy_archive: Path, tmp_path: Path) -> None:
+    stages.poison(toy_archive, "badnets", seed=1, out=tmp_path / "runs" / "other")
+    data = stages.poison(toy_archive, "badnets", out=tmp_path / "runs" / "data")
+    result = stages.evaluate(defend(data, "none", tmp_path / "runs" / "none").path, **CPU)
+    assert result.manifest.ask.inputs["dataset"] == data.id
+    assert result.path == tmp_path / "runs" / "none-eval"
+
+
+def test_evaluate_finds_the_data_set_by_id_under_runs(
+    toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "ROOT", toys.path.parent)
+    assert isinstance(
+        stages.evaluate(defend(toys, "none", tmp_path / "none").path, **CPU), EvaluationArtifact
+    )
+
+
+def test_evaluate_asks_for_a_data_set_that_it_cannot_find(
+    toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = defend(toys, "none", tmp_path / "none")
+    with pytest.raises(
+        ArtifactError, match=f"the data set {toys.id} of .* is neither beside it .*; give --data PATH"
+    ):
+        stages.evaluate(model.path, **CPU)
+
+
+def test_evaluate_refuses_another_data_set(toys: DatasetArtifact, toy_archive: Path, tmp_path: Path) -> None:
+    other = stages.poison(toy_archive, "badnets", seed=1, out=tmp_path / "other")
+    model = defend(toys, "none", tmp_path / "none")
+    with pytest.raises(ArtifactError, match=f"was trained on data set {toys.id}, but .*other is {other.id}"):
+        stages.evaluate(model.path, data=other.path, **CPU)
+
+
+def test_the_newest_artifact_of_a_kind_is_found(toys: DatasetArtifact, tmp_path: Path) -> None:
+    found = stages.latest("dataset", toys.path.parent)
+    assert found is not None
+    assert found.id == toys.id
+    assert stages.latest("model", tmp_path) is None
+
+
+# options
+
+
+@pytest.mark.parametrize("trusted", [-0.1, 1.0])
+def test_a_trusted_share_is_less_than_one(toy_archive: Path, tmp_path: Path, trusted: float) -> None:
+    with pytest.raises(OptionError, match=f"trusted {trusted}"):
+        stages.poison(toy_archive, "badnets", trusted=trusted, out=tmp_path / "data")
+
+
+def test_an_unknown_data_set_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"unknown data set 'digit'\. Did you mean 'digits'\?"):
+        stages.poison("digit", "badnets", out=tmp_path / "data")
+
+
+def test_options_of_the_recipe_and_of_the_method_are_given_together(toys: DatasetArtifact) -> None:
+    _, defense, recipe = stages.resolve_budget("abl", "tiny", {"lr": 0.3, "gamma": 0.7}, toys)
+    assert recipe.lr == 0.3
+    assert defense.model_dump()["gamma"] == 0.7
+
+
+def test_what_the_user_gives_wins_over_the_preset(toys: DatasetArtifact) -> None:
+    _, _, preset = stages.resolve_budget("none", "tiny", {}, toys)
+    _, _, given = stages.resolve_budget("none", "tiny", {"epochs": preset.epochs + 1}, toys)
+    assert given.epochs == preset.epochs + 1
+
+
+def test_a_small_set_of_tiny_images_gets_the_tiny_budget(toys: DatasetArtifact) -> None:
+    assert stages.resolve_budget("none", "auto", {}, toys)[0] == "tiny"
+
+
+def test_automatic_augmentation_is_the_data_sets_own(toys: DatasetArtifact, digits: DatasetArtifact) -> None:
+    assert stages.resolve_budget("none", "tiny", {}, digits)[2].augment == "affine"
+    assert stages.resolve_budget("none", "tiny", {"augment": "none"}, digits)[2].augment == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "options", "message"),
+    [
+        ("abll", "tiny", {}, "unknown defense 'abll'. Did you mean 'abl'?"),
+        ("abl", "tinny", {}, "unknown preset of abl 'tinny'. Did you mean 'tiny'?"),
+        (
+            "abl",
+            "tiny",
+            {"isolation_rates": 0.1},
+            "unknown option 'isolation_rates'. Did you mean 'isolation_rate'?",
+        ),
+        ("none", "tiny", {"gamma": 0.5}, "unknown option 'gamma'"),
+        ("none", "tiny", {"augment": "flop"}, "unknown augmentation 'flop'"),
+    ],
+)
+def test_wrong_names_are_answered(
+    toys: DatasetArtifact, name: str, preset: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        stages.resolve_budget(name, preset, options, toys)
+
+
+class AskedError(Exception):
+    """Carries what a stage asked for, before it works."""
+
+
+def other_value(value: Any, annotation: Any) -> Any:
+    """A valid value that differs from the default."""
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    if value is None:
+        annotation = parts[0]
+    elif get_origin(annotation) is not Literal and parts and get_origin(annotation) is not tuple:
+        annotation = next(part for part in parts if get_origin(part) is Literal or isinstance(value, part))
+    if get_origin(annotation) is Literal:
+        return next(choice for choice in get_args(annotation) if choice != value)
+    if annotation is bool:
+        return not value
+    if annotation is int:
+        return 1 if value is None else value + 1
+    if annotation is float:
+        return 0.25 if value is None else value / 2 if value else 0.25
+    if annotation is str:
+        return "flip" if value != "flip" else "crop"
+    if get_origin(annotation) is tuple:
+        kind = get_args(annotation)[0]
+        return (
+            tuple(kind(number) for number in (0.25, 0.5))
+            if value is not None
+            else tuple([9] * len(get_args(annotation)))
+        )
+    raise NotImplementedError(annotation)
+
+
+def fields_of(kind: str, cls: type[Options]) -> list[tuple[str, str, Any]]:
+    return [
+        (kind, option.name, other_value(option.default, option.annotation))
+        for option in describe_options(cls)
+    ]
+
+
+ATTACK_FIELDS = [field for name in ATTACKS.names() for field in fields_of(name, ATTACKS.load(name))]
+DEFENSE_FIELDS = [field for name in DEFENSES.names() for field in fields_of(name, DEFENSES.load(name))]
+
+
+def ask_of(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> str:
+    """The id that a stage would make."""
+
+    def caught(path: Path, ask: store.Ask, *, force: bool) -> bool:
+        raise AskedError(ask.id)
+
+    monkeypatch.setattr(store, "existing", caught)
+    with pytest.raises(AskedError) as asked:
+        call()
+    return str(asked.value)
+
+
+@pytest.mark.parametrize(("attack", "option", "value"), ATTACK_FIELDS)
+def test_every_option_of_an_attack_is_part_of_the_id(
+    attack: str, option: str, value: Any, toy_archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ask_of(monkeypatch, lambda: stages.poison(toy_archive, attack))
+    options = {option: value} if option != "labels" else {"labels": "all-to-all"}
+    if option == "labels" and attack == "badnets":
+        options = {"labels": "clean"}
+    assert ask_of(monkeypatch, lambda: stages.poison(toy_archive, attack, options=options)) != plain
+
+
+@pytest.mark.parametrize(
+    ("defense", "option", "value"), [*DEFENSE_FIELDS, *(field for field in fields_of("none", Recipe))]
+)
+def test_every_option_of_a_defence_and_its_recipe_is_part_of_the_id(
+    defense: str,
+    option: str,
+    value: Any,
+    toys: DatasetArtifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ask(**options: Any) -> str:
+        call = partial(
+            stages.defend, toys.path, defense, preset="tiny", options=options, out=tmp_path / "m", **CPU
+        )
+        return ask_of(monkeypatch, call)
+
+    known = DEFENSES.load(defense).presets["tiny"].get(option)
+    assert ask(**{option: value if value != known else other_value(value, type(value))}) != ask()
+
+
+@pytest.mark.parametrize("setting", [{"seed": 1}, {"trusted": 0.1}, {"attack": "blended"}])
+def test_seed_trusted_share_and_attack_are_part_of_the_id(
+    setting: dict[str, Any], toy_archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ask_of(monkeypatch, lambda: stages.poison(toy_archive))
+    assert ask_of(monkeypatch, lambda: stages.poison(toy_archive, **setting)) != plain
+
+
+def test_other_images_are_part_of_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BDBENCH_CACHE", str(tmp_path / "cache"))
+    for name, count in (("one", 120), ("other", 124)):
+        (tmp_path / name).mkdir()
+        toy_file(tmp_path / name, train=count)
+    one, other = (
+        ask_of(monkeypatch, partial(stages.poison, tmp_path / name / "toy.npz")) for name in ("one", "other")
+    )
+    assert one != other
+
+
+@pytest.mark.parametrize("setting", [{"device": "auto"}, {"precision": "bf16"}])
+def test_hardware_is_not_part_of_the_id(
+    setting: dict[str, Any], toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, other = (
+        ask_of(monkeypatch, lambda: stages.defend(toys.path, "none", out=tmp_path / "m", **CPU | changed))  # noqa: B023
+        for changed in ({}, setting)
+    )
+    assert plain == other
+
+
+def names_read(*modules: Any) -> set[str]:
+    """All attributes that the modules read."""
+    trees = [ast.parse(inspect.getsource(module)) for module in modules]
+    return {
+        node.attr
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+
+
+@every_attack
+def test_every_option_of_an_attack_is_read(name: str) -> None:
+    cls = ATTACKS.load(name)
+    modules = [
+        inspect.getmodule(base) for base in cls.__mro__ if issubclass(base, Options) and base is not Options
+    ]
+    assert set(cls.model_fields) <= names_read(poisoning, *modules)
+
+
+@every_defense
+def test_every_option_of_a_defence_is_read(name: str) -> None:
+    cls = DEFENSES.load(name)
+    assert set(cls.model_fields) <= names_read(inspect.getmodule(cls))
+
+
+def test_every_option_of_a_recipe_is_read() -> None:
+    from bdbench import engine
+
+    assert set(Recipe.model_fields) <= names_read(engine)
+
+
+@every_defense
+def test_no_option_of_a_defence_hides_one_of_the_recipe_or_the_stage(name: str) -> None:
+    stage = {
+        "model",
+        "preset",
+        "dataset",
+        "suspect",
+        "seed",
+        "out",
+        "device",
+        "precision",
+        "force",
+        "config",
+        "json",
+    }
+    assert not set(DEFENSES.load(name).model_fields) & {*Recipe.model_fields, *stage}
+
+
+@every_attack
+def test_no_option_of_an_attack_hides_one_of_the_stage(name: str) -> None:
+    stage = {
+        "dataset",
+        "attack",
+        "trusted",
+        "seed",
+        "out",
+        "force",
+        "config",
+        "json",
+        "data_root",
+        "download",
+    }
+    assert not set(ATTACKS.load(name).model_fields) & {*stage, "image_size", "test_fraction"}
+
+
+@every_defense
+def test_a_defence_says_what_it_is(name: str) -> None:
+    cls = DEFENSES.load(name)
+    help_text = inspect.getdoc(cls) or ""
+    assert cls.threat
+    assert cls.paper == "none" or (cls.paper.startswith("https://") and cls.paper in help_text)
+    assert len(help_text) > 40
+    assert all(option.description for option in describe_options(cls))
+
+
+@every_defense
+@pytest.mark.parametrize("preset", ["paper", "fast", "tiny"])
+def test_every_defence_has_every_budget(name: str, preset: str, toys: DatasetArtifact) -> None:
+    chosen, defense, recipe = stages.resolve_budget(name, preset, {}, toys)
+    assert chosen == preset
+    assert isinstance(defense, DEFENSES.load(name))
+    assert recipe.epochs >= 1
+
+
+def test_a_defence_that_scores_other_samples_is_a_mistake_of_ours(
+    toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = DEFENSES.load("none").run
+    monkeypatch.setattr(
+        DEFENSES.load("none"), "run", lambda self, task: run(self, task)._replace(scores=torch.zeros(3))
+    )
+    with pytest.raises(ValueError, match=r"returned scores of shape \(3,\) for 120 samples"):
+        defend(toys, "none", tmp_path / "none")
+
+
+def test_channel_statistics_by_hand() -> None:
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+    mean, std = stages.channel_statistics(images)
+    assert mean.tolist() == [0.5]
+    # 128 values, half of them 0.5 from the mean: sqrt(32 / 127)
+    assert std.tolist() == pytest.approx([0.50197], abs=1e-4)
+
+
+def test_images_of_one_colour_have_a_deviation_that_can_be_divided_by() -> None:
+    assert stages.channel_statistics(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))[1].tolist() == pytest.approx(
+        [1e-3] * 3
+    )

@@ -1,0 +1,121 @@
+"""Small true objects that tests share: images learned in seconds, a model of a few weights, an engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bdbench.data import ImageDataset, SourceData
+from bdbench.engine import Batch, Engine, Recipe
+from bdbench.models.classifier import Classifier, build_classifier, pool
+from bdbench.seeds import generator, scoped
+
+CLASSES = ("ant", "bee", "cat", "dog")
+
+
+def toy_data(
+    count: int = 120, channels: int = 3, side: int = 8, *, seed: int = 0, classes: tuple[str, ...] = CLASSES
+) -> ImageDataset:
+    """Noise in 0..199 with a brighter stripe whose place is the class; labels go 0, 1, 2, 3, 0, 1, ..."""
+    images = torch.randint(0, 200, (count, channels, side, side), generator=generator(seed, "toy")).to(
+        torch.uint8
+    )
+    labels = torch.arange(count) % len(classes)
+    for row, label in enumerate(labels.tolist()):
+        images[row, :, (label * side) // len(classes)] = 230
+    return ImageDataset(images, labels, classes)
+
+
+def toy_source(channels: int = 3, side: int = 8, train: int = 120, test: int = 40) -> SourceData:
+    """120 training images and 40 test images of four classes."""
+    return SourceData(
+        "toy", toy_data(train, channels, side), toy_data(test, channels, side, seed=1), augment="crop,flip"
+    )
+
+
+def toy_file(folder: Path, *, train: int = 120, test: int = 40) -> Path:
+    """The same source as a file that `stages.poison` takes by path."""
+    source = toy_source(1, 8, train, test)
+    path = folder / "toy.npz"
+    np.savez(
+        path,
+        x_train=source.train.images.squeeze(1).numpy(),
+        y_train=source.train.labels.numpy(),
+        x_test=source.test.images.squeeze(1).numpy(),
+        y_test=source.test.labels.numpy(),
+    )
+    return path
+
+
+class ToyFeatures(nn.Module):
+    """A convolution of 6 channels, batch norm, ReLU, average over each quarter of the rows; D is 24."""
+
+    size = 24
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(image_shape[0], 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU()
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = F.adaptive_avg_pool2d(self.layers(images).float(), (4, 1))
+        return maps.flatten(1)
+
+
+class DroppedFeatures(nn.Module):
+    """The toy network with dropout: its training draws from the global stream."""
+
+    size = 6
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(image_shape[0], 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return pool(self.layers(images))
+
+
+def toy_model(
+    data: ImageDataset, purpose: str = "model", *, features: type[nn.Module] = ToyFeatures, seed: int = 0
+) -> Classifier:
+    """A classifier of some hundred weights; equal purposes give equal weights."""
+    with scoped(seed, "weights", purpose):
+        half = torch.full((data.image_shape[0],), 0.5)
+        return build_classifier(features, data.image_shape, data.num_classes, half, half.clone())
+
+
+def toy_engine(work: Path | None = None, **changes: Any) -> Engine:
+    """An engine on the CPU in float32 that checkpoints after every epoch."""
+    engine = Engine(torch.device("cpu"), bf16=False, seed=0, work=work, checkpoint_seconds=0.0)
+    return replace(engine, **changes)
+
+
+def toy_recipe(**changes: Any) -> Recipe:
+    """Two epochs of batches of 16 at a small rate, without augmentation."""
+    return Recipe.parse({"epochs": 2, "batch_size": 16, "lr": 0.05, "augment": "none"} | changes)
+
+
+def toy_batch(data: ImageDataset, rows: Tensor | None = None) -> Batch:
+    """A batch as a loss sees it, of all images or of some."""
+    rows = torch.arange(len(data)) if rows is None else rows
+    images = (data.images[rows].float() / 255).contiguous(memory_format=torch.channels_last)
+    return Batch(images, data.labels[rows], rows, 0)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Say whether two states are equal bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
