@@ -37,7 +37,7 @@ class Recipe(Options):
     lr: float = Field(0.1, gt=0, description="Peak learning rate.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum.")
     nesterov: bool = Field(True, description="Nesterov's form of momentum.")
-    weight_decay: float = Field(5e-4, ge=0, description="Weight decay on all weights.")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay on all weights.")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="How the learning rate falls.")
     milestones: tuple[float, float] = Field((0.2, 0.7), description="Where `step` divides by 10: shares of the epochs.")
     warmup: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")

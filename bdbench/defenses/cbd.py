@@ -41,7 +41,7 @@ class CBD(Defense):
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.06818"
     threat: ClassVar[str] = "the defender controls training; has the poisoned set only, no clean data"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"twin_epochs": 5, "epochs": 100, "batch_size": 64, "schedule": "step", "weight_decay": 1e-4},
+        "paper": {"twin_epochs": 5, "epochs": 100, "batch_size": 64, "schedule": "step"},
         "fast": {"twin_epochs": 5, "epochs": 12, "batch_size": 64},
         "tiny": {"twin_epochs": 5, "epochs": 40, "batch_size": 64, "lr": 0.05},
     }

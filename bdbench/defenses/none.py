@@ -18,7 +18,7 @@ class NoDefense(Defense):
     paper: ClassVar[str] = "none"
     threat: ClassVar[str] = "the defender suspects nothing"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"epochs": 100, "schedule": "step", "weight_decay": 1e-4},
+        "paper": {"epochs": 100, "schedule": "step"},
         "fast": {"epochs": 12},
         "tiny": {"epochs": 30, "batch_size": 64, "lr": 0.05},
     }

@@ -1,0 +1,321 @@
+"""The command line as a user types it: the walk on digits, its errors and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bdbench.cli.app import run
+
+FAST = ("--epochs", "1", "--batch-size", "256")
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, " ".join(err.split())
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def bdbench(capfd: pytest.CaptureFixture[str]) -> Any:
+    """Run a command line in this process and return its exit code and what it wrote."""
+
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        return Result(code if isinstance(code, int) else 0, out, err)
+
+    return call
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the four bare commands were typed, with one epoch each."""
+    folder = tmp_path_factory.mktemp("walk")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for command in (
+            ["poison"],
+            ["train", *FAST],
+            ["defend", "--method", "cbd", "--twin-epochs", "1", *FAST],
+            ["defend", "--method", "abl", "--isolation-epochs", "1", "--unlearn-steps", "2", *FAST],
+            ["evaluate"],
+        ):
+            with pytest.raises(SystemExit) as ended:
+                run(command)
+            assert not ended.value.code, command
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def in_walk(walked: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(walked)
+    return walked
+
+
+def test_the_bare_commands_leave_one_artifact_each_under_runs(walked: Path) -> None:
+    names = {path.name for path in (walked / "runs").iterdir()}
+    base = "digits-badnets-s0"
+    models = {f"{base}-{method}" for method in ("none", "cbd", "abl")}
+    assert names == {base, *models, *(f"{name}-eval" for name in models)}
+
+
+def test_evaluate_gives_a_row_per_model_with_rates_counts_and_intervals(in_walk: Path, bdbench: Any) -> None:
+    rows = bdbench("evaluate", "--json").json["rows"]
+    assert {row["defense"] for row in rows} == {"none", "cbd", "abl"}
+    for row in rows:
+        assert row["dataset"] == "digits"
+        assert row["attack"] == "badnets"
+        assert row["seed"] == 0
+        for name in ("ba", "asr", "floor", "ra"):
+            assert 0 <= row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] <= 1
+            assert row[f"{name}_n"] > 0
+
+
+def test_evaluate_says_which_rows_break_an_assertion_and_exits_with_3(in_walk: Path, bdbench: Any) -> None:
+    result = bdbench("evaluate", "--assert", "ba<=1.0", "--assert", "asr>1", "--json")
+    assert result.code == 3
+    assert "asr" in result.err
+    assert len(result.json["rows"]) == 3
+    assert bdbench("evaluate", "--assert", "ba>=0").code == 0
+
+
+@pytest.mark.parametrize(("text", "said"), [("asr=0.1", "form"), ("asrr<=0.1", "Did you mean 'asr'"), ("ba<=1e", "number")])
+def test_an_assertion_that_makes_no_sense_is_refused(in_walk: Path, bdbench: Any, text: str, said: str) -> None:
+    result = bdbench("evaluate", "--assert", text)
+    assert result.code == 1
+    assert said in result.err
+
+
+@pytest.mark.parametrize("style", ["rich", "markdown", "csv", "latex", "json"])
+def test_table_prints_every_format(in_walk: Path, bdbench: Any, style: str) -> None:
+    result = bdbench("table", "--format", style)
+    assert result.code == 0
+    assert all(name in result.out for name in ("none", "cbd", "abl"))
+
+
+def test_table_writes_a_file(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    assert bdbench("table", "--format", "markdown", "--out", tmp_path / "t.md").code == 0
+    assert "| cbd |" in (tmp_path / "t.md").read_text()
+
+
+def test_inspect_counts_roles_and_draws_a_contact_sheet(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    result = bdbench("inspect", "runs/digits-badnets-s0", "--image", tmp_path / "sheet.png")
+    assert result.code == 0
+    assert "poison" in result.out
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_draws_the_loss_curves_of_a_model(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    result = bdbench("inspect", "runs/digits-badnets-s0-abl", "--image", tmp_path / "loss.png")
+    assert result.code == 0
+    assert "unlearn" in result.out
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_inspect_refuses_a_picture_of_an_unknown_kind(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    result = bdbench("inspect", "runs/digits-badnets-s0", "--image", tmp_path / "sheet.xyz")
+    assert result.code == 1
+    assert ".png" in result.err
+
+
+def test_verify_passes_what_is_whole_and_names_what_is_damaged(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    assert bdbench("verify", *sorted(Path("runs").iterdir())).code == 0
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", "runs/digits-badnets-s0-cbd", copy], check=True)
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    result = bdbench("verify", copy, "runs/digits-badnets-s0", "--json")
+    assert result.code == 1
+    assert [item["ok"] for item in result.json] == [False, True]
+    assert "model.safetensors" in result.err
+
+
+def test_an_id_works_where_a_path_does(in_walk: Path, bdbench: Any) -> None:
+    found = bdbench("inspect", "runs/digits-badnets-s0", "--json").json["id"]
+    assert bdbench("inspect", found, "--json").json["id"] == found
+    assert bdbench("inspect", "0123456789", "--json").code == 1
+
+
+def test_the_same_command_again_reuses_the_artifact(in_walk: Path, bdbench: Any) -> None:
+    manifest = Path("runs/digits-badnets-s0/manifest.json")
+    before = manifest.stat().st_mtime_ns
+    assert "is there already" in bdbench("poison").err
+    assert manifest.stat().st_mtime_ns == before
+
+
+def test_another_question_for_the_same_place_is_refused_with_what_differs(in_walk: Path, bdbench: Any) -> None:
+    result = bdbench("poison", "--rate", "0.2")
+    assert result.code == 1
+    assert "rate 0.1 -> 0.2" in result.err
+    assert "--force" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["poison", "--attack", "badnet"], 1, "Did you mean 'badnets'"),
+        (["poison", "--dataset", "cifar-10"], 1, "Did you mean 'cifar10'"),
+        (["poison", "--dataset", "no/such/folder"], 1, "no/such/folder"),
+        (["poison", "--atack", "sig"], 2, "--attack"),
+        (["poison", "--rate", "2"], 1, "rate 2.0"),
+        (["poison", "--rate", "much"], 2, "number"),
+        (["poison", "--target", "10"], 1, "classes are 0..9"),
+        (["poison", "--patch-size", "9"], 1, "8x8"),
+        (["poison", "--rate", "0.0001"], 1, "less than one sample"),
+        (["poison", "--attack", "sig", "--rate", "0.5"], 1, "eligible"),
+        (["poison", "--seed", "-1"], 2, "seed"),
+        (["defend", "--method", "cdb"], 1, "Did you mean 'cbd'"),
+        (["defend", "--method", "cbd", "--twin-epoch", "1"], 2, "--twin-epochs"),
+        (["defend", "--method", "cbd", "--twin-epochs", "0"], 1, "twin_epochs 0"),
+        (["defend", "--model", "wrn"], 1, "wrn-16-1"),
+        (["defend", "--preset", "fats"], 1, "Did you mean 'fast'"),
+        (["defend", "--device", "cuda:7"], 1, "--device auto or cpu"),
+        (["defend", "--device", "tpu"], 1, "unknown device"),
+        (["defend", "--augment", "crp"], 1, "Did you mean 'crop'"),
+        (["defend", "runs/digits-badnets-s0-none"], 1, "a dataset artifact is needed"),
+        (["evaluate", "runs/digits-badnets-s0"], 1, "a model artifact is needed"),
+        (["evaluate", "runs/nothing"], 1, "does not exist"),
+        (["table", "nowhere"], 1, "not a folder"),
+        (["table", "--format", "html"], 1, "unknown format"),
+        (["show", "abll"], 1, "Did you mean 'abl'"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_bad_input_gets_a_message_with_the_way_out(
+    in_walk: Path, bdbench: Any, arguments: list[str], code: int, said: str
+) -> None:
+    result = bdbench(*arguments)
+    assert result.code == code
+    assert said in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_pickle_offered_as_a_model_is_never_opened(in_walk: Path, bdbench: Any) -> None:
+    Path("weights.pth").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    result = bdbench("evaluate", "weights.pth")
+    assert result.code == 1
+    assert "no pickles" in result.err
+    assert not Path("owned").exists()
+
+
+def test_nothing_to_work_on_names_the_command_that_makes_it(here: Path, bdbench: Any) -> None:
+    assert "bdbench poison" in bdbench("train").err
+    assert bdbench("evaluate").code == 1
+
+
+def test_settings_come_from_toml_and_flags_win(here: Path, bdbench: Any) -> None:
+    Path("a.toml").write_text('attack = "sig"\nclass_rate = 0.5\ntrusted = 0.0\nseed = 3\n')
+    assert bdbench("poison", "--config", "a.toml", "--out", "a", "--delta", "30", "--seed", "4").code == 0
+    asked = json.loads(Path("a/manifest.json").read_text())["ask"]
+    assert asked["method"] == "sig"
+    assert asked["config"]["class_rate"] == 0.5
+    assert asked["config"]["delta"] == 30
+    assert asked["seed"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("rat = 0.1", "Did you mean 'rate'"), ("rate = ", "line 1"), ("[poison]\nrate = 0.1", "unknown key 'poison'")],
+)
+def test_a_wrong_toml_file_is_named(here: Path, bdbench: Any, text: str, said: str) -> None:
+    Path("a.toml").write_text(text)
+    result = bdbench("poison", "--config", "a.toml")
+    assert result.code == 1
+    assert "a.toml" in result.err
+    assert said in result.err
+
+
+@pytest.mark.parametrize("kind", ["attacks", "defenses", "datasets", "models"])
+def test_list_gives_names_and_summaries(bdbench: Any, kind: str) -> None:
+    rows = bdbench("list", kind, "--json").json
+    assert rows
+    assert all(row["name"] and row["summary"] for row in rows)
+
+
+def test_show_explains_every_name_of_every_registry(bdbench: Any) -> None:
+    for rows in bdbench("list", "--json").json.values():
+        for row in rows:
+            name = row["name"].replace("NAME", "resnet18")
+            facts = bdbench("show", name, "--json").json
+            assert facts["description"], name
+            assert all(option["description"] for option in facts["options"]), name
+
+
+def test_help_of_a_method_shows_its_own_flags(bdbench: Any) -> None:
+    assert "--isolation-rate" in bdbench("defend", "--method", "abl", "--help").out
+    assert "--isolation-rate" not in bdbench("defend", "--method", "cbd", "--help").out
+
+
+def test_help_starts_without_torch_pandas_and_pyarrow() -> None:
+    code = (
+        "import sys\nfrom bdbench.cli.app import run\n"
+        "try: run(['--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'pandas', 'pyarrow', 'sklearn') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+def _start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "bdbench", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _wait_for_training(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """Return when the model's hidden folder is there, and a moment has passed."""
+    begun = time.monotonic()
+    while not list(folder.glob("runs/.*.work/*/")) and process.poll() is None:
+        assert time.monotonic() - begun < 60
+        time.sleep(0.05)
+    time.sleep(0.3)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_a_blow_in_the_middle_leaves_no_half_artifact_and_the_next_run_ends_well(
+    here: Path, bdbench: Any, blow: signal.Signals
+) -> None:
+    assert bdbench("poison").code == 0
+    process = _start(here, "train", "--epochs", "1000")
+    _wait_for_training(here, process)
+    process.send_signal(blow)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (-9 if blow == signal.SIGKILL else 130), err
+    assert not (here / "runs/digits-badnets-s0-none").exists()
+    assert bdbench("train", *FAST).code == 0
+    assert bdbench("verify", "runs/digits-badnets-s0-none").code == 0
+    assert not list(here.glob("runs/.*"))
+
+
+def test_every_command_of_the_readme_is_one_that_exists(bdbench: Any) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    commands = set(re.findall(r"^\s*(?:\$ )?(?:\.venv/bin/)?bdbench ([a-z]+)", readme, flags=re.MULTILINE))
+    assert {"quickstart", "poison", "train", "defend", "evaluate", "table"} <= commands
+    listed = bdbench("--help").out
+    assert all(re.search(rf"\b{command}\b", listed) for command in commands)

@@ -1,0 +1,89 @@
+"""Rows and tables: what is compared with what, what is marked, what is averaged."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from bdbench import tables
+
+
+def row(defense: str = "none", seed: int = 0, ba: float = 0.9, asr: float = 1.0, **other: Any) -> dict[str, Any]:
+    """A row as `evaluation_row` gives it."""
+    metrics = {"ba": ba, "asr": asr, "floor": 0.02, "ra": 0.0, "ba_non_target": ba, "target_recall": 0.8}
+    full: dict[str, Any] = {
+        "dataset": "digits", "dataset_id": f"d{seed}", "model": "convnet", "attack": "badnets", "attack_options": {},
+        "defense": defense, "defense_options": {}, "preset": "paper", "seed": seed, "seconds": 10.0,
+        "peak_memory_bytes": 1,
+    }  # fmt: skip
+    for name in tables.RATES:
+        full |= {name: metrics.get(name), f"{name}_n": 100, f"{name}_low": None, f"{name}_high": None}
+    return {**full, **dict.fromkeys(tables.SCORES), **other}
+
+
+def test_der_compares_with_the_undefended_row_of_the_same_data_and_seed() -> None:
+    rows = tables.mark_rows([row(ba=0.93), row("cbd", ba=0.50, asr=0.0), row("cbd", seed=1)])
+    assert rows[1]["der"] == pytest.approx(0.785)
+    assert rows[0]["der"] is None
+    assert rows[2]["der"] is None
+    assert "?" in rows[2]["marks"]
+
+
+@pytest.mark.parametrize(("asr", "floor", "failed"), [(0.49, 0.0, True), (0.5, 0.0, False), (0.6, 0.55, True)])
+def test_an_attack_failed_where_the_undefended_asr_is_low_or_near_its_floor(
+    asr: float, floor: float, failed: bool
+) -> None:
+    marked = tables.mark_rows([row(asr=asr, floor=floor), row("abl")])
+    assert [item["attack_failed"] for item in marked] == [failed, failed]
+    assert ("w" in marked[1]["marks"]) is failed
+
+
+def test_a_budget_that_is_not_the_papers_is_marked() -> None:
+    assert tables.mark_rows([row(preset="fast")])[0]["marks"] == "b"
+    assert tables.mark_rows([row()])[0]["marks"] == ""
+
+
+def test_seeds_of_one_setting_are_averaged_and_other_settings_are_not() -> None:
+    rows = [row(seed=0, ba=0.8), row(seed=1, ba=0.9), row(seed=0, defense_options={"epochs": 3})]
+    merged = tables.over_seeds(tables.mark_rows(rows))
+    assert [item["seeds"] for item in merged] == [[0, 1], [0]]
+    assert merged[0]["ba"] == pytest.approx(0.85)
+    assert merged[0]["ba_sd"] == pytest.approx(math.sqrt(0.005))
+    assert merged[1]["ba_sd"] is None
+
+
+def test_a_metric_that_a_run_lacks_is_left_out_of_the_mean_not_counted_as_zero() -> None:
+    merged = tables.over_seeds(tables.mark_rows([row(seed=0, auroc=0.8), row(seed=1, auroc=None)]))
+    assert merged[0]["auroc"] == pytest.approx(0.8)
+
+
+def test_csv_and_json_hold_every_run() -> None:
+    rows = tables.mark_rows([row(seed=0), row(seed=1)])
+    assert len(pd.read_csv(io.StringIO(str(tables.render(rows, "csv"))))) == 2
+    parsed = json.loads(str(tables.render(rows, "json")))["rows"]
+    assert [item["seed"] for item in parsed] == [0, 1]
+
+
+def test_markdown_has_as_many_cells_in_every_line() -> None:
+    text = str(tables.render(tables.mark_rows([row(preset="fast"), row("cbd", asr=0.0)]), "markdown"))
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    assert "b: a small budget" in text
+
+
+def test_latex_escapes_what_latex_would_read() -> None:
+    text = str(tables.render(tables.mark_rows([row(dataset="my_data & more")]), "latex"))
+    assert r"my\_data \& more" in text
+    assert text.count(r"\\") == 2
+
+
+def test_the_rich_table_prints_ba_and_asr() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(tables.render(tables.mark_rows([row(ba=0.912)]), "rich"))
+    assert "0.912" in console.export_text()
