@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property, partial
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 from bdbench.errors import unknown_name
@@ -33,6 +32,8 @@ class Registry:
     @cached_property
     def rows(self) -> dict[str, Row]:
         """All rows, plugins after the built-in ones; a plugin cannot replace a built-in name."""
+        from importlib.metadata import entry_points
+
         plugins = {
             point.name: Row(point.value, f"plugin from {point.dist.name if point.dist else 'an unnamed package'}")
             for point in entry_points(group=f"bdbench.{self.plural}")

@@ -19,12 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import pandas as pd
-import torch
 from torch import Tensor
 
-from bdbench import metrics, store
+from bdbench import judging, store
 from bdbench.artifacts import (
     Artifact,
     DatasetArtifact,
@@ -37,7 +34,7 @@ from bdbench.artifacts import (
 )
 from bdbench.attacks.base import Attack
 from bdbench.augment import parse_augment
-from bdbench.data import ImageDataset, Role
+from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Defense, Task
 from bdbench.devices import Precision, resolve_device, use_bf16
 from bdbench.engine import Engine, Recipe
@@ -319,11 +316,11 @@ def evaluate(
         return EvaluationArtifact.open(out)
     engine = Engine(place, bf16, ask.seed, progress=progress)
     with store.create(out, ask) as draft:
-        frame = _predict(engine, judged.classifier(), source)
+        frame = judging.predict(engine, judged.classifier(), source)
         frame.to_parquet(draft.folder / "predictions.parquet", index=False)
-        rates, values = _measure(frame, source, judged)
-        _metrics_frame(rates, values).to_parquet(draft.folder / "metrics.parquet", index=False)
-        draft.facts |= _row_facts(judged, source)
+        rates, values = judging.measure(frame, source, judged)
+        judging.metrics_frame(rates, values).to_parquet(draft.folder / "metrics.parquet", index=False)
+        draft.facts |= judging.row_facts(judged, source)
         draft.made |= watch.made(place, bf16=bf16)
     return EvaluationArtifact.open(out)
 
@@ -342,90 +339,6 @@ def _dataset_of(model: ModelArtifact, data: str | Path | None) -> DatasetArtifac
     raise ArtifactError(
         f"the data set {wanted} of {model.path} is neither beside it nor under {store.ROOT}/; give --data PATH"
     )
-
-
-def _predict(engine: Engine, model: Classifier, source: DatasetArtifact) -> pd.DataFrame:
-    test, triggered, test_rows = source.test, source.triggered, source.triggered_rows
-    frames = []
-    splits = [("test", test, torch.arange(len(test))), ("triggered", triggered, test_rows)]
-    for name, split, rows in splits:
-        confidence, prediction = engine.logits(model, split.images).softmax(1).max(1)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "split": name,
-                    "row": rows.numpy(),
-                    "label": split.labels.numpy(),
-                    "clean_label": test.labels[rows].numpy(),
-                    "prediction": prediction.numpy(),
-                    "confidence": confidence.numpy().astype(np.float32),
-                }
-            )
-        )
-    return pd.concat(frames, ignore_index=True)
-
-
-def _measure(
-    frame: pd.DataFrame, source: DatasetArtifact, model: ModelArtifact
-) -> tuple[dict[str, metrics.Rate], dict[str, float]]:
-    def column(split: str, name: str) -> Tensor:
-        return torch.from_numpy(frame.loc[frame["split"] == split, name].to_numpy(copy=True))
-
-    config = source.manifest.ask.config
-    rates = metrics.classification_rates(
-        predicted=column("test", "prediction"),
-        labels=column("test", "clean_label"),
-        triggered_predicted=column("triggered", "prediction"),
-        wanted=column("triggered", "label"),
-        triggered_rows=column("triggered", "row"),
-        target=None if config["labels"] == "all-to-all" else config["target"],
-    )
-    samples = model.samples
-    if samples is None:
-        return rates, {}
-    is_poison = torch.from_numpy(source.truth["role"].to_numpy(copy=True)) == Role.POISON
-    if model.manifest.facts["sets_aside"]:
-        rates |= metrics.set_aside_rates(torch.from_numpy(samples["set_aside"].to_numpy(copy=True)), is_poison)
-    return rates, metrics.score_metrics(torch.from_numpy(samples["score"].to_numpy(copy=True)), is_poison)
-
-
-def _metrics_frame(rates: Mapping[str, metrics.Rate], values: Mapping[str, float]) -> pd.DataFrame:
-    rows: list[dict[str, Any]] = [
-        {
-            "metric": name,
-            "value": item.value,
-            "low": item.interval[0],
-            "high": item.interval[1],
-            "numerator": item.numerator,
-            "denominator": item.denominator,
-        }
-        for name, item in rates.items()
-    ]
-    rows += [{"metric": name, "value": value} for name, value in values.items()]
-    columns = ["metric", "value", "low", "high", "numerator", "denominator"]
-    return pd.DataFrame(rows, columns=columns).astype({"numerator": "Int64", "denominator": "Int64"})
-
-
-def _row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
-    """Return what a table needs to know beside the metrics, so that it opens evaluations only."""
-    asked, attacked = model.manifest.ask, source.manifest.ask
-    return {
-        "dataset": source.manifest.facts["name"],
-        "dataset_id": source.id,
-        "model": asked.config["model"],
-        "model_id": model.id,
-        "attack": attacked.method,
-        "attack_options": dict(attacked.config),
-        "defense": asked.method,
-        "defense_options": dict(asked.config),
-        "preset": asked.config["preset"],
-        "seed": asked.seed,
-        "attack_seed": attacked.seed,
-        "seconds": model.manifest.made["seconds"],
-        "peak_memory_bytes": model.manifest.made["peak_memory_bytes"],
-        "device": model.manifest.made["device"],
-        "precision": model.manifest.made["precision"],
-    }
 
 
 def latest(kind: store.Kind, root: Path = store.ROOT) -> Artifact | None:

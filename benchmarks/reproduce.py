@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from bdbench import stages, tables
+from bdbench.cli.quickstart import ATTACK_OPTIONS, METHODS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,9 +39,12 @@ class Cell(NamedTuple):
 
 def suites() -> dict[str, list[Cell]]:
     """Return the cells of every suite."""
-    methods = ("none", "cbd", "abl")
     return {
-        "quickstart": [Cell("digits", "badnets", {}, method, "tiny", {}, seed) for seed in range(5) for method in methods],
+        "quickstart": [
+            Cell("digits", "badnets", dict(ATTACK_OPTIONS), method, "tiny", {}, seed)
+            for seed in range(5)
+            for method in METHODS
+        ],
         "cifar10-cpu": [
             Cell("cifar10", attack, {"rate": 0.1, "target": 0}, method, "fast", {}, 0)
             for attack in ("badnets", "blended")
@@ -66,7 +70,9 @@ def processor() -> str:
     """Return the name of the CPU and what it accelerates."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -590,9 +590,7 @@ def compare_commands(name: str, baseline: Command, own: Command, bench: Bench, n
     if any(run.peak_mb is None for run in (*theirs, *ours)):
         return row
     sides = {"baseline": theirs, "bdbench": ours}
-    return row._replace(
-        peak_memory_mb={side: max(run.peak_mb or 0 for run in runs) for side, runs in sides.items()}
-    )
+    return row._replace(peak_memory_mb={side: max(run.peak_mb or 0 for run in runs) for side, runs in sides.items()})
 
 
 # The machine.
@@ -659,9 +657,7 @@ def show(console: Console, facts: dict[str, str | float], rows: Sequence[Row], s
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
     table = Table(box=box.ROUNDED if console.is_terminal else box.MARKDOWN)
     for column in ("row", "baseline", "bdbench", "times faster", "unit", "peak MB", "note"):
-        table.add_column(
-            column, justify="left" if column in ("row", "unit", "note") else "right", no_wrap=True
-        )
+        table.add_column(column, justify="left" if column in ("row", "unit", "note") else "right", no_wrap=True)
     for row in rows:
         peaks = (row.peak_memory_mb or {}).values()
         cells = [figure(row, side) for side in ("baseline", "bdbench", "ratio")]
@@ -685,9 +681,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer images and turns")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:N or mps (default: cpu)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of bdbench")
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="of torch, for both sides; 1 where others compute too"
-    )
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch, for both sides; 1 where others compute too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, as a list")
     parser.add_argument("--only", action="append", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
     return parser.parse_args()

@@ -117,9 +117,7 @@ class Watched(Engine):
 
 def defend(count: int = 80, **options: Any) -> tuple[Defended, Watched]:
     engine, data = Watched(), toy_data(count)
-    task = Task(
-        train=data, new_model=lambda purpose: toy_model(data, purpose), recipe=toy_recipe(), engine=engine
-    )
+    task = Task(train=data, new_model=lambda purpose: toy_model(data, purpose), recipe=toy_recipe(), engine=engine)
     quick = {"isolation_epochs": 1, "isolation_rate": 0.1, "unlearn_steps": 4, "unlearn_stop": 100.0}
     return ABL.parse(quick | options).run(task), engine
 
@@ -183,17 +181,13 @@ def isolated_losses(engine: Watched, weights: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("objective", ["joint", "ascent"])
 def test_a_step_of_unlearning_raises_the_loss_of_the_isolated(objective: str) -> None:
     _, engine = defend(objective=objective, unlearn_steps=1, unlearn_lr=0.01)
-    assert isolated_losses(engine, engine.after["unlearn"]) > isolated_losses(
-        engine, engine.before["unlearn"]
-    )
+    assert isolated_losses(engine, engine.after["unlearn"]) > isolated_losses(engine, engine.before["unlearn"])
 
 
 def test_more_steps_raise_it_further() -> None:
     losses = [
         isolated_losses(engine, engine.after["unlearn"])
-        for _, engine in (
-            defend(objective="ascent", unlearn_steps=steps, unlearn_lr=0.01) for steps in (1, 4, 8)
-        )
+        for _, engine in (defend(objective="ascent", unlearn_steps=steps, unlearn_lr=0.01) for steps in (1, 4, 8))
     ]
     assert losses[0] < losses[1] < losses[2]
 
@@ -210,9 +204,7 @@ def test_the_dose_is_counted_in_steps_whatever_the_batches(rate: float, batch: i
     seen = []
 
     class Counting(Watched):
-        def fit(
-            self, model: Classifier, data: ImageDataset, loss: Any, recipe: Any, **settings: Any
-        ) -> Classifier:
+        def fit(self, model: Classifier, data: ImageDataset, loss: Any, recipe: Any, **settings: Any) -> Classifier:
             def counted(model: Classifier, batch: Any) -> Tensor:
                 seen.append(settings["phase"])
                 value: Tensor = loss(model, batch)
@@ -221,12 +213,8 @@ def test_the_dose_is_counted_in_steps_whatever_the_batches(rate: float, batch: i
             return super().fit(model, data, counted, recipe, **settings)
 
     data = toy_data(80)
-    task = Task(
-        train=data, new_model=lambda purpose: toy_model(data, purpose), recipe=toy_recipe(), engine=Counting()
-    )
-    ABL(
-        isolation_epochs=1, isolation_rate=rate, unlearn_steps=9, unlearn_stop=100, unlearn_batch_size=batch
-    ).run(task)
+    task = Task(train=data, new_model=lambda purpose: toy_model(data, purpose), recipe=toy_recipe(), engine=Counting())
+    ABL(isolation_epochs=1, isolation_rate=rate, unlearn_steps=9, unlearn_stop=100, unlearn_batch_size=batch).run(task)
     assert seen.count("unlearn") == 9
 
 
@@ -238,8 +226,7 @@ def test_unlearning_stops_when_the_isolated_are_no_better_than_guessed() -> None
 
 def test_a_lower_stop_ends_sooner() -> None:
     early, late = (
-        defend(objective="ascent", unlearn_steps=500, unlearn_lr=0.02, unlearn_stop=stop)[1]
-        for stop in (1.0, 1.5)
+        defend(objective="ascent", unlearn_steps=500, unlearn_lr=0.02, unlearn_stop=stop)[1] for stop in (1.0, 1.5)
     )
     assert early.steps("unlearn") < late.steps("unlearn")
 

@@ -48,9 +48,7 @@ def colour_poisoned() -> PoisonedDataset:
     return poison_source(toy_source(), BadNets(), seed=0, trusted=0.1)
 
 
-def seal_dataset(
-    path: Path, data: PoisonedDataset, edit: Callable[[Draft], object] | None = None
-) -> DatasetArtifact:
+def seal_dataset(path: Path, data: PoisonedDataset, edit: Callable[[Draft], object] | None = None) -> DatasetArtifact:
     """Write a data set artifact, changed by `edit` before it is sealed, so that its hashes are right."""
     with store.create(path, ASK) as draft:
         write_dataset(draft, data, name="toy", augment="crop,flip")
@@ -76,9 +74,7 @@ def test_a_data_set_comes_back_bit_equal(tmp_path: Path, poisoned: PoisonedDatas
     }
 
 
-def test_what_a_defender_sees_tells_nothing_of_the_truth(
-    tmp_path: Path, colour_poisoned: PoisonedDataset
-) -> None:
+def test_what_a_defender_sees_tells_nothing_of_the_truth(tmp_path: Path, colour_poisoned: PoisonedDataset) -> None:
     artifact = seal_dataset(tmp_path / "a", colour_poisoned)
     assert list(artifact.frame("train.parquet").columns) == ["row", "label"]
     assert list(artifact.tensors("train.safetensors")) == ["images"]
@@ -125,9 +121,7 @@ def test_verify_names_files_that_do_not_belong(tmp_path: Path, colour_poisoned: 
         verify(path)
 
 
-def test_truth_must_have_a_row_for_every_training_image(
-    tmp_path: Path, colour_poisoned: PoisonedDataset
-) -> None:
+def test_truth_must_have_a_row_for_every_training_image(tmp_path: Path, colour_poisoned: PoisonedDataset) -> None:
     short = replace(
         colour_poisoned,
         clean_labels=colour_poisoned.clean_labels[:-1],
@@ -160,9 +154,7 @@ def test_counts_must_be_those_of_the_manifest(tmp_path: Path, colour_poisoned: P
 
 
 @pytest.mark.parametrize("label", [-1, 4])
-def test_a_label_that_is_no_class_is_said(
-    tmp_path: Path, colour_poisoned: PoisonedDataset, label: int
-) -> None:
+def test_a_label_that_is_no_class_is_said(tmp_path: Path, colour_poisoned: PoisonedDataset, label: int) -> None:
     def relabel(draft: Draft) -> None:
         file = draft.folder / "train.parquet"
         frame = pd.read_parquet(file)
@@ -170,9 +162,7 @@ def test_a_label_that_is_no_class_is_said(
         frame.to_parquet(file, index=False)
 
     artifact = seal_dataset(tmp_path / "a", colour_poisoned, relabel)
-    with pytest.raises(
-        ArtifactError, match=rf"split train: label {label} is outside 0\.\.3; make the artifact again"
-    ):
+    with pytest.raises(ArtifactError, match=rf"split train: label {label} is outside 0\.\.3; make the artifact again"):
         _ = artifact.train
 
 
@@ -197,9 +187,7 @@ def test_images_of_another_shape_or_type_are_refused(
 
 
 @pytest.mark.parametrize("name", ["train.safetensors", "train.parquet"])
-def test_a_file_of_another_format_is_said(
-    tmp_path: Path, colour_poisoned: PoisonedDataset, name: str
-) -> None:
+def test_a_file_of_another_format_is_said(tmp_path: Path, colour_poisoned: PoisonedDataset, name: str) -> None:
     def scribble(draft: Draft) -> None:
         (draft.folder / name).write_bytes(b"not what it says" * 4)
 
@@ -245,9 +233,7 @@ def seal_model(path: Path, edit: Callable[[Draft], object] | None = None) -> Mod
     blank = torch.zeros(1)
     model = build_classifier(MODELS.load("convnet"), (1, 8, 8), 4, blank, blank + 1)
     with store.create(path, MODEL_ASK) as draft:
-        history = [
-            {"phase": "train", "epoch": 1, "loss": 0.5, "lr": 0.1, "images_per_second": 10.0, "seconds": 1.0}
-        ]
+        history = [{"phase": "train", "epoch": 1, "loss": 0.5, "lr": 0.1, "images_per_second": 10.0, "seconds": 1.0}]
         write_model(draft, model, history, torch.tensor([0.5, -1.0]), torch.tensor([True, False]))
         draft.facts |= {
             "model": "convnet",
@@ -262,9 +248,7 @@ def seal_model(path: Path, edit: Callable[[Draft], object] | None = None) -> Mod
 
 def test_a_model_comes_back_with_equal_logits(tmp_path: Path) -> None:
     source = toy_source(channels=1)
-    model = build_classifier(
-        MODELS.load("convnet"), (1, 8, 8), 4, torch.tensor([0.4]), torch.tensor([0.2])
-    ).eval()
+    model = build_classifier(MODELS.load("convnet"), (1, 8, 8), 4, torch.tensor([0.4]), torch.tensor([0.2])).eval()
 
     def put(draft: Draft) -> None:
         write_model(draft, model, [], None, None)

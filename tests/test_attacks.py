@@ -51,9 +51,7 @@ def triggered(attack: Attack, data: ImageDataset, use: Use = "test", seed: int =
 
 
 @every_attack
-def test_images_do_not_depend_on_the_batch_they_are_triggered_in(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_do_not_depend_on_the_batch_they_are_triggered_in(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attack, data = attack_of(name), toy_data(12)
     state, rows = attack.fit(data, 0), torch.arange(12) + 100
     for use in USES:
@@ -118,9 +116,7 @@ def test_counts_are_exact(name: str) -> None:
 @every_attack
 def test_clean_labels_stay_and_only_the_target_class_is_drawn(name: str) -> None:
     source = toy_source()
-    poisoned = poison_source(
-        source, attack_of(name, labels="clean", class_rate=0.5, target=2), seed=0, trusted=0
-    )
+    poisoned = poison_source(source, attack_of(name, labels="clean", class_rate=0.5, target=2), seed=0, trusted=0)
     assert torch.equal(poisoned.visible.labels, source.train.labels)
     assert (source.train.labels[poisoned.roles == Role.POISON] == 2).all()
     assert int((poisoned.roles == Role.POISON).sum()) == 15
@@ -143,9 +139,7 @@ def test_a_stored_state_triggers_the_same_test_set_bit_for_bit(name: str, tmp_pa
 
 @every_attack
 def test_equal_seeds_poison_alike_and_another_seed_otherwise(name: str) -> None:
-    one, same, other = (
-        poison_source(toy_source(), attack_of(name), seed=seed, trusted=0) for seed in (0, 0, 1)
-    )
+    one, same, other = (poison_source(toy_source(), attack_of(name), seed=seed, trusted=0) for seed in (0, 0, 1))
     assert one.visible.fingerprint == same.visible.fingerprint
     assert one.triggered.fingerprint == same.triggered.fingerprint
     assert one.visible.fingerprint != other.visible.fingerprint
@@ -224,9 +218,7 @@ WHITE = [[255] * 3] * 3
     [("grid", 29, GRID), ("white", 29, WHITE), ("checker", 29, CHECKER), ("square", 28, WHITE)],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_published_patches_lie_where_published(
-    patch: str, top: int, values: list[list[int]], channels: int
-) -> None:
+def test_published_patches_lie_where_published(patch: str, top: int, values: list[list[int]], channels: int) -> None:
     expected = flat(100, channels).images
     expected[..., top : top + 3, top : top + 3] = torch.tensor(values, dtype=torch.uint8)
     assert torch.equal(triggered(attack_of("badnets", patch=patch), flat(100, channels)), expected)
@@ -286,9 +278,7 @@ def test_a_patch_may_cover_the_whole_image() -> None:
 
 @pytest.mark.parametrize("options", [{"patch_size": 9}, {"margin": 6}, {"patch": "4corner", "patch_size": 8}])
 def test_a_patch_larger_than_the_image_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(
-        OptionError, match=r"a patch of \d pixels .*does not fit images of 8x8; lower --patch-size"
-    ):
+    with pytest.raises(OptionError, match=r"a patch of \d pixels .*does not fit images of 8x8; lower --patch-size"):
         attack_of("badnets", **options).fit(flat(0, side=8), 0)
 
 
@@ -324,16 +314,12 @@ def test_blending_has_its_own_share_at_test_time() -> None:
 def test_blending_rounds_to_nearest() -> None:
     state = {"pattern": torch.full((3, 8, 8), 103.0)}
     # 0.8 * 100 + 0.2 * 103 = 100.6
-    assert (
-        Blended(alpha=0.2).trigger(flat(100, side=8).images, torch.tensor([0]), state, "test", 0) == 101
-    ).all()
+    assert (Blended(alpha=0.2).trigger(flat(100, side=8).images, torch.tensor([0]), state, "test", 0) == 101).all()
 
 
 @pytest.mark.parametrize("picture", ["cartoon", "noise"])
 def test_one_pattern_is_blended_into_all_images(picture: str) -> None:
-    changed = triggered(
-        attack_of("blended", picture=picture, alpha=0.5), flat(100, side=16, count=3), "poison"
-    )
+    changed = triggered(attack_of("blended", picture=picture, alpha=0.5), flat(100, side=16, count=3), "poison")
     assert torch.equal(changed[0], changed[1])
     assert torch.equal(changed[0], changed[2])
     assert len(changed[0].unique()) > 5
@@ -356,9 +342,7 @@ def test_a_share_of_one_shows_the_picture_alone(tmp_path: Path) -> None:
 
 
 def test_a_missing_picture_is_said(tmp_path: Path) -> None:
-    with pytest.raises(
-        OptionError, match=r"picture '.*cat\.png' does not exist; give cartoon, noise, or the path"
-    ):
+    with pytest.raises(OptionError, match=r"picture '.*cat\.png' does not exist; give cartoon, noise, or the path"):
         attack_of("blended", picture=str(tmp_path / "cat.png")).fit(flat(0), 0)
 
 
@@ -484,7 +468,5 @@ def test_wanet_covers_go_by_the_poison(ratio: float, expected: int) -> None:
 
 
 def test_more_covers_than_images_are_refused() -> None:
-    with pytest.raises(
-        OptionError, match="asks for 120 cover samples, only 60 are not poisoned; lower its rate"
-    ):
+    with pytest.raises(OptionError, match="asks for 120 cover samples, only 60 are not poisoned; lower its rate"):
         poison_source(toy_source(), WaNet(rate=0.5, cover_ratio=2), seed=0, trusted=0)

@@ -31,9 +31,7 @@ def critic_of(size: int = 4, dropout: float = 0.0, seed: int = 0) -> Critic:
 
 
 def test_equal_losses_weigh_one() -> None:
-    assert sample_weights(torch.tensor([2.0, 0.5]), torch.tensor([2.0, 0.5])).tolist() == pytest.approx(
-        [1, 1]
-    )
+    assert sample_weights(torch.tensor([2.0, 0.5]), torch.tensor([2.0, 0.5])).tolist() == pytest.approx([1, 1])
 
 
 def test_a_weight_is_the_twins_share_of_both_losses_scaled_to_mean_one() -> None:
@@ -43,9 +41,7 @@ def test_a_weight_is_the_twins_share_of_both_losses_scaled_to_mean_one() -> None
 
 
 def test_what_the_twin_fits_exactly_weighs_nothing() -> None:
-    assert sample_weights(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])).tolist() == pytest.approx(
-        [0, 2]
-    )
+    assert sample_weights(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])).tolist() == pytest.approx([0, 2])
 
 
 def test_what_only_the_model_fits_weighs_most() -> None:
@@ -215,9 +211,7 @@ def test_weights_of_exactly_one_take_a_plain_step_bit_for_bit(monkeypatch: pytes
         return weights_of(toy_engine().fit(toy_model(data), data, loss, toy_recipe(), phase="clean"))
 
     twin = frozen(toy_model(data, "twin"))
-    assert are_equal(
-        trained(objective_of(twin, information_weight=0, bottleneck=0)), trained(mean_cross_entropy)
-    )
+    assert are_equal(trained(objective_of(twin, information_weight=0, bottleneck=0)), trained(mean_cross_entropy))
 
 
 def test_the_loss_is_the_weighted_cross_entropy_by_hand() -> None:

@@ -51,9 +51,7 @@ def test_training_goes_on_bit_equal_after_a_checkpoint(
     for _ in range(2):
         take_step(first["model"], first["optimizer"])
         take_step(second["model"], second["optimizer"])
-    for one, other in zip(
-        first["model"].state_dict().values(), second["model"].state_dict().values(), strict=True
-    ):
+    for one, other in zip(first["model"].state_dict().values(), second["model"].state_dict().values(), strict=True):
         assert torch.equal(one, other)
 
 
@@ -94,9 +92,7 @@ def test_a_checkpoint_cut_short_counts_as_none(tmp_path: Path, keep: int) -> Non
     assert torch.equal(layer.weight, before)
 
 
-@pytest.mark.parametrize(
-    "metadata", [None, {}, {"point": "{"}, {"point": "{}"}, {"point": "3"}, {"point": '{"a": 1}'}]
-)
+@pytest.mark.parametrize("metadata", [None, {}, {"point": "{"}, {"point": "{}"}, {"point": "3"}, {"point": '{"a": 1}'}])
 def test_a_checkpoint_without_a_point_counts_as_none(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     save_file({"model/weight": torch.zeros(2, 2)}, tmp_path / "train.safetensors", metadata=metadata)
     assert checkpoints.load(tmp_path, "train", {}) is None

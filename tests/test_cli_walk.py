@@ -104,7 +104,9 @@ def test_evaluate_says_which_rows_break_an_assertion_and_exits_with_3(in_walk: P
     assert bdbench("evaluate", "--assert", "ba>=0").code == 0
 
 
-@pytest.mark.parametrize(("text", "said"), [("asr=0.1", "form"), ("asrr<=0.1", "Did you mean 'asr'"), ("ba<=1e", "number")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("asr=0.1", "form"), ("asrr<=0.1", "Did you mean 'asr'"), ("ba<=1e", "number")]
+)
 def test_an_assertion_that_makes_no_sense_is_refused(in_walk: Path, bdbench: Any, text: str, said: str) -> None:
     result = bdbench("evaluate", "--assert", text)
     assert result.code == 1

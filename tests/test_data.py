@@ -68,9 +68,7 @@ def test_one_pixel_one_label_or_one_name_changes_the_fingerprint() -> None:
         ImageDataset(pixels, data.labels, CLASSES),
         ImageDataset(data.images, labels, CLASSES),
         ImageDataset(data.images, data.labels, ("ant", "bee", "cat", "eel")),
-        ImageDataset(
-            data.images.flatten().view(8, 3, 4, 16).repeat(1, 1, 2, 1)[:, :, :8], data.labels, CLASSES
-        ),
+        ImageDataset(data.images.flatten().view(8, 3, 4, 16).repeat(1, 1, 2, 1)[:, :, :8], data.labels, CLASSES),
     ]
     assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 5
 

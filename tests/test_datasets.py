@@ -64,9 +64,7 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_folder(
-    root: Path, names: tuple[str, ...] = ("cat", "dog"), *, each: int = 3, **options: Any
-) -> Path:
+def write_folder(root: Path, names: tuple[str, ...] = ("cat", "dog"), *, each: int = 3, **options: Any) -> Path:
     for label, name in enumerate(names):
         (root / name).mkdir(parents=True)
         for row in range(each):
@@ -138,7 +136,7 @@ def test_split_is_the_same_every_time_and_leaves_global_randomness_alone() -> No
 
 def test_digits_are_1797_gray_scans_stretched_to_0_255() -> None:
     source = Digits().load(Silent())
-    assert (source.name, source.augment, source.train.image_shape) == ("digits", "affine", (1, 8, 8))
+    assert (source.name, source.augment, source.train.image_shape) == ("digits", "crop,flip", (1, 8, 8))
     assert len(source.train) + len(source.test) == 1797
     assert source.train.class_names == tuple("0123456789")
     assert set(torch.unique(source.train.images).tolist()) == {round(v * 255 / 16) for v in range(17)}
@@ -149,9 +147,7 @@ def test_digits_read_from_the_file_are_those_of_scikit_learn() -> None:
 
     images, labels = read_scans()
     published = load_digits()
-    torch.testing.assert_close(
-        images[:, 0].double() * 16 / 255, torch.from_numpy(published.images), atol=0.04, rtol=0
-    )
+    torch.testing.assert_close(images[:, 0].double() * 16 / 255, torch.from_numpy(published.images), atol=0.04, rtol=0)
     assert labels.tolist() == published.target.tolist()
 
 
@@ -538,9 +534,7 @@ def one_sign(partial: Path, whole: Path) -> Tensor:
 
 
 def test_benchmark_that_is_absent_names_folder_and_way_out(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=rf"cifar10 is not in {tmp_path}; drop --no-download, or point --data-root"
-    ):
+    with pytest.raises(DataError, match=rf"cifar10 is not in {tmp_path}; drop --no-download, or point --data-root"):
         Cifar10(data_root=tmp_path, download=False).load(Silent())
     assert not any(tmp_path.iterdir())
 
@@ -561,9 +555,7 @@ def test_failed_download_leaves_nothing_behind_that_could_be_trusted(
     assert [entry.name for entry in root.iterdir() if entry.suffix != ".lock"] == []
 
 
-def test_download_is_moved_to_its_place_when_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_is_moved_to_its_place_when_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision
 
     def fetch(root: Path, *, train: bool, **_: object) -> None:

@@ -122,9 +122,7 @@ def damaged_files() -> Iterator[bytes]:
     exif[0x0112] = 6
     for file_format in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP"):
         content = (
-            encode(image, file_format, exif=exif)
-            if file_format in ("PNG", "JPEG")
-            else encode(image, file_format)
+            encode(image, file_format, exif=exif) if file_format in ("PNG", "JPEG") else encode(image, file_format)
         )
         for _ in range(60):
             changed = bytearray(content)

@@ -107,9 +107,7 @@ class Listener:
 def test_one_step_is_one_step_of_sgd_by_hand() -> None:
     data = toy_data(16)
     model, twin = toy_model(data), toy_model(data)
-    recipe = toy_recipe(
-        epochs=1, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.01, schedule="constant"
-    )
+    recipe = toy_recipe(epochs=1, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.01, schedule="constant")
     toy_engine().fit(model, data, mean_cross_entropy, recipe, phase="train")
 
     images = (data.images.float() / 255).contiguous(memory_format=torch.channels_last)
@@ -156,9 +154,7 @@ def test_a_single_image_cannot_be_trained_on() -> None:
 @pytest.mark.parametrize(("max_steps", "taken"), [(1, 1), (3, 3), (4, 4), (100, 6)])
 def test_a_phase_ends_after_the_most_steps_even_inside_an_epoch(max_steps: int, taken: int) -> None:
     data, listener = toy_data(24), Listener()
-    toy_engine().fit(
-        toy_model(data), data, listener, toy_recipe(batch_size=8), phase="train", max_steps=max_steps
-    )
+    toy_engine().fit(toy_model(data), data, listener, toy_recipe(batch_size=8), phase="train", max_steps=max_steps)
     assert len(listener.batches) == taken
 
 
@@ -192,9 +188,7 @@ def test_history_has_a_row_per_epoch_with_the_mean_loss() -> None:
 
 def test_the_rate_falls_within_an_epoch_too() -> None:
     data, engine = toy_data(32), toy_engine()
-    engine.fit(
-        toy_model(data), data, mean_cross_entropy, toy_recipe(lr=0.4, schedule="cosine"), phase="train"
-    )
+    engine.fit(toy_model(data), data, mean_cross_entropy, toy_recipe(lr=0.4, schedule="cosine"), phase="train")
     # two epochs of two steps at 0, 45, 90 and 135 degrees; a row has the rate of its last step
     expected = [0.2 * (1 + math.sqrt(0.5)), 0.2 * (1 - math.sqrt(0.5))]
     assert [row["lr"] for row in engine.history] == pytest.approx(expected)
@@ -202,17 +196,13 @@ def test_the_rate_falls_within_an_epoch_too() -> None:
 
 def test_a_trained_model_comes_back_in_evaluation_mode() -> None:
     data = toy_data(16)
-    assert (
-        not toy_engine().fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), phase="train").training
-    )
+    assert not toy_engine().fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), phase="train").training
 
 
 def test_training_learns_the_classes() -> None:
     data, test = toy_data(120), toy_data(40, seed=1)
     engine = toy_engine()
-    model = engine.fit(
-        toy_model(data), data, mean_cross_entropy, toy_recipe(epochs=15, lr=0.2), phase="train"
-    )
+    model = engine.fit(toy_model(data), data, mean_cross_entropy, toy_recipe(epochs=15, lr=0.2), phase="train")
     assert (engine.logits(model, test.images).argmax(1) == test.labels).float().mean() > 0.8
 
 
@@ -310,9 +300,7 @@ def work_of(folder: Path | None, progress: Silent, features: type[nn.Module], ph
         toy_model(data, features=features), data, loss, toy_recipe(epochs=4, augment="crop,flip"),
         phase=phase, companions={"critic": critic, "learner": learner},
     )  # fmt: skip
-    return weights_of(model) | {
-        f"critic.{key}": value for key, value in weights_of(critic).items()
-    }, engine.history
+    return weights_of(model) | {f"critic.{key}": value for key, value in weights_of(critic).items()}, engine.history
 
 
 def losses_of(history: list[dict[str, float | int | str]]) -> list[Any]:
@@ -398,9 +386,7 @@ def failing_after(step: int) -> Any:
 
 def test_a_loss_that_is_not_finite_names_phase_epoch_and_rate(tmp_path: Path) -> None:
     data = toy_data(32)
-    with pytest.raises(
-        TrainingError, match=r"loss of phase 'clean' is nan in epoch 3; lower --lr \(now 0\.05\)"
-    ):
+    with pytest.raises(TrainingError, match=r"loss of phase 'clean' is nan in epoch 3; lower --lr \(now 0\.05\)"):
         toy_engine(tmp_path).fit(toy_model(data), data, failing_after(5), toy_recipe(epochs=5), phase="clean")
 
 
@@ -429,9 +415,7 @@ def test_weights_that_are_not_finite_are_not_delivered() -> None:
 def test_a_setting_that_is_no_augmentation_is_refused() -> None:
     data = toy_data(16)
     with pytest.raises(OptionError, match="unknown augmentation 'jitter'"):
-        toy_engine().fit(
-            toy_model(data), data, mean_cross_entropy, toy_recipe(augment="jitter"), phase="train"
-        )
+        toy_engine().fit(toy_model(data), data, mean_cross_entropy, toy_recipe(augment="jitter"), phase="train")
 
 
 @pytest.mark.parametrize(
@@ -502,9 +486,7 @@ def test_losses_come_in_the_order_of_the_rows() -> None:
     data, engine = toy_data(40), toy_engine()
     model = toy_model(data)
     flipped = ImageDataset(data.images.flip(0), data.labels.flip(0), data.class_names)
-    torch.testing.assert_close(
-        engine.losses(model, flipped).flip(0), engine.losses(model, data), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(engine.losses(model, flipped).flip(0), engine.losses(model, data), rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_gives_nearly_the_same_logits_as_float32() -> None:

@@ -95,9 +95,7 @@ def test_without_a_single_target_there_is_no_target_recall() -> None:
 def test_triggered_rows_may_come_in_any_order() -> None:
     order = torch.tensor([3, 1, 0, 2])
     wanted = torch.zeros(4, dtype=torch.int64)
-    found = classification_rates(
-        PREDICTED, LABELS, TRIGGERED_PREDICTED[order], wanted, TRIGGERED_ROWS[order], target=0
-    )
+    found = classification_rates(PREDICTED, LABELS, TRIGGERED_PREDICTED[order], wanted, TRIGGERED_ROWS[order], target=0)
     assert found == rates()
 
 
@@ -140,9 +138,7 @@ def test_true_positive_rate_at_a_false_positive_rate() -> None:
 
 @pytest.mark.parametrize("is_poison", [mask(0, 0, 0), mask(1, 1, 1)])
 def test_scores_of_one_kind_only_are_undefined(is_poison: Tensor) -> None:
-    assert all(
-        math.isnan(value) for value in score_metrics(torch.tensor([1.0, 2.0, 3.0]), is_poison).values()
-    )
+    assert all(math.isnan(value) for value in score_metrics(torch.tensor([1.0, 2.0, 3.0]), is_poison).values())
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,7 @@ NAMES += ["torchvision:mobilenet_v3_small", "torchvision:resnet18"]
 every_model = pytest.mark.parametrize("name", NAMES)
 
 
-def build(
-    name: str, shape: tuple[int, int, int] = (3, 16, 16), classes: int = 5, purpose: str = "model"
-) -> Classifier:
+def build(name: str, shape: tuple[int, int, int] = (3, 16, 16), classes: int = 5, purpose: str = "model") -> Classifier:
     with scoped(0, "weights", purpose):
         blank = torch.zeros(shape[0])
         return build_classifier(MODELS.load(name), shape, classes, blank, blank + 1)
@@ -68,9 +66,7 @@ def test_all_weights_learn(name: str) -> None:
 @every_model
 def test_equal_purposes_give_equal_weights(name: str) -> None:
     one, same, other = build(name), build(name), build(name, purpose="twin")
-    assert all(
-        torch.equal(a, b) for a, b in zip(one.state_dict().values(), same.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), same.state_dict().values(), strict=True))
     assert not torch.equal(one.head.weight, other.head.weight)
 
 

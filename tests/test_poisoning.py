@@ -34,9 +34,7 @@ def chosen(seed: int = 0, **options: Any) -> Tensor:
 def test_a_rate_counts_from_all_samples_and_is_rounded(rate: float, count: int) -> None:
     # 0.004 * 120 = 0.48 -> 0; 0.0042 * 120 = 0.504 -> 1; 0.013 * 120 = 1.56 -> 2
     if count == 0:
-        with pytest.raises(
-            OptionError, match=r"rate 0\.004 of 120 samples is less than one sample; raise it"
-        ):
+        with pytest.raises(OptionError, match=r"rate 0\.004 of 120 samples is less than one sample; raise it"):
             chosen(rate=rate)
     else:
         assert len(chosen(rate=rate)) == count
@@ -175,9 +173,7 @@ def test_no_trusted_images_leave_all_for_training() -> None:
 
 
 def test_the_rate_does_not_change_which_images_are_trusted() -> None:
-    assert (
-        poison(trusted=0.1, rate=0.1).trusted.fingerprint == poison(trusted=0.1, rate=0.5).trusted.fingerprint
-    )
+    assert poison(trusted=0.1, rate=0.1).trusted.fingerprint == poison(trusted=0.1, rate=0.5).trusted.fingerprint
 
 
 def test_roles_are_clean_or_poison_where_there_are_no_covers() -> None:

@@ -53,9 +53,7 @@ def defend(data: DatasetArtifact, name: str, out: Path, **settings: Any) -> Mode
 
 def hashes(artifact: ModelArtifact | DatasetArtifact) -> dict[str, Any]:
     """Hashes of all files but the history, which holds seconds."""
-    return {
-        name: said["sha256"] for name, said in artifact.manifest.files.items() if name != "history.parquet"
-    }
+    return {name: said["sha256"] for name, said in artifact.manifest.files.items() if name != "history.parquet"}
 
 
 class Notes(Silent):
@@ -82,9 +80,7 @@ def test_digits_go_through_all_three_stages(digits: DatasetArtifact, tmp_path: P
     assert values["floor"] < 0.1
 
 
-def test_ba_counts_all_test_images_and_asr_all_but_those_of_the_target(
-    digits: DatasetArtifact, tmp_path: Path
-) -> None:
+def test_ba_counts_all_test_images_and_asr_all_but_those_of_the_target(digits: DatasetArtifact, tmp_path: Path) -> None:
     model = stages.defend(digits.path, "none", options={"epochs": 1}, out=tmp_path / "none", **CPU)
     table = stages.evaluate(model.path, data=digits.path, **CPU).metrics.set_index("metric")
     of_target = int((digits.test.labels == 0).sum())
@@ -182,17 +178,13 @@ def test_force_makes_bit_equal_files(toy_archive: Path, tmp_path: Path) -> None:
 
 @every_attack
 def test_equal_seeds_give_equal_data_sets_in_any_folder(name: str, toy_archive: Path, tmp_path: Path) -> None:
-    one, other = (
-        stages.poison(toy_archive, name, seed=5, out=tmp_path / folder) for folder in ("one", "other")
-    )
+    one, other = (stages.poison(toy_archive, name, seed=5, out=tmp_path / folder) for folder in ("one", "other"))
     assert one.id == other.id
     assert one.manifest.files == other.manifest.files
 
 
 @every_defense
-def test_equal_seeds_give_equal_models_in_any_folder(
-    name: str, toys: DatasetArtifact, tmp_path: Path
-) -> None:
+def test_equal_seeds_give_equal_models_in_any_folder(name: str, toys: DatasetArtifact, tmp_path: Path) -> None:
     one, other = (defend(toys, name, tmp_path / folder) for folder in ("one", "other"))
     assert one.id == other.id
     assert hashes(one) == hashes(other)
@@ -213,9 +205,7 @@ def test_weights_begin_from_seed_and_purpose(toys: DatasetArtifact) -> None:
     assert [torch.equal(heads[0], head) for head in heads] == [True, True, False, False]
 
 
-def test_the_seed_of_a_defence_is_that_of_its_data_set_unless_given(
-    toy_archive: Path, tmp_path: Path
-) -> None:
+def test_the_seed_of_a_defence_is_that_of_its_data_set_unless_given(toy_archive: Path, tmp_path: Path) -> None:
     data = stages.poison(toy_archive, "badnets", seed=5, out=tmp_path / "data")
     assert defend(data, "none", tmp_path / "a").manifest.ask.seed == 5
     assert defend(data, "none", tmp_path / "b", seed=6).manifest.ask.seed == 6
@@ -276,9 +266,7 @@ def scramble(artifact: DatasetArtifact, folder: Path) -> DatasetArtifact:
 
 
 @every_defense
-def test_a_scrambled_truth_gives_the_same_model_bit_for_bit(
-    name: str, toys: DatasetArtifact, tmp_path: Path
-) -> None:
+def test_a_scrambled_truth_gives_the_same_model_bit_for_bit(name: str, toys: DatasetArtifact, tmp_path: Path) -> None:
     scrambled = scramble(toys, tmp_path / "scrambled")
     scrambled.verify()
     assert scrambled.id == toys.id
@@ -310,9 +298,7 @@ def test_a_defence_opens_neither_truth_nor_test_images(
 
 
 @every_defense
-def test_a_defence_trains_without_the_files_of_the_truth(
-    name: str, toys: DatasetArtifact, tmp_path: Path
-) -> None:
+def test_a_defence_trains_without_the_files_of_the_truth(name: str, toys: DatasetArtifact, tmp_path: Path) -> None:
     blind = tmp_path / "blind"
     shutil.copytree(toys.path, blind)
     for file in blind.iterdir():
@@ -352,9 +338,7 @@ def test_a_method_that_trains_from_scratch_takes_no_suspect(toys: DatasetArtifac
         defend(toys, "none", tmp_path / "none", suspect=tmp_path)
 
 
-def test_a_method_that_mends_a_model_asks_for_it(
-    digits: DatasetArtifact, tmp_path: Path, mender: str
-) -> None:
+def test_a_method_that_mends_a_model_asks_for_it(digits: DatasetArtifact, tmp_path: Path, mender: str) -> None:
     with pytest.raises(
         OptionError,
         match=r"method 'mender' mends a model: give --suspect PATH \(make one with: bdbench train",
@@ -362,9 +346,7 @@ def test_a_method_that_mends_a_model_asks_for_it(
         stages.defend(digits.path, mender, out=tmp_path / "mended", **CPU)
 
 
-def test_a_mended_model_names_the_suspect_as_its_input(
-    toy_archive: Path, tmp_path: Path, mender: str
-) -> None:
+def test_a_mended_model_names_the_suspect_as_its_input(toy_archive: Path, tmp_path: Path, mender: str) -> None:
     data = stages.poison(toy_archive, "badnets", out=tmp_path / "data", trusted=0.1)
     suspect = defend(data, "none", tmp_path / "none")
     mended = stages.defend(data.path, mender, suspect=suspect.path, out=tmp_path / "mended", **CPU)
@@ -385,9 +367,7 @@ def test_a_method_that_needs_trusted_images_says_how_to_get_them(
     toys: DatasetArtifact, tmp_path: Path, mender: str
 ) -> None:
     suspect = defend(toys, "none", tmp_path / "none")
-    with pytest.raises(
-        ArtifactError, match=r"needs trusted clean images, .* poison again with --trusted 0\.05"
-    ):
+    with pytest.raises(ArtifactError, match=r"needs trusted clean images, .* poison again with --trusted 0\.05"):
         stages.defend(toys.path, mender, suspect=suspect.path, out=tmp_path / "mended", **CPU)
 
 
@@ -406,9 +386,7 @@ def test_evaluate_finds_the_data_set_by_id_under_runs(
     toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "ROOT", toys.path.parent)
-    assert isinstance(
-        stages.evaluate(defend(toys, "none", tmp_path / "none").path, **CPU), EvaluationArtifact
-    )
+    assert isinstance(stages.evaluate(defend(toys, "none", tmp_path / "none").path, **CPU), EvaluationArtifact)
 
 
 def test_evaluate_asks_for_a_data_set_that_it_cannot_find(
@@ -416,9 +394,7 @@ def test_evaluate_asks_for_a_data_set_that_it_cannot_find(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = defend(toys, "none", tmp_path / "none")
-    with pytest.raises(
-        ArtifactError, match=f"the data set {toys.id} of .* is neither beside it .*; give --data PATH"
-    ):
+    with pytest.raises(ArtifactError, match=f"the data set {toys.id} of .* is neither beside it .*; give --data PATH"):
         stages.evaluate(model.path, **CPU)
 
 
@@ -467,7 +443,7 @@ def test_a_small_set_of_tiny_images_gets_the_tiny_budget(toys: DatasetArtifact) 
 
 
 def test_automatic_augmentation_is_the_data_sets_own(toys: DatasetArtifact, digits: DatasetArtifact) -> None:
-    assert stages.resolve_budget("none", "tiny", {}, digits)[2].augment == "affine"
+    assert stages.resolve_budget("none", "tiny", {}, digits)[2].augment == "crop,flip"
     assert stages.resolve_budget("none", "tiny", {"augment": "none"}, digits)[2].augment == "none"
 
 
@@ -525,10 +501,7 @@ def other_value(value: Any, annotation: Any) -> Any:
 
 
 def fields_of(kind: str, cls: type[Options]) -> list[tuple[str, str, Any]]:
-    return [
-        (kind, option.name, other_value(option.default, option.annotation))
-        for option in describe_options(cls)
-    ]
+    return [(kind, option.name, other_value(option.default, option.annotation)) for option in describe_options(cls)]
 
 
 ATTACK_FIELDS = [field for name in ATTACKS.names() for field in fields_of(name, ATTACKS.load(name))]
@@ -570,9 +543,7 @@ def test_every_option_of_a_defence_and_its_recipe_is_part_of_the_id(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def ask(**options: Any) -> str:
-        call = partial(
-            stages.defend, toys.path, defense, preset="tiny", options=options, out=tmp_path / "m", **CPU
-        )
+        call = partial(stages.defend, toys.path, defense, preset="tiny", options=options, out=tmp_path / "m", **CPU)
         return ask_of(monkeypatch, call)
 
     known = DEFENSES.load(defense).presets["tiny"].get(option)
@@ -592,9 +563,7 @@ def test_other_images_are_part_of_the_id(tmp_path: Path, monkeypatch: pytest.Mon
     for name, count in (("one", 120), ("other", 124)):
         (tmp_path / name).mkdir()
         toy_file(tmp_path / name, train=count)
-    one, other = (
-        ask_of(monkeypatch, partial(stages.poison, tmp_path / name / "toy.npz")) for name in ("one", "other")
-    )
+    one, other = (ask_of(monkeypatch, partial(stages.poison, tmp_path / name / "toy.npz")) for name in ("one", "other"))
     assert one != other
 
 
@@ -623,9 +592,7 @@ def names_read(*modules: Any) -> set[str]:
 @every_attack
 def test_every_option_of_an_attack_is_read(name: str) -> None:
     cls = ATTACKS.load(name)
-    modules = [
-        inspect.getmodule(base) for base in cls.__mro__ if issubclass(base, Options) and base is not Options
-    ]
+    modules = [inspect.getmodule(base) for base in cls.__mro__ if issubclass(base, Options) and base is not Options]
     assert set(cls.model_fields) <= names_read(poisoning, *modules)
 
 

@@ -219,9 +219,7 @@ for _ in range(rounds):
 
 
 def start_writer(path: Path, rounds: int, line: str) -> subprocess.Popen[str]:
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), str(rounds)], stdout=subprocess.PIPE, text=True
-    )
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(rounds)], stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     while writer.stdout.readline().strip() != line:
         assert writer.poll() is None
@@ -405,9 +403,7 @@ def test_an_empty_place_holds_nothing(tmp_path: Path) -> None:
 def test_another_artifact_in_the_way_is_told_by_what_differs(tmp_path: Path) -> None:
     path = seal(tmp_path / "a")
     other = replace(ASK, seed=8, config={"rate": 0.2, "target": 0})
-    with pytest.raises(
-        ArtifactError, match=r"different: seed, rate 0.1 -> 0.2\); choose another --out, or --force"
-    ):
+    with pytest.raises(ArtifactError, match=r"different: seed, rate 0.1 -> 0.2\); choose another --out, or --force"):
         store.existing(path, other, force=False)
     assert not store.existing(path, other, force=True)
 
@@ -423,9 +419,7 @@ def test_a_folder_or_file_of_the_user_is_never_replaced(tmp_path: Path, force: b
     (tmp_path / "folder" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("years of work")
     for name in ("folder", "file"):
-        with pytest.raises(
-            ArtifactError, match="exists and is not an artifact of bdbench; choose another --out"
-        ):
+        with pytest.raises(ArtifactError, match="exists and is not an artifact of bdbench; choose another --out"):
             store.existing(tmp_path / name, ASK, force=force)
 
 

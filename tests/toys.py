@@ -23,9 +23,7 @@ def toy_data(
     count: int = 120, channels: int = 3, side: int = 8, *, seed: int = 0, classes: tuple[str, ...] = CLASSES
 ) -> ImageDataset:
     """Noise in 0..199 with a brighter stripe whose place is the class; labels go 0, 1, 2, 3, 0, 1, ..."""
-    images = torch.randint(0, 200, (count, channels, side, side), generator=generator(seed, "toy")).to(
-        torch.uint8
-    )
+    images = torch.randint(0, 200, (count, channels, side, side), generator=generator(seed, "toy")).to(torch.uint8)
     labels = torch.arange(count) % len(classes)
     for row, label in enumerate(labels.tolist()):
         images[row, :, (label * side) // len(classes)] = 230
@@ -76,9 +74,7 @@ class DroppedFeatures(nn.Module):
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(image_shape[0], 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5)
-        )
+        self.layers = nn.Sequential(nn.Conv2d(image_shape[0], 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5))
 
     def forward(self, images: Tensor) -> Tensor:
         return pool(self.layers(images))

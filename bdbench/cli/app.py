@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,9 @@ from bdbench.cli import console, evaluate, explain, inspection, quickstart, trai
 from bdbench.cli import poison as poison_command
 from bdbench.cli.flags import expand_config, read_toml, value_of, with_options
 from bdbench.errors import BdbenchError
-from bdbench.options import Options
+
+if TYPE_CHECKING:
+    from bdbench.options import Options
 
 HELP = """Put any backdoor attack on image classifiers against any defence, and trust the table.
 

@@ -7,18 +7,20 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Task as Bar
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bdbench.cli.live import LiveProgress
 
 PLAIN_WIDTH = 150
 
 
 def _console(*, stderr: bool) -> Console:
     """Return a console as wide as the terminal; a file or pipe gets room for a whole table."""
+    from rich.console import Console
+
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
     return Console(stderr=stderr, width=width, highlight=False)
@@ -57,47 +59,10 @@ def say_made(path: object, artifact_id: str, made: Mapping[str, Any], following:
         say(f"{'next:' if index == 0 else '  or:'} [cyan]{command}[/cyan]")
 
 
-class _Speed(ProgressColumn):
-    """Units a second."""
-
-    def render(self, task: Bar) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s", style="progress.data.speed")
-
-
-class LiveProgress:
-    """Draws one bar at a time on standard error: label, bar, count, speed, time left."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._bar: Any = None
-
-    def start(self, label: str, total: int, unit: str = "images") -> None:
-        """Begin a bar."""
-        self._bar = self._bars.add_task(label, total=total, unit=unit, status="")
-
-    def advance(self, amount: int, status: str = "") -> None:
-        """Move the bar."""
-        self._bars.update(self._bar, advance=amount)
-        if status:
-            self._bars.update(self._bar, status=status)
-
-    def finish(self) -> None:
-        """Fill the bar."""
-        task = next(task for task in self._bars.tasks if task.id == self._bar)
-        self._bars.update(self._bar, completed=task.total)
-
-    def note(self, message: str) -> None:
-        """Say one line above the bar."""
-        self._bars.console.print(message, markup=False)
-
-
 @contextmanager
 def live_progress() -> Iterator[LiveProgress]:
     """Draw progress while the block runs."""
-    columns = [
-        TextColumn("{task.description:<12}"), BarColumn(bar_width=24), MofNCompleteColumn(), _Speed(),
-        TimeRemainingColumn(), TextColumn("{task.fields[status]}"),
-    ]  # fmt: skip
-    with Progress(*columns, console=_console(stderr=True)) as bars:
-        yield LiveProgress(bars)
+    from bdbench.cli import live
+
+    with live.bars(_console(stderr=True)) as bars:
+        yield live.LiveProgress(bars)

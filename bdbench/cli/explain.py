@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect as reflection
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from bdbench.cli import console
 from bdbench.cli.parameters import Json
 from bdbench.errors import unknown_name
 from bdbench.registry import REGISTRIES, Registry
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class Plural(StrEnum):
@@ -45,6 +45,9 @@ def list_names(
         }
         console.show_json(rows[kind.value] if kind else rows)
         return
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, show_header=False, pad_edge=False)
     for registry in chosen:
         table.add_row(Text(registry.plural, style="bold"), "")
@@ -70,6 +73,9 @@ def show(
 
       bdbench show badnets --json
     """
+    from rich.console import Group
+    from rich.text import Text
+
     registry = _registry_of(name)
     found = registry.load(name)
     facts = _describe(registry, name, found)
@@ -128,6 +134,9 @@ def _in_words(value: object) -> str:
 
 
 def _option_table(options: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(header_style="bold")
     for heading in ("flag", "type", "bounds", "default", "what"):
         table.add_column(heading)

@@ -8,12 +8,14 @@ import tomllib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from bdbench.errors import OptionError, did_you_mean
-from bdbench.options import OptionInfo, Options, describe_options
+
+if TYPE_CHECKING:
+    from bdbench.options import OptionInfo, Options
 
 
 def value_of(arguments: Sequence[str], flag: str) -> str | None:
@@ -40,7 +42,7 @@ def with_options(command: Callable[..., None], groups: Mapping[str, type[Options
         for name, parameter in inspect.signature(command).parameters.items()
         if name != "options"
     ]
-    extra = [_parameter(info, heading) for heading, cls in groups.items() for info in describe_options(cls)]
+    extra = [_parameter(info, heading) for heading, cls in groups.items() for info in _described(cls)]
     names = [parameter.name for parameter in extra]
 
     def call(**given: Any) -> None:  # noqa: ANN401 - each flag has its own type
@@ -52,6 +54,12 @@ def with_options(command: Callable[..., None], groups: Mapping[str, type[Options
     call.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *extra)}
     return call
+
+
+def _described(cls: type[Options]) -> list[OptionInfo]:
+    from bdbench.options import describe_options
+
+    return describe_options(cls)
 
 
 def _parameter(info: OptionInfo, heading: str) -> inspect.Parameter:

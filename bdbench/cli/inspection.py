@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from bdbench.cli import console
 from bdbench.cli.parameters import Json
@@ -59,6 +58,8 @@ def inspect(
 
 
 def _say_manifest(found: Artifact) -> None:
+    from rich.table import Table
+
     asked, made = found.manifest.ask, found.manifest.made
     table = Table(box=None, show_header=False, pad_edge=False)
     config = ", ".join(f"{key} {value}" for key, value in asked.config.items() if value is not None)
@@ -80,6 +81,7 @@ def _say_manifest(found: Artifact) -> None:
 
 def _say_dataset(found: DatasetArtifact) -> None:
     import pandas as pd
+    from rich.table import Table
 
     from bdbench.data import Role
 
@@ -100,6 +102,8 @@ def _say_dataset(found: DatasetArtifact) -> None:
 
 
 def _say_model(found: ModelArtifact) -> None:
+    from rich.table import Table
+
     history = found.history
     table = Table("phase", "epochs", "first loss", "last loss", "images/s", "seconds", title="history")
     for phase, rows in history.groupby("phase", sort=False):

@@ -28,7 +28,7 @@ class Digits(Source):
             images = resize_images(images, Fit(self.image_size), progress)
         data = ImageDataset(images, labels, CLASS_NAMES)
         train, test = split_dataset(data, self.test_fraction)
-        return SourceData("digits", train, test, augment="affine")
+        return SourceData("digits", train, test, augment="crop,flip")
 
 
 def read_scans() -> tuple[Tensor, Tensor]:

@@ -49,7 +49,10 @@ class ABL(Defense):
             "isolation_epochs": 20, "epochs": 60, "batch_size": 64, "schedule": "step", "milestones": (2 / 3, 1.0),
                     },
         "fast": {"isolation_epochs": 3, "epochs": 9},
-        "tiny": {"isolation_epochs": 10, "isolation_augment": "auto", "epochs": 30, "batch_size": 64, "lr": 0.05},
+        "tiny": {
+            "isolation_epochs": 3, "isolation_lr": 0.05, "isolation_rate": 0.05, "isolation_augment": "auto",
+            "epochs": 20, "batch_size": 32, "lr": 0.05,
+        },
     }  # fmt: skip
 
     isolation_epochs: int = Field(20, ge=1, description="Epochs of the isolating phase.")

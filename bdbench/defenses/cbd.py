@@ -43,7 +43,7 @@ class CBD(Defense):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"twin_epochs": 5, "epochs": 100, "batch_size": 64, "schedule": "step"},
         "fast": {"twin_epochs": 5, "epochs": 12, "batch_size": 64},
-        "tiny": {"twin_epochs": 5, "epochs": 40, "batch_size": 64, "lr": 0.05},
+        "tiny": {"twin_epochs": 2, "twin_lr": 0.05, "epochs": 60, "batch_size": 32, "lr": 0.05},
     }
 
     twin_epochs: int = Field(

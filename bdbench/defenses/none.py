@@ -20,7 +20,7 @@ class NoDefense(Defense):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"epochs": 100, "schedule": "step"},
         "fast": {"epochs": 12},
-        "tiny": {"epochs": 30, "batch_size": 64, "lr": 0.05},
+        "tiny": {"epochs": 20, "batch_size": 32, "lr": 0.05},
     }
 
     def run(self, task: Task) -> Defended:

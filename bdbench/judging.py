@@ -1,0 +1,111 @@
+"""What `evaluate` computes: predictions, the metrics that follow from them and the truth, and facts for tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from bdbench import metrics
+from bdbench.artifacts import DatasetArtifact, ModelArtifact
+from bdbench.data import Role
+from bdbench.engine import Engine
+from bdbench.models.classifier import Classifier
+
+
+def predict(engine: Engine, model: Classifier, source: DatasetArtifact) -> pd.DataFrame:
+    """Return a row per clean and per triggered test image: split, row, label, clean_label, prediction, confidence."""
+    test, triggered, test_rows = source.test, source.triggered, source.triggered_rows
+    frames = []
+    splits = [("test", test, torch.arange(len(test))), ("triggered", triggered, test_rows)]
+    for name, split, rows in splits:
+        confidence, prediction = engine.logits(model, split.images).softmax(1).max(1)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "split": name,
+                    "row": rows.numpy(),
+                    "label": split.labels.numpy(),
+                    "clean_label": test.labels[rows].numpy(),
+                    "prediction": prediction.numpy(),
+                    "confidence": confidence.numpy().astype(np.float32),
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def measure(
+    frame: pd.DataFrame, source: DatasetArtifact, model: ModelArtifact
+) -> tuple[dict[str, metrics.Rate], dict[str, float]]:
+    """Return the rates, and the metrics that are no rates, of predictions; opens the truth if the model scored samples.
+
+    Args:
+        frame: from `predict`.
+        source: the data set, with its truth.
+        model: the model artifact, for what it set aside.
+    """
+
+    def column(split: str, name: str) -> Tensor:
+        return torch.from_numpy(frame.loc[frame["split"] == split, name].to_numpy(copy=True))
+
+    config = source.manifest.ask.config
+    rates = metrics.classification_rates(
+        predicted=column("test", "prediction"),
+        labels=column("test", "clean_label"),
+        triggered_predicted=column("triggered", "prediction"),
+        wanted=column("triggered", "label"),
+        triggered_rows=column("triggered", "row"),
+        target=None if config["labels"] == "all-to-all" else config["target"],
+    )
+    samples = model.samples
+    if samples is None:
+        return rates, {}
+    is_poison = torch.from_numpy(source.truth["role"].to_numpy(copy=True)) == Role.POISON
+    if model.manifest.facts["sets_aside"]:
+        rates |= metrics.set_aside_rates(torch.from_numpy(samples["set_aside"].to_numpy(copy=True)), is_poison)
+    return rates, metrics.score_metrics(torch.from_numpy(samples["score"].to_numpy(copy=True)), is_poison)
+
+
+def metrics_frame(rates: Mapping[str, metrics.Rate], values: Mapping[str, float]) -> pd.DataFrame:
+    """Return metric, value, low, high, numerator, denominator; what is no rate has a value only."""
+    rows: list[dict[str, Any]] = [
+        {
+            "metric": name,
+            "value": item.value,
+            "low": item.interval[0],
+            "high": item.interval[1],
+            "numerator": item.numerator,
+            "denominator": item.denominator,
+        }
+        for name, item in rates.items()
+    ]
+    rows += [{"metric": name, "value": value} for name, value in values.items()]
+    columns = ["metric", "value", "low", "high", "numerator", "denominator"]
+    return pd.DataFrame(rows, columns=columns).astype({"numerator": "Int64", "denominator": "Int64"})
+
+
+def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
+    """Return what a table needs to know beside the metrics, so that it opens evaluations only."""
+    asked, attacked = model.manifest.ask, source.manifest.ask
+    return {
+        "dataset": source.manifest.facts["name"],
+        "dataset_id": source.id,
+        "model": asked.config["model"],
+        "model_id": model.id,
+        "attack": attacked.method,
+        "attack_options": dict(attacked.config),
+        "defense": asked.method,
+        "defense_options": dict(asked.config),
+        "preset": asked.config["preset"],
+        "seed": asked.seed,
+        "attack_seed": attacked.seed,
+        "seconds": model.manifest.made["seconds"],
+        "peak_memory_bytes": model.manifest.made["peak_memory_bytes"],
+        "device": model.manifest.made["device"],
+        "precision": model.manifest.made["precision"],
+    }
