@@ -524,8 +524,9 @@ def ask_of(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> str:
 def test_every_option_of_an_attack_is_part_of_the_id(
     attack: str, option: str, value: Any, toy_archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = ask_of(monkeypatch, lambda: stages.poison(toy_archive, attack))
-    options = {option: value} if option != "labels" else {"labels": "all-to-all"}
+    base = {"labels": "all-to-one"} if option == "exclude_target" else {}
+    plain = ask_of(monkeypatch, lambda: stages.poison(toy_archive, attack, options=base))
+    options = {**base, option: value} if option != "labels" else {"labels": "all-to-all"}
     if option == "labels" and attack == "badnets":
         options = {"labels": "clean"}
     assert ask_of(monkeypatch, lambda: stages.poison(toy_archive, attack, options=options)) != plain
