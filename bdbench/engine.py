@@ -251,7 +251,8 @@ class _Phase:
             if math.isfinite(mean):
                 wrong = f"weights of phase '{self.name}' are not finite"
             raise TrainingError(
-                f"{wrong} in epoch {epoch + 1}; lower --lr (now {self.recipe.lr}); the last good checkpoint is kept"
+                f"{wrong} in epoch {epoch + 1}; lower its learning rate (now {self.recipe.lr}; --lr or the phase's own "
+                "option); the last good checkpoint is kept"
             )
         seen = min(steps * size, len(self.labels))
         self.rows.append({

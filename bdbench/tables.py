@@ -48,6 +48,7 @@ COLUMNS = (
     Column("detection_precision", "set aside: precision"),
     Column("auroc", "AUROC"),
     Column("seconds", "seconds", False),
+    Column("peak_memory_bytes", "peak MiB", False),
     Column("marks", "", False),
 )
 
@@ -158,8 +159,8 @@ def _cell(row: dict[str, Any], column: Column) -> str:
     value = row[column.key]
     if column.key == "seeds":
         return str(value[0]) if len(value) == 1 else f"{len(value)}"
-    if column.key == "seconds":
-        return "" if value is None else f"{value:.0f}"
+    if column.key in ("seconds", "peak_memory_bytes"):
+        return f"{value / (2**20 if column.key == 'peak_memory_bytes' else 1):,.0f}"
     if not column.is_rate:
         return str(value)
     if value is None:
@@ -171,7 +172,10 @@ def _cell(row: dict[str, Any], column: Column) -> str:
 def _rich(columns: list[Column], cells: list[list[str]], merged: list[dict[str, Any]], notes: list[str]) -> Table:
     table = Table(caption="\n".join(notes) or None, caption_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(column.heading, justify="right" if column.is_rate or column.key == "seconds" else "left")
+        table.add_column(
+            column.heading,
+            justify="right" if column.is_rate or column.key in ("seconds", "peak_memory_bytes") else "left",
+        )
     for row, line in zip(merged, cells, strict=True):
         table.add_row(*line, style="bold" if row["defense"] == "none" else None)
     return table

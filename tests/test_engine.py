@@ -386,7 +386,9 @@ def failing_after(step: int) -> Any:
 
 def test_a_loss_that_is_not_finite_names_phase_epoch_and_rate(tmp_path: Path) -> None:
     data = toy_data(32)
-    with pytest.raises(TrainingError, match=r"loss of phase 'clean' is nan in epoch 3; lower --lr \(now 0\.05\)"):
+    with pytest.raises(
+        TrainingError, match=r"loss of phase 'clean' is nan in epoch 3; lower its learning rate \(now 0\.05"
+    ):
         toy_engine(tmp_path).fit(toy_model(data), data, failing_after(5), toy_recipe(epochs=5), phase="clean")
 
 
@@ -408,7 +410,7 @@ def test_weights_that_are_not_finite_are_not_delivered() -> None:
         value = F.cross_entropy(model(batch.images), batch.labels)
         return value + (model.head.bias - model.head.bias.detach()).abs().sqrt().sum()
 
-    with pytest.raises(TrainingError, match="lower --lr"):
+    with pytest.raises(TrainingError, match="lower its learning rate"):
         toy_engine().fit(toy_model(data), data, loss, toy_recipe(epochs=1), phase="train")
 
 
