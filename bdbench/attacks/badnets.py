@@ -46,7 +46,7 @@ class BadNets(Attack):
     corner: Corner | None = Field(None, description="Corner of the patch; default: as published.")
     margin: int | None = Field(None, ge=0, description="Pixels between patch and border; default: as published.")
 
-    def fit(self, clean: ImageDataset, seed: int) -> State:  # noqa: ARG002 - nothing is random
+    def fit(self, clean: ImageDataset, seed: int) -> State:
         """Return pattern (C, H, W) float and mask (1, H, W) float of 0 and 1."""
         channels, height, width = clean.image_shape
         values = self._values()
@@ -70,7 +70,7 @@ class BadNets(Attack):
             mask[:, top : top + size, left : left + size] = 1
         return {"pattern": pattern_for(pattern, channels), "mask": mask}
 
-    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:  # noqa: ARG002
+    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:
         """Write the pattern where the mask is 1."""
         return torch.where(state["mask"].bool(), state["pattern"], images)
 

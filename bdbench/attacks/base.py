@@ -90,7 +90,7 @@ class Attack(Options, ABC):
             (B, C, H, W) float; the caller clips to [0, 255] and rounds.
         """
 
-    def random_for(self, use: Use) -> bool:  # noqa: ARG002 - for subclasses
+    def random_for(self, use: Use) -> bool:
         """Say whether `stamp` draws per-image noise for this use."""
         return False
 
@@ -119,7 +119,7 @@ class Attack(Options, ABC):
             out[part] = stamped.clamp_(0, 255).round_().to(torch.uint8)
         return out
 
-    def cover_count(self, poison_count: int) -> int:  # noqa: ARG002 - for subclasses
+    def cover_count(self, poison_count: int) -> int:
         """Return how many cover samples (triggered, truthfully labelled) go with so many poisoned ones."""
         return 0
 

@@ -53,7 +53,7 @@ class Blended(Attack):
         pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
         return {"pattern": pattern_for(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float(), channels)}
 
-    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:  # noqa: ARG002
+    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:
         """Mix the picture in."""
         alpha = self.alpha_test if use == "test" and self.alpha_test is not None else self.alpha
         return torch.lerp(images, state["pattern"], alpha)

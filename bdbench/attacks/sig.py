@@ -36,12 +36,12 @@ class Sig(Attack):
     delta_test: float | None = Field(None, gt=0, le=255, description="Amplitude at test time; default: as in training.")
     frequency: float = Field(6.0, gt=0, description="Periods per image width.")
 
-    def fit(self, clean: ImageDataset, seed: int) -> State:  # noqa: ARG002 - nothing is random
+    def fit(self, clean: ImageDataset, seed: int) -> State:
         """Return the wave (1, 1, W) float in [-1, 1]."""
         width = clean.image_shape[2]
         return {"wave": torch.sin(2 * math.pi * self.frequency * torch.arange(width) / width).view(1, 1, width)}
 
-    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:  # noqa: ARG002
+    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:
         """Add the wave to every row and channel."""
         amplitude = self.delta_test if use == "test" and self.delta_test is not None else self.delta
         return images + amplitude * state["wave"]

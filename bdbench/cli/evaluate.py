@@ -25,7 +25,6 @@ FormatName = Annotated[str, typer.Option("--format", help="rich, markdown, csv, 
 
 
 def evaluate(
-    options: dict[str, Any],  # noqa: ARG001 - no method of its own
     models: Annotated[
         list[str] | None,
         typer.Argument(
@@ -37,7 +36,7 @@ def evaluate(
     device: Device = "auto",
     precision: PrecisionName = "auto",
     force: Force = False,
-    config: Config = None,  # noqa: ARG001 - read before the command runs
+    config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:
     """Judge models on clean and triggered test images: the table of BA and ASR.
@@ -68,14 +67,13 @@ def evaluate(
 
 
 def table(
-    options: dict[str, Any],  # noqa: ARG001 - no method of its own
     places: Annotated[
         list[Path] | None, typer.Argument(help="Folders that hold evaluations, at any depth; default: runs/.")
     ] = None,
     style: FormatName = "rich",
     assertions: Assertions = None,
     out: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
-    config: Config = None,  # noqa: ARG001 - read before the command runs
+    config: Config = None,  # read before the command runs
     json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Print the table of any number of evaluations: mean and spread over seeds, DER against the undefended row.

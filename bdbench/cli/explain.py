@@ -27,7 +27,6 @@ class Plural(StrEnum):
 
 
 def list_names(
-    options: dict[str, Any],  # noqa: ARG001 - no method of its own
     kind: Annotated[Plural | None, typer.Argument(help="What to list; default: everything.")] = None,
     json: Json = False,
 ) -> None:
@@ -62,7 +61,6 @@ def _complete_any(incomplete: str) -> list[str]:
 
 
 def show(
-    options: dict[str, Any],  # noqa: ARG001 - no method of its own
     name: Annotated[str, typer.Argument(help="An attack, defence, data set or model.", autocompletion=_complete_any)],
     json: Json = False,
 ) -> None:

@@ -33,7 +33,7 @@ def with_options(command: Callable[..., None], groups: Mapping[str, type[Options
     """Return a command that also takes the options of some classes as typed flags.
 
     Args:
-        command: has a parameter `options`, which receives what the user gave: name -> value.
+        command: if it has a parameter `options`, that receives what the user gave: name -> value.
         groups: heading in the help -> class of options.
     """
     hints = get_type_hints(command, include_extras=True)
@@ -42,12 +42,15 @@ def with_options(command: Callable[..., None], groups: Mapping[str, type[Options
         for name, parameter in inspect.signature(command).parameters.items()
         if name != "options"
     ]
+    takes_options = "options" in hints
     extra = [_parameter(info, heading) for heading, cls in groups.items() for info in _described(cls)]
     names = [parameter.name for parameter in extra]
 
     def call(**given: Any) -> None:  # noqa: ANN401 - each flag has its own type
         options = {name: given.pop(name) for name in names}
-        command(**given, options={name: value for name, value in options.items() if value is not None})
+        if takes_options:
+            given["options"] = {name: value for name, value in options.items() if value is not None}
+        command(**given)
 
     functools.update_wrapper(call, command)
     del call.__wrapped__  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    options: dict[str, Any],  # noqa: ARG001 - no method of its own
     artifact: Annotated[str, typer.Argument(help="Path or id of an artifact of any kind.")],
     image: Annotated[
         Path | None,

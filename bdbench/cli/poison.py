@@ -28,7 +28,7 @@ def poison(
     test_fraction: Annotated[float, typer.Option(help="Test share, where the source has no test split.")] = 0.2,
     out: Out = None,
     force: Force = False,
-    config: Config = None,  # noqa: ARG001 - read before the command runs
+    config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:
     """Poison a data set, once, on disk, before any augmentation.

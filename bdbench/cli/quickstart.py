@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,7 +17,6 @@ ATTACK_OPTIONS = {"margin": 1}
 
 
 def quickstart(
-    options: dict[str, Any],  # noqa: ARG001 - no method of its own
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for the artifacts.")] = Path("runs/quickstart"),
     device: Device = "auto",

@@ -55,7 +55,7 @@ def defend(
     precision: PrecisionName = "auto",
     out: Out = None,
     force: Force = False,
-    config: Config = None,  # noqa: ARG001 - read before the command runs
+    config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:
     """Train a model on a data set artifact with a defence.

@@ -12,7 +12,6 @@ from bdbench.cli.parameters import Json
 
 
 def verify(
-    options: dict[str, Any],  # noqa: ARG001 - no method of its own
     artifacts: Annotated[list[str], typer.Argument(help="Paths or ids of artifacts of any kind.")],
     json: Json = False,
 ) -> None:
