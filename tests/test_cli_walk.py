@@ -270,6 +270,23 @@ def test_show_explains_every_name_of_every_registry(bdbench: Any) -> None:
             assert all(option["description"] for option in facts["options"]), name
 
 
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("bdbench defend --method c", "cbd"),
+        ("bdbench defend --method abl --isolation-r", "--isolation-rate"),
+        ("bdbench poison --attack b", "badnets"),
+        ("bdbench show wr", "wrn-16-1"),
+    ],
+)
+def test_the_shell_completes_names_and_the_flags_of_a_method(line: str, offered: str) -> None:
+    words = {"_BDBENCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    program = "import sys; sys.argv[0] = 'bdbench'; from bdbench.__main__ import main; main()"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True, check=False)
+    assert offered in done.stdout.split()
+
+
 def test_help_of_a_method_shows_its_own_flags(bdbench: Any) -> None:
     assert "--unlearn-steps" in bdbench("defend", "--method", "abl", "--help").out
     assert "--unlearn-steps" not in bdbench("defend", "--method", "cbd", "--help").out

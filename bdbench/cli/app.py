@@ -14,7 +14,7 @@ from bdbench import __version__
 from bdbench.cli import console, evaluate, explain, inspection, quickstart, train, verify
 from bdbench.cli import poison as poison_command
 from bdbench.cli.flags import expand_config, read_toml, value_of, with_options
-from bdbench.errors import BdbenchError
+from bdbench.errors import BdbenchError, OptionError
 
 if TYPE_CHECKING:
     from bdbench.options import Options
@@ -46,7 +46,8 @@ def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:
     """
     application = typer.Typer(help=HELP, rich_markup_mode="rich", pretty_exceptions_enable=False)
     application.callback(invoke_without_command=True)(_root)
-    words = _completed_words() or list(arguments)
+    completed = _completed_words()
+    words = completed or list(arguments)
     named = next((word for word in words if not word.startswith("-")), "")
     rest = words[words.index(named) + 1 :] if named else []
     commands: dict[str, Callable[..., None]] = {
@@ -63,7 +64,13 @@ def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:
     }
     expanded = list(arguments)
     for name, function in commands.items():
-        command = with_options(function, _option_groups(name, rest if name == named else None))
+        groups: dict[str, type[Options]] = {}
+        try:
+            groups = _option_groups(name, rest if name == named else None)
+        except OptionError:
+            if not completed:  # a name that is still being typed
+                raise
+        command = with_options(function, groups)
         application.command(name)(_mending(command))
         if name == named and named in arguments:
             start = arguments.index(named) + 1
