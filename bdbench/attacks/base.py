@@ -13,6 +13,7 @@ from torch import Tensor
 from bdbench.data import ImageDataset
 from bdbench.errors import OptionError
 from bdbench.options import Options
+from bdbench.seeds import generator
 
 CHUNK = 2048
 
@@ -107,8 +108,6 @@ class Attack(Options, ABC):
         Returns:
             (N, C, H, W) uint8, rounded to nearest.
         """
-        from bdbench.seeds import generator
-
         out = torch.empty_like(images)
         for start in range(0, len(images), CHUNK):
             part = slice(start, start + CHUNK)

@@ -13,6 +13,7 @@ from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName
 from bdbench.cli.train import newest_dataset
 from bdbench.errors import ArtifactError, OptionError, did_you_mean
+from bdbench.store import ROOT
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 Assertions = Annotated[
@@ -93,7 +94,7 @@ def table(
     if style not in formats:
         raise unknown_name("format", style, formats)
     checks = [parse_assertion(text) for text in assertions or []]
-    folders = places or [Path("runs")]
+    folders = places or [ROOT]
     for folder in folders:
         if not folder.is_dir():
             raise ArtifactError(f"{folder} is not a folder; give the folder that holds your runs")
@@ -150,7 +151,7 @@ def _check(rows: list[dict[str, Any]], checks: list[tuple[str, str, float]]) -> 
 
 def _models_of_newest() -> list[Path]:
     from bdbench.artifacts import DatasetArtifact
-    from bdbench.store import ROOT, find_artifacts
+    from bdbench.store import find_artifacts
 
     data = DatasetArtifact.open(newest_dataset())
     found = [path for path, manifest in find_artifacts(ROOT, "model") if manifest.ask.inputs.get("dataset") == data.id]
