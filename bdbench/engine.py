@@ -161,7 +161,11 @@ class Engine:
         model.to(self.device).to(memory_format=torch.channels_last)
         model.eval()
         outputs = []
-        with torch.inference_mode(), self.autocast(), out_of_memory_advice("--batch-size"):
+        with (
+            torch.inference_mode(),
+            self.autocast(),
+            out_of_memory_advice("the load of the device, or use --device cpu"),
+        ):
             for chunk in images.split(EVALUATION_BATCH):
                 batch = chunk.to(self.device).float().div_(255).contiguous(memory_format=torch.channels_last)
                 outputs.append(function(batch))
