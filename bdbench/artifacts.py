@@ -20,7 +20,7 @@ from torch import Tensor
 import bdbench
 from bdbench import store
 from bdbench.checkpoints import save_tensors
-from bdbench.data import ImageDataset, PoisonedDataset
+from bdbench.data import ImageDataset, PoisonedDataset, Role
 from bdbench.devices import peak_memory_bytes
 from bdbench.errors import ArtifactError, DataError
 from bdbench.models.classifier import Classifier, build_classifier
@@ -118,6 +118,24 @@ class DatasetArtifact(Artifact):
         return self.frame("truth.parquet")
 
     @property
+    def unpoisoned(self) -> ImageDataset:
+        """The training split as it was before the attack: for reference rows and inspection only."""
+        truth, images = self.truth, self.train.images.clone()
+        changed = torch.from_numpy(truth["role"].to_numpy(copy=True)) != Role.CLEAN
+        originals = self.tensors("originals.safetensors").get("images")
+        if originals is None or originals.shape != (int(changed.sum()), *self.image_shape):
+            raise ArtifactError(
+                f"{self.path / 'originals.safetensors'} does not hold the images that the attack changed; make it again"
+            )
+        images[changed] = originals
+        return ImageDataset(images, torch.from_numpy(truth["clean_label"].to_numpy(copy=True)), self.class_names)
+
+    @property
+    def is_poison(self) -> Tensor:
+        """(N,) bool, which training samples are poisoned: for reference rows and evaluation only."""
+        return torch.from_numpy(self.truth["role"].to_numpy(copy=True)) == Role.POISON
+
+    @property
     def triggered_rows(self) -> Tensor:
         """(M,) int64: the test row that each triggered image was made from."""
         return torch.from_numpy(self.frame("triggered.parquet")["test_row"].to_numpy(copy=True))
@@ -168,6 +186,7 @@ def write_dataset(draft: Draft, data: PoisonedDataset, *, name: str, augment: st
             _write_frame(draft, f"{split}.parquet", {"label": content.labels, **extra.get(split, {})})
     truth = {"clean_label": data.clean_labels, "role": data.roles, "source_row": data.source_rows}
     _write_frame(draft, "truth.parquet", truth)
+    save_tensors({"images": data.originals.contiguous()}, draft.folder / "originals.safetensors")
     save_tensors(
         {key: value.contiguous() for key, value in data.trigger_state.items()}, draft.folder / "attack.safetensors"
     )

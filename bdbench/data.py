@@ -125,6 +125,7 @@ class PoisonedDataset:
         clean_labels: (N,) int64, the labels before poisoning.
         roles: (N,) uint8 of `Role`.
         source_rows: (N,) int64, rows in the source's training split.
+        originals: (P, C, H, W) uint8, the samples that are not of `Role.CLEAN` as they were, in their order.
         test: clean test images, all of them.
         triggered: M triggered test images of the attack's eligible classes, labelled with what the attacker wants.
         triggered_rows: (M,) int64, rows in `test`: their true labels and clean images are found there.
@@ -136,6 +137,7 @@ class PoisonedDataset:
     clean_labels: Tensor
     roles: Tensor
     source_rows: Tensor
+    originals: Tensor
     test: ImageDataset
     triggered: ImageDataset
     triggered_rows: Tensor

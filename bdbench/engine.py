@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,8 @@ class Batch(NamedTuple):
     step: int
 
 
+Module = TypeVar("Module", bound=nn.Module)
+
 LossFunction = Callable[[Classifier, Batch], Tensor]
 """From the model in training mode and a batch to the scalar that is minimised."""
 
@@ -108,29 +111,37 @@ class Engine:
 
     def fit(
         self,
-        model: Classifier,
+        model: Module,
         data: ImageDataset,
-        loss: LossFunction,
+        loss: Callable[[Module, Batch], Tensor],
         recipe: Recipe,
         *,
         phase: str,
+        optimizer: torch.optim.Optimizer | None = None,
+        epoch_steps: int | None = None,
         max_steps: int | None = None,
-        stop: Callable[[Classifier], bool] | None = None,
+        before_epoch: Callable[[int], Tensor | None] | None = None,
+        stop: Callable[[Module], bool] | None = None,
         companions: Mapping[str, Stateful] | None = None,
         frozen_norms: bool = False,
-    ) -> Classifier:
-        """Train a model in place and return it, in evaluation mode.
+    ) -> Module:
+        """Train a module in place and return it, in evaluation mode.
 
         The result depends on the arguments and the engine's seed only: an interrupted phase goes on from its last
         checkpoint and, on a CPU, ends bit-equal to an uninterrupted one.
 
         Args:
-            model: moved to the engine's device.
+            model: a classifier, or whatever else has parameters; moved to the engine's device.
             data: N training images; a last batch of one image is left out (batch norm needs two).
             loss: called once a step; see `LossFunction`.
             recipe: with `augment` other than "auto".
             phase: names the streams, the checkpoint and the rows of the history; once per engine.
+            optimizer: takes the steps, at the recipe's learning rate, and goes on from the state it is in; default: the
+                recipe's own, fresh.
+            epoch_steps: steps in an epoch; default: a pass over the data.
             max_steps: end after this many steps, even inside an epoch.
+            before_epoch: called with the number of each epoch, from 0; may return the rows (epoch_steps * batch_size,)
+                to visit, in order. Default: every row once, shuffled.
             stop: asked after every epoch, with the model in evaluation mode; True ends the phase.
             companions: objects whose state belongs to the phase.
             frozen_norms: keep batch-norm statistics as they are and use them instead of the batch's own.
@@ -140,9 +151,10 @@ class Engine:
             DeviceError: out of memory.
         """
         model.to(self.device).to(memory_format=torch.channels_last)
-        run = _Phase(self, model, data, loss, recipe, phase, max_steps, frozen_norms, dict(companions or {}))
+        run = _Phase(self, model, data, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}))
+        run.limit(epoch_steps, max_steps)
         with out_of_memory_advice("--batch-size"):
-            run.train(stop)
+            run.train(before_epoch, stop)
         return model.eval()
 
     def logits(self, model: Classifier, images: Tensor) -> Tensor:
@@ -178,18 +190,18 @@ class Engine:
             yield
 
 
-class _Phase:
+class _Phase(Generic[Module]):
     """One call of `Engine.fit`: its optimiser, its place in the schedule, its checkpoint."""
 
     def __init__(
         self,
         engine: Engine,
-        model: Classifier,
+        model: Module,
         data: ImageDataset,
-        loss: LossFunction,
+        loss: Callable[[Module, Batch], Tensor],
         recipe: Recipe,
         name: str,
-        max_steps: int | None,
+        optimizer: torch.optim.Optimizer | None,
         frozen_norms: bool,
         companions: dict[str, Stateful],
     ) -> None:
@@ -198,14 +210,7 @@ class _Phase:
         self.labels = data.labels.to(engine.device)
         self.operations = parse_augment(recipe.augment)
         self.frozen_norms = frozen_norms
-        whole, rest = divmod(len(data), recipe.batch_size)
-        self.steps_per_epoch = whole + (rest > 1)
-        if not self.steps_per_epoch:
-            raise TrainingError(f"phase '{name}' has {len(data)} images; training needs at least 2")
-        self.total_steps = recipe.epochs * self.steps_per_epoch
-        if max_steps is not None:
-            self.total_steps = min(self.total_steps, max_steps)
-        self.optimizer = torch.optim.SGD(
+        self.optimizer = optimizer or torch.optim.SGD(
             model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
             nesterov=recipe.nesterov and recipe.momentum > 0,
         )  # fmt: skip
@@ -215,14 +220,23 @@ class _Phase:
         self.rows: list[dict[str, float | int | str]] = []
         self.saved_at = time.monotonic()
 
-    def train(self, stop: Callable[[Classifier], bool] | None) -> None:
+    def limit(self, epoch_steps: int | None, max_steps: int | None) -> None:
+        """Settle how many steps an epoch and the phase have."""
+        whole, rest = divmod(len(self.labels), self.recipe.batch_size)
+        self.steps_per_epoch = epoch_steps or whole + (rest > 1)
+        if len(self.labels) < 2:
+            raise TrainingError(f"phase '{self.name}' has {len(self.labels)} images; training needs at least 2")
+        self.total_steps = min(self.recipe.epochs * self.steps_per_epoch, max_steps or sys.maxsize)
+
+    def train(self, before_epoch: Callable[[int], Tensor | None] | None, stop: Callable[[Module], bool] | None) -> None:
         self._resume()
         progress = self.engine.progress
         if not self._is_finished():
             progress.start(self.name, self.total_steps * self.recipe.batch_size)
             progress.advance(self.step * self.recipe.batch_size)
             while not self._is_finished():
-                self._epoch()
+                epoch = self.step // self.steps_per_epoch
+                self._epoch(epoch, before_epoch(epoch) if before_epoch else None)
                 self.stopped = stop is not None and stop(self.model.eval())
                 self._save()
             progress.finish()
@@ -231,13 +245,14 @@ class _Phase:
     def _is_finished(self) -> bool:
         return self.stopped or self.step >= self.total_steps
 
-    def _epoch(self) -> None:
+    def _epoch(self, epoch: int, order: Tensor | None) -> None:
         engine, size = self.engine, self.recipe.batch_size
-        epoch = self.step // self.steps_per_epoch
         steps = min(self.steps_per_epoch, self.total_steps - self.step)
         self._training_mode()
         rng = generator(engine.seed, self.name, "epoch", epoch)
-        order = torch.randperm(len(self.labels), generator=rng).to(engine.device)
+        if order is None:
+            order = torch.randperm(len(self.labels), generator=rng)
+        order = order.to(engine.device)
         total = torch.zeros((), device=engine.device)
         lr, begun = self.recipe.lr_at(epoch), time.perf_counter()
         with scoped(engine.seed, self.name, "global", epoch):
@@ -258,7 +273,7 @@ class _Phase:
                 f"{wrong} in epoch {epoch + 1}; lower its learning rate (now {self.recipe.lr}; --lr or the phase's own "
                 "option); the last good checkpoint is kept"
             )
-        seen = min(steps * size, len(self.labels))
+        seen = min(steps * size, len(order))
         self.rows.append({
             "phase": self.name, "epoch": epoch + 1, "loss": mean, "lr": lr,
             "images_per_second": seen / seconds, "seconds": seconds,
@@ -300,9 +315,6 @@ class _Phase:
             point = checkpoints.Point(self.step, self.stopped, self.rows)
             checkpoints.save(self.engine.work, self.name, point, self.state)
             self.saved_at = time.monotonic()
-
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def frozen(module: Module) -> Module:

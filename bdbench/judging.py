@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bdbench import metrics
 from bdbench.artifacts import DatasetArtifact, ModelArtifact
-from bdbench.data import Role
 from bdbench.engine import Engine
 from bdbench.models.classifier import Classifier
 
@@ -65,7 +64,7 @@ def measure(
     samples = model.samples
     if samples is None:
         return rates, {}
-    is_poison = torch.from_numpy(source.truth["role"].to_numpy(copy=True)) == Role.POISON
+    is_poison = source.is_poison
     if model.manifest.facts["sets_aside"]:
         rates |= metrics.set_aside_rates(torch.from_numpy(samples["set_aside"].to_numpy(copy=True)), is_poison)
     return rates, metrics.score_metrics(torch.from_numpy(samples["score"].to_numpy(copy=True)), is_poison)
@@ -102,6 +101,7 @@ def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
         "defense": asked.method,
         "defense_options": dict(asked.config),
         "preset": asked.config["preset"],
+        "findings": dict(model.manifest.facts["findings"]),
         "seed": asked.seed,
         "attack_seed": attacked.seed,
         "seconds": model.manifest.made["seconds"],

@@ -33,11 +33,12 @@ def poison_source(source: SourceData, attack: Attack, seed: int, trusted: float)
     covers = _choose_covers(len(train), poisoned, attack, seed)
 
     images, labels = train.images, train.labels.clone()
+    roles = torch.zeros(len(train), dtype=torch.uint8)
+    roles[poisoned], roles[covers] = Role.POISON, Role.COVER
+    originals = images[roles != Role.CLEAN]
     images[poisoned] = attack.trigger(images[poisoned], poisoned, state, "poison", seed)
     images[covers] = attack.trigger(images[covers], covers, state, "cover", seed)
     labels[poisoned] = wanted_labels(train.labels[poisoned], attack, clean.num_classes)
-    roles = torch.zeros(len(train), dtype=torch.uint8)
-    roles[poisoned], roles[covers] = Role.POISON, Role.COVER
 
     tested = eligible_for_test(source.test.labels, attack)
     if not len(tested):
@@ -49,6 +50,7 @@ def poison_source(source: SourceData, attack: Attack, seed: int, trusted: float)
         clean_labels=train.labels,
         roles=roles,
         source_rows=kept,
+        originals=originals,
         test=source.test,
         triggered=ImageDataset(
             attack.trigger(source.test.images[tested], tested, state, "test", seed),

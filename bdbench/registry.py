@@ -74,7 +74,9 @@ DEFENSES = Registry(
     "defense",
     "defenses",
     {
-        "none": ("bdbench.defenses.none:NoDefense", "plain training: the undefended model"),
+        "none": ("bdbench.defenses.plain:NoDefense", "plain training: the undefended model"),
+        "oracle": ("bdbench.defenses.plain:Oracle", "reference: plain training without the poison, which it is told"),
+        "clean": ("bdbench.defenses.plain:Clean", "reference: plain training on the images before the attack"),
         "cbd": ("bdbench.defenses.cbd:CBD", "trains away from an early-stopped, backdoored twin (CVPR 2023)"),
         "abl": ("bdbench.defenses.abl:ABL", "isolates what is learned first, then unlearns it (NeurIPS 2021)"),
     },

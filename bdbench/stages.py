@@ -35,7 +35,8 @@ from bdbench.artifacts import (
 from bdbench.attacks.base import Attack
 from bdbench.augment import parse_augment
 from bdbench.data import ImageDataset
-from bdbench.defenses.base import Defended, Defense, Task
+from bdbench.datasets.cache import cache_folder
+from bdbench.defenses.base import Defended, Defense, Task, Truth
 from bdbench.devices import Precision, resolve_device, use_bf16
 from bdbench.engine import Engine, Recipe
 from bdbench.errors import ArtifactError, OptionError, did_you_mean, unknown_name
@@ -154,13 +155,15 @@ def defend(
     place = resolve_device(device)
     bf16 = use_bf16(precision, place)
     data = DatasetArtifact.open(store.locate(dataset, "dataset"))
-    model = _model_name(model, data)
     preset, defense, recipe = resolve_budget(method, preset, options or {}, data)
+    seed = data.manifest.ask.seed if seed is None else seed
     inputs = {"dataset": data.id}
-    suspect_model = _open_suspect(defense, method, suspect, data)
+    suspect_model = _open_suspect(defense, method, suspect, data, model, seed)
     if suspect_model is not None:
         inputs["suspect"] = suspect_model.id
-    seed = data.manifest.ask.seed if seed is None else seed
+        model = suspect_model.manifest.facts["model"]
+        progress.note(f"suspect: {suspect_model.path}")
+    model = _model_name(model, data)
     config = {"model": model, "preset": preset, **plain(recipe.model_dump()), **plain(defense.model_dump())}
     ask = Ask("model", method, defense.version, config, seed, inputs)
     out = out or data.path.with_name(f"{data.path.name}-{method}")
@@ -177,6 +180,8 @@ def defend(
             engine=engine,
             trusted=_open_trusted(defense, method, data),
             suspect=suspect_model.classifier() if suspect_model else None,
+            truth=Truth(data.is_poison, data.unpoisoned) if defense.needs_truth else None,
+            cache=cache_folder(),
         )
         result = defense.run(task)
         _check_result(result, len(data.train), method)
@@ -186,6 +191,7 @@ def defend(
             "class_names": list(data.class_names),
             "image_shape": list(data.image_shape),
             "sets_aside": result.set_aside is not None,
+            "findings": plain(dict(result.findings)),
         }
         draft.made |= watch.made(place, bf16=bf16)
         draft.made["training_seconds"] = round(sum(float(row["seconds"]) for row in engine.history), 3)
@@ -252,20 +258,30 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _open_suspect(
-    defense: Defense, method: str, suspect: str | Path | None, data: DatasetArtifact
+    defense: Defense, method: str, suspect: str | Path | None, data: DatasetArtifact, model: str, seed: int
 ) -> ModelArtifact | None:
+    """Return the model that a method mends: the one given, else the newest undefended one of this data set and seed."""
     if not defense.needs_suspect:
         if suspect is not None:
             raise OptionError(f"method '{method}' trains from scratch and takes no --suspect")
         return None
-    if suspect is None:
-        raise OptionError(
-            f"method '{method}' mends a model: give --suspect PATH (make one with: bdbench train {data.path})"
-        )
-    found = ModelArtifact.open(store.locate(suspect, "model"))
-    if found.dataset_id != data.id:
-        raise ArtifactError(f"suspect {found.path} was trained on data set {found.dataset_id}, not on {data.id}")
-    return found
+    if suspect is not None:
+        found = ModelArtifact.open(store.locate(suspect, "model"))
+        if found.dataset_id != data.id:
+            raise ArtifactError(f"suspect {found.path} was trained on data set {found.dataset_id}, not on {data.id}")
+        if model not in ("auto", found.manifest.facts["model"]):
+            raise OptionError(f"suspect {found.path} is a {found.manifest.facts['model']}, not a {model}; drop --model")
+        return found
+    for root in (data.path.parent, store.ROOT):
+        for path, manifest in reversed(store.find_artifacts(root, "model")):
+            ask = manifest.ask
+            fits = ask.method == "none" and ask.seed == seed and ask.inputs["dataset"] == data.id
+            if fits and model in ("auto", manifest.facts["model"]):
+                return ModelArtifact(path, manifest)
+    raise OptionError(
+        f"method '{method}' mends a model, and no undefended one of {data.path} with seed {seed} is beside it or under "
+        f"{store.ROOT}/; make one with: bdbench train {data.path} (or give --suspect PATH)"
+    )
 
 
 def _open_trusted(defense: Defense, method: str, data: DatasetArtifact) -> ImageDataset | None:

@@ -20,6 +20,7 @@ Format = Literal["rich", "markdown", "csv", "latex", "json"]
 RATES = ("ba", "asr", "floor", "ra", "ba_non_target", "target_recall", "detection_precision", "detection_recall")
 SCORES = ("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr")
 KEYS = ("dataset", "model", "attack", "attack_options", "defense", "defense_options", "preset")
+REFERENCES = ("oracle", "clean")
 WEAK_ATTACK = 0.5
 FLOOR_MARGIN = 0.1
 
@@ -57,6 +58,8 @@ MARKS = {
     "?": "no undefended row of the same data set and model here: neither DER nor the strength of the attack is known",
     "b": "a small budget, not the paper's",
     "o": "the defence was told the target class",
+    "r": "a reference that reads the truth, no defence",
+    "u": "the defence found no backdoor and returned the model as it was",
 }
 
 
@@ -88,18 +91,24 @@ def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
 
 
 def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add `der` against the undefended row of the same data set, model and seed, `attack_failed`, and `marks`."""
+    """Add `der` against the undefended row of the same data set, model, seed and, if there is one, preset.
+
+    Also `attack_failed` and `marks`.
+    """
     undefended = {_pairing(row): row for row in rows if row["defense"] == "none"}
+    undefended |= {(*_pairing(row), row["preset"]): row for row in rows if row["defense"] == "none"}
     marked = []
     for row in rows:
-        base = undefended.get(_pairing(row))
+        base = undefended.get((*_pairing(row), row["preset"]), undefended.get(_pairing(row)))
         failed = None if base is None else bool(base["asr"] < WEAK_ATTACK or base["asr"] - base["floor"] < FLOOR_MARGIN)
         der = None
-        if base is not None and row["defense"] != "none":
+        if base is not None and row["defense"] not in ("none", *REFERENCES):
             der = defence_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
         marks = "?" if base is None else "w" if failed else ""
         marks += "" if row["preset"] == "paper" else "b"
         marks += "o" if row["defense_options"].get("oracle_target") is not None else ""
+        marks += "r" if row["defense"] in REFERENCES else ""
+        marks += "u" if row.get("findings", {}).get("unchanged") else ""
         marked.append({**row, "der": der, "attack_failed": failed, "marks": marks})
     return marked
 
@@ -177,7 +186,8 @@ def _rich(columns: list[Column], cells: list[list[str]], merged: list[dict[str, 
             justify="right" if column.is_rate or column.key in ("seconds", "peak_memory_bytes") else "left",
         )
     for row, line in zip(merged, cells, strict=True):
-        table.add_row(*line, style="bold" if row["defense"] == "none" else None)
+        style = {"none": "bold", **dict.fromkeys(REFERENCES, "dim")}.get(row["defense"])
+        table.add_row(*line, style=style)
     return table
 
 

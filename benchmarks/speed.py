@@ -44,7 +44,7 @@ from bdbench.data import ImageDataset, SourceData
 from bdbench.defenses.abl import ABL
 from bdbench.defenses.base import Defense, Task, lowest, mean_cross_entropy
 from bdbench.defenses.cbd import CBD
-from bdbench.defenses.none import NoDefense
+from bdbench.defenses.plain import NoDefense
 from bdbench.devices import Precision, resolve_device, use_bf16
 from bdbench.engine import Engine, Recipe
 from bdbench.models.classifier import Classifier, build_classifier

@@ -39,11 +39,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> DatasetArtifact:
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> DatasetArtifact:
-    """120 gray 8x8 images of four classes, 12 of them poisoned, none trusted; tests only read it."""
+    """120 gray 8x8 images of four classes, 12 of them poisoned, and 12 trusted ones; tests only read it."""
     folder = tmp_path_factory.mktemp("toys")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BDBENCH_CACHE", str(folder / "cache"))
-        return stages.poison(toy_file(folder), "badnets", trusted=0, out=folder / "runs" / "toys")
+        return stages.poison(toy_file(folder, train=132), "badnets", trusted=1 / 11, out=folder / "runs" / "toys")
 
 
 @pytest.fixture

@@ -17,12 +17,13 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import toy_file
+from toys import toy_file, toy_source
 
-from bdbench import poisoning, stages, store
+from bdbench import poisoning, stages, store, tables
 from bdbench.artifacts import DatasetArtifact, EvaluationArtifact, ModelArtifact, verify
-from bdbench.data import Role
+from bdbench.data import ImageDataset, Role
 from bdbench.defenses.base import Defended, Defense, Task
+from bdbench.defenses.plain import NoDefense
 from bdbench.engine import Engine, Recipe
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.options import Options, describe_options
@@ -39,6 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 every_attack = pytest.mark.parametrize("name", ATTACKS.names())
 every_defense = pytest.mark.parametrize("name", DEFENSES.names())
+every_blind_defense = pytest.mark.parametrize("name", sorted(set(DEFENSES.names()) - {"oracle", "clean"}))
 
 
 def defend(data: DatasetArtifact, name: str, out: Path, **settings: Any) -> ModelArtifact:
@@ -265,7 +267,7 @@ def scramble(artifact: DatasetArtifact, folder: Path) -> DatasetArtifact:
     return DatasetArtifact.open(folder)
 
 
-@every_defense
+@every_blind_defense
 def test_a_scrambled_truth_gives_the_same_model_bit_for_bit(name: str, toys: DatasetArtifact, tmp_path: Path) -> None:
     scrambled = scramble(toys, tmp_path / "scrambled")
     scrambled.verify()
@@ -275,7 +277,7 @@ def test_a_scrambled_truth_gives_the_same_model_bit_for_bit(name: str, toys: Dat
     assert hashes(defend(toys, name, tmp_path / "one")) == hashes(defend(scrambled, name, tmp_path / "other"))
 
 
-@every_defense
+@every_blind_defense
 def test_a_defence_opens_neither_truth_nor_test_images(
     name: str, toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,12 +299,12 @@ def test_a_defence_opens_neither_truth_nor_test_images(
     assert set(opened) <= allowed
 
 
-@every_defense
+@every_blind_defense
 def test_a_defence_trains_without_the_files_of_the_truth(name: str, toys: DatasetArtifact, tmp_path: Path) -> None:
     blind = tmp_path / "blind"
     shutil.copytree(toys.path, blind)
     for file in blind.iterdir():
-        if file.name.startswith(("truth", "test", "triggered", "attack")):
+        if file.name.startswith(("truth", "originals", "test", "triggered", "attack")):
             file.unlink()
     assert hashes(defend(DatasetArtifact.open(blind), name, tmp_path / "one")) == hashes(
         defend(toys, name, tmp_path / "other")
@@ -341,7 +343,7 @@ def test_a_method_that_trains_from_scratch_takes_no_suspect(toys: DatasetArtifac
 def test_a_method_that_mends_a_model_asks_for_it(digits: DatasetArtifact, tmp_path: Path, mender: str) -> None:
     with pytest.raises(
         OptionError,
-        match=r"method 'mender' mends a model: give --suspect PATH \(make one with: bdbench train",
+        match=r"method 'mender' mends a model, and no undefended one of .* with seed 0 .*bdbench train.*--suspect PATH",
     ):
         stages.defend(digits.path, mender, out=tmp_path / "mended", **CPU)
 
@@ -363,9 +365,82 @@ def test_a_suspect_of_another_data_set_is_refused(
         stages.defend(data.path, mender, suspect=suspect.path, out=tmp_path / "mended", **CPU)
 
 
-def test_a_method_that_needs_trusted_images_says_how_to_get_them(
-    toys: DatasetArtifact, tmp_path: Path, mender: str
+def test_the_newest_undefended_model_of_the_same_seed_is_mended_by_default(
+    toy_archive: Path, tmp_path: Path, mender: str
 ) -> None:
+    data = stages.poison(toy_archive, "badnets", out=tmp_path / "data", trusted=0.1)
+    defend(data, "none", tmp_path / "older")
+    newest = defend(data, "none", tmp_path / "newest", options={"lr": 0.01})
+    defend(data, "none", tmp_path / "other-seed", seed=1)
+    defend(data, "cbd", tmp_path / "defended")
+    notes = Notes()
+    mended = stages.defend(data.path, mender, out=tmp_path / "mended", progress=notes, **CPU)
+    assert mended.manifest.ask.inputs["suspect"] == newest.id
+    assert f"suspect: {newest.path}" in notes.lines
+
+
+def test_a_suspect_decides_the_model(toy_archive: Path, tmp_path: Path, mender: str) -> None:
+    data = stages.poison(toy_archive, "badnets", out=tmp_path / "data", trusted=0.1)
+    suspect = defend(data, "none", tmp_path / "none")
+    assert stages.defend(data.path, mender, out=tmp_path / "one", **CPU).manifest.facts["model"] == "convnet"
+    with pytest.raises(OptionError, match=r"is a convnet, not a wrn-16-1; drop --model"):
+        stages.defend(data.path, mender, suspect=suspect.path, model="wrn-16-1", out=tmp_path / "other", **CPU)
+    with pytest.raises(OptionError, match="no undefended one of"):
+        stages.defend(data.path, mender, model="wrn-16-1", out=tmp_path / "other", **CPU)
+
+
+# reference rows
+
+
+def test_the_oracle_trains_on_what_is_not_poisoned(toys: DatasetArtifact, tmp_path: Path) -> None:
+    keep = torch.from_numpy(toys.truth["role"].to_numpy(copy=True)) != Role.POISON
+    expected = NoDefense().run(task_of(toys, toys.train.take(keep))).model.state_dict()
+    made = stages.defend(toys.path, "oracle", preset="tiny", options={"epochs": 1}, out=tmp_path / "one", **CPU)
+    assert all(torch.equal(expected[name], value) for name, value in made.classifier().state_dict().items())
+
+
+def test_the_clean_row_trains_on_the_images_before_the_attack(toy_archive: Path, tmp_path: Path) -> None:
+    # the warp covers other samples too: they are given back as well
+    data = stages.poison(toy_archive, "wanet", trusted=0, out=tmp_path / "data")
+    source = toy_source(1, 8).train
+    assert torch.equal(data.unpoisoned.images, source.images)
+    assert torch.equal(data.unpoisoned.labels, source.labels)
+    assert not torch.equal(data.train.images, source.images)
+    expected = NoDefense().run(task_of(data, source)).model.state_dict()
+    made = stages.defend(data.path, "clean", preset="tiny", options={"epochs": 1}, out=tmp_path / "one", **CPU)
+    assert all(torch.equal(expected[name], value) for name, value in made.classifier().state_dict().items())
+
+
+def task_of(data: DatasetArtifact, train: ImageDataset) -> Task:
+    """What plain training of one epoch would get, with other images in place of those of the artifact."""
+    preset, _, recipe = stages.resolve_budget("none", "tiny", {"epochs": 1}, data)
+    assert preset == "tiny"
+    model = stages._model_factory("convnet", data.train, data.manifest.ask.seed)
+    return Task(train, model, recipe, Engine(torch.device("cpu"), bf16=False, seed=data.manifest.ask.seed))
+
+
+@pytest.mark.parametrize("name", ["oracle", "clean"])
+def test_a_reference_row_without_the_truth_is_refused(name: str, toys: DatasetArtifact) -> None:
+    with pytest.raises(OptionError, match="reads which samples are poisoned, and nothing here tells it"):
+        DEFENSES.load(name)().run(task_of(toys, toys.train))
+
+
+def test_reference_rows_are_marked_and_get_no_rating(toys: DatasetArtifact, tmp_path: Path) -> None:
+    for name in ("none", "oracle", "clean", "cbd"):
+        stages.evaluate(defend(toys, name, tmp_path / name).path, data=toys.path, **CPU)
+    rows = {row["defense"]: row for row in tables.read_rows([tmp_path])}
+    assert {name: "r" in row["marks"] for name, row in rows.items()} == {
+        "none": False, "oracle": True, "clean": True, "cbd": False
+    }  # fmt: skip
+    assert {name: row["der"] is None for name, row in rows.items()} == {
+        "none": True, "oracle": True, "clean": True, "cbd": False
+    }  # fmt: skip
+
+
+def test_a_method_that_needs_trusted_images_says_how_to_get_them(
+    toy_archive: Path, tmp_path: Path, mender: str
+) -> None:
+    toys = stages.poison(toy_archive, "badnets", trusted=0, out=tmp_path / "data")
     suspect = defend(toys, "none", tmp_path / "none")
     with pytest.raises(ArtifactError, match=r"needs trusted clean images, .* poison again with --trusted 0\.05"):
         stages.defend(toys.path, mender, suspect=suspect.path, out=tmp_path / "mended", **CPU)

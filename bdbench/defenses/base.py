@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,8 +15,22 @@ from torch import Tensor
 
 from bdbench.data import ImageDataset
 from bdbench.engine import Batch, Engine, Recipe
+from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.options import Options
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What no defence may know; only reference rows read it.
+
+    Attributes:
+        is_poison: (N,) bool, which training samples are poisoned.
+        unpoisoned: the training split as it was before the attack, N images with their true labels.
+    """
+
+    is_poison: Tensor
+    unpoisoned: ImageDataset
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,8 @@ class Task:
         engine: what trains and evaluates.
         trusted: clean images, only for a method with `needs_trusted`.
         suspect: the undefended model, only for a method with `needs_suspect`.
+        truth: only for a reference row, with `needs_truth`.
+        cache: folder for what several runs can share, such as an encoder trained without labels; None keeps none.
     """
 
     train: ImageDataset
@@ -37,6 +55,18 @@ class Task:
     engine: Engine
     trusted: ImageDataset | None = None
     suspect: Classifier | None = None
+    truth: Truth | None = None
+    cache: Path | None = None
+
+    def known_truth(self) -> Truth:
+        """Return the truth.
+
+        Raises:
+            OptionError: there is none here.
+        """
+        if self.truth is None:
+            raise OptionError("a reference row reads which samples are poisoned, and nothing here tells it")
+        return self.truth
 
 
 class Defended(NamedTuple):
@@ -46,11 +76,13 @@ class Defended(NamedTuple):
         model: the classifier.
         scores: (N,) float, how suspect each training sample is, higher is more; None if it scores none.
         set_aside: (N,) bool, the samples it took for poison; None if it takes no decision.
+        findings: JSON values that a reader of the model should know, such as the target class it inferred.
     """
 
     model: Classifier
     scores: Tensor | None = None
     set_aside: Tensor | None = None
+    findings: Mapping[str, Any] = MappingProxyType({})
 
 
 class Defense(Options, ABC):
@@ -65,6 +97,7 @@ class Defense(Options, ABC):
     version: ClassVar[int] = 1
     needs_trusted: ClassVar[bool] = False
     needs_suspect: ClassVar[bool] = False
+    needs_truth: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 
     @abstractmethod
