@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +11,14 @@ from torch import Tensor
 
 from bdbench.errors import OptionError, unknown_name
 
-OPERATIONS = ("crop", "flip", "cutout", "affine")
+OPERATIONS = ("crop", "crop-reflect", "flip", "cutout", "affine")
 
 
 def parse_augment(text: str) -> tuple[str, ...]:
     """Return the operations that a setting such as ``"crop,flip"`` names; ``"none"`` gives ().
 
     Raises:
-        OptionError: an operation that is not one of `OPERATIONS`.
+        OptionError: an operation that is not one of `OPERATIONS`, one twice, or both kinds of crop.
     """
     if text == "none":
         return ()
@@ -27,14 +28,17 @@ def parse_augment(text: str) -> tuple[str, ...]:
             raise unknown_name("augmentation", name, (*OPERATIONS, "none", "auto"))
     if len(set(names)) < len(names):
         raise OptionError(f"augment '{text}' names an operation twice")
+    if {"crop", "crop-reflect"} <= set(names):
+        raise OptionError(f"augment '{text}' names both crop and crop-reflect; choose one border")
     return names
 
 
 def gather_batch(images: Tensor, rows: Tensor, operations: tuple[str, ...], rng: torch.Generator) -> Tensor:
     """Take a batch out of a data set, augmented anew.
 
-    Crop (zero padding of an eighth of the side, as 4 of 32), horizontal flip, then cutout (one zero hole of
-    a sixteenth of the side, 2x2 of 32: what "length 3" means in the code of ABL and CBD), then affine.
+    Crop (padding of an eighth of the side, as 4 of 32, with zeros; ``crop-reflect`` mirrors the image), horizontal
+    flip, then cutout (one zero hole of a sixteenth of the side, 2x2 of 32: what "length 3" means in the code of ABL and
+    CBD), then affine.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -45,7 +49,10 @@ def gather_batch(images: Tensor, rows: Tensor, operations: tuple[str, ...], rng:
     Returns:
         (B, C, H, W) float in [0, 1], channels-last in memory.
     """
-    batch = _crop_and_flip(images, rows, "crop" in operations, "flip" in operations, rng)
+    border: Literal["zero", "reflect"] | None = (
+        "zero" if "crop" in operations else "reflect" if "crop-reflect" in operations else None
+    )
+    batch = _crop_and_flip(images, rows, border, "flip" in operations, rng)
     batch = batch.permute(0, 3, 1, 2).float().div_(255)
     if "cutout" in operations:
         batch = _cutout(batch, rng)
@@ -54,8 +61,10 @@ def gather_batch(images: Tensor, rows: Tensor, operations: tuple[str, ...], rng:
     return batch
 
 
-def _crop_and_flip(images: Tensor, rows: Tensor, crop: bool, flip: bool, rng: torch.Generator) -> Tensor:
-    """Return (B, H, W, C) uint8 with one gather: a shifted, perhaps mirrored window of the zero-padded image."""
+def _crop_and_flip(
+    images: Tensor, rows: Tensor, border: Literal["zero", "reflect"] | None, flip: bool, rng: torch.Generator
+) -> Tensor:
+    """Return (B, H, W, C) uint8 with one gather: a perhaps mirrored window, shifted where there is a border to show."""
     _, _, height, width = images.shape
     device, count = images.device, len(rows)
     y = torch.arange(height).expand(count, height)
@@ -63,13 +72,15 @@ def _crop_and_flip(images: Tensor, rows: Tensor, crop: bool, flip: bool, rng: to
     if flip:
         mirrored = torch.rand(count, 1, generator=rng) < 0.5
         x = torch.where(mirrored, width - 1 - x, x)
-    if crop:
+    if border:
         pad_y, pad_x = max(1, round(height / 8)), max(1, round(width / 8))
         y = y + torch.randint(-pad_y, pad_y + 1, (count, 1), generator=rng)
         x = x + torch.randint(-pad_x, pad_x + 1, (count, 1), generator=rng)
+    if border == "reflect":
+        y, x = height - 1 - (height - 1 - y.abs()).abs(), width - 1 - (width - 1 - x.abs()).abs()
     y, x = y.to(device), x.to(device)
     taken = images[rows[:, None, None], :, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
-    if crop:
+    if border == "zero":
         inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
         taken = taken * inside[..., None]
     return taken

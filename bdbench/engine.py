@@ -43,7 +43,7 @@ class Recipe(Options):
     milestones: tuple[float, float] = Field((0.2, 0.7), description="Where `step` divides by 10: shares of the epochs.")
     warmup: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
     augment: str = Field(
-        "auto", description="crop, flip, cutout, affine (with commas), none, or auto: the data set's own."
+        "auto", description="crop or crop-reflect, flip, cutout, affine (commas), none, or auto: the data set's."
     )
 
     def lr_at(self, epoch: float) -> float:
@@ -60,6 +60,13 @@ class Recipe(Options):
         if self.schedule == "step":
             return self.lr * 0.1 ** sum(math.floor(epoch) >= round(part * self.epochs) for part in self.milestones)
         return self.lr
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return a fresh optimiser for a module."""
+        return torch.optim.SGD(
+            model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay,
+            nesterov=self.nesterov and self.momentum > 0,
+        )  # fmt: skip
 
 
 class Batch(NamedTuple):
@@ -210,10 +217,7 @@ class _Phase(Generic[Module]):
         self.labels = data.labels.to(engine.device)
         self.operations = parse_augment(recipe.augment)
         self.frozen_norms = frozen_norms
-        self.optimizer = optimizer or torch.optim.SGD(
-            model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
-            nesterov=recipe.nesterov and recipe.momentum > 0,
-        )  # fmt: skip
+        self.optimizer = optimizer or recipe.optimizer(model)
         self.state: dict[str, Stateful] = {"model": model, "optimizer": self.optimizer, **companions}
         self.step = 0
         self.stopped = False

@@ -31,8 +31,9 @@ class TrainingError(BdbenchError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ' Did you mean X?' for the nearest of `known`, or '' when none is near."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    """Return ' Did you mean X?' for the nearest of `known`, or '' when none is near; swapped letters are nearest."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
+    near.sort(key=lambda other: sorted(other) != sorted(name.lower()))
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

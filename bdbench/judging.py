@@ -101,7 +101,7 @@ def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
         "defense": asked.method,
         "defense_options": dict(asked.config),
         "preset": asked.config["preset"],
-        "findings": dict(model.manifest.facts["findings"]),
+        "findings": dict(model.manifest.facts.get("findings", {})),
         "seed": asked.seed,
         "attack_seed": attacked.seed,
         "seconds": model.manifest.made["seconds"],

@@ -79,6 +79,8 @@ DEFENSES = Registry(
         "clean": ("bdbench.defenses.plain:Clean", "reference: plain training on the images before the attack"),
         "cbd": ("bdbench.defenses.cbd:CBD", "trains away from an early-stopped, backdoored twin (CVPR 2023)"),
         "abl": ("bdbench.defenses.abl:ABL", "isolates what is learned first, then unlearns it (NeurIPS 2021)"),
+        "dbd": ("bdbench.defenses.dbd:DBD", "features without labels, then only credible labels (ICLR 2022)"),
+        "mcldef": ("bdbench.defenses.mcldef:MCLDef", "inverts the trigger and purifies the model by contrast (2022)"),
     },
 )
 

@@ -2,68 +2,185 @@
 
     python benchmarks/reproduce.py quickstart
     python benchmarks/reproduce.py cifar10-cpu --data-root DATA
+    python benchmarks/reproduce.py cifar10-paper --data-root DATA --device cuda --seconds 570
+    python benchmarks/reproduce.py compare
 
 Resumable: what is in the runs folder is reused, and an interrupted training goes on from its last checkpoint. Rows
-are written after every cell, with ids, versions, hardware, seconds and the command.
+are written after every cell, with ids, versions, hardware, seconds and the command; rows that other machines made
+stay. `compare` sets the rows beside what papers and their repositories report.
 """
 
 from __future__ import annotations
 
+import _thread
 import argparse
+import math
 import os
 import platform
+import re
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args
 
-import pandas as pd
 import torch
+from compare import compare, key, read_rows
 
-from bdbench import stages, tables
+from bdbench import stages, store, tables
 from bdbench.cli.quickstart import ATTACK_OPTIONS, METHODS
+from bdbench.devices import Precision
+from bdbench.errors import BdbenchError
+from bdbench.registry import DEFENSES
 
 RESULTS = Path(__file__).parent / "results"
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+PROVENANCE = ("processor", "cores", "command")
 
 
 class Cell(NamedTuple):
-    """One model: data, attack, defence and seed."""
+    """One model: data, attack, network, defence, budget and seed; `variant` names options that are not the preset's."""
 
     dataset: str
     attack: str
-    attack_options: dict[str, Any]
+    attack_options: Mapping[str, Any]
+    model: str
     method: str
     preset: str
-    options: dict[str, Any]
-    seed: int
+    seed: int = 0
+    variant: str = ""
+    options: Mapping[str, Any] = NO_OPTIONS
+
+    @property
+    def data_name(self) -> str:
+        """The folder of its data set: equal for cells that share one."""
+        target = self.attack_options.get("target", 0)
+        return f"{self.dataset}-{self.attack}{f'-target{target}' if target else ''}-s{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """The folder of its model; what `bdbench train` would choose by itself has no place in it."""
+        model = "" if self.model in ("convnet", "wrn-16-1") else self.model
+        budget = "" if self.preset in ("fast", "tiny") else self.preset
+        return "-".join(filter(None, (self.data_name, model, budget, self.method, self.variant)))
+
+    def describes(self, row: Mapping[str, Any]) -> bool:
+        """Say whether a row of the results is this cell's."""
+        ours = (self.dataset, self.attack, self.model, self.method, self.preset, self.seed, self.variant)
+        names = ("dataset", "attack", "model", "defense", "preset", "seed", "variant")
+        same = all(row[name] == value for name, value in zip(names, ours, strict=True))
+        return (
+            same
+            and self.attack_options.items() <= row["attack_options"].items()
+            and self.options.items() <= row["defense_options"].items()
+        )
+
+
+ALL_METHODS = ("none", "oracle", "cbd", "abl", "dbd", "mcldef")
+"""`none` comes first: mcldef mends it."""
+
+CIFAR_ATTACKS: Mapping[str, Mapping[str, Any]] = {
+    "badnets": {"rate": 0.1, "target": 0},
+    "blended": {"rate": 0.1, "target": 0},
+    # Clean-label: its images are from the target class alone, and 10 % of the set would be all of that class.
+    "sig": {"rate": 0.05, "target": 0},
+    "wanet": {"rate": 0.1, "target": 0},
+}
+
+DBD_ATTACKS: Mapping[str, Mapping[str, Any]] = {
+    "badnets": {"rate": 0.05, "target": 3, "patch": "dbd"},
+    "blended": {"rate": 0.05, "target": 3, "alpha": 0.1},
+    "sig": {"rate": 0.05, "target": 3},
+    "wanet": {"rate": 0.05, "target": 3},
+}
+"""As in DBD's repository, with its two triggers (SIG and WaNet are not in it)."""
+
+ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "cbd": {
+        "": {},
+        "no-information": {"information_weight": 0.0},
+        "no-bottleneck": {"bottleneck": 0.0},
+        "reweighting-only": {"information_weight": 0.0, "bottleneck": 0.0},
+    },
+    "dbd": {"": {}, "ssl5": {"ssl_epochs": 5}, "ssl2": {"ssl_epochs": 2}},
+    "mcldef": {"": {}, "given-target": {"oracle_target": 0}},
+}
 
 
 def suites() -> dict[str, list[Cell]]:
     """Return the cells of every suite."""
     return {
         "quickstart": [
-            Cell("digits", "badnets", dict(ATTACK_OPTIONS), method, "tiny", {}, seed)
+            Cell("digits", "badnets", ATTACK_OPTIONS, "convnet", method, "tiny", seed)
             for seed in range(5)
-            for method in METHODS
+            for method in dict.fromkeys(("none", "oracle", *METHODS))
         ],
-        "cifar10-cpu": [
-            Cell("cifar10", attack, {"rate": 0.1, "target": 0}, method, "fast", {}, 0)
-            for attack in ("badnets", "blended")
-            for method in ("cbd", "abl", "none")
-        ],
+        "cifar10-cpu": [cifar(attack, method, "fast") for attack in CIFAR_ATTACKS for method in ALL_METHODS],
+        "cifar10-budget": [cifar("badnets", method, "paper") for method in ("none", "abl", "cbd", "mcldef")],
+        "cifar10-paper": [cell for seed in range(3) for attack in CIFAR_ATTACKS for cell in papers(attack, seed)],
+        "ablation": [cell for attack in CIFAR_ATTACKS for cell in ablation(attack)],
     }
 
 
-def run(cell: Cell, runs: Path, source: dict[str, Any]) -> dict[str, Any]:
+def cifar(
+    attack: str, method: str, preset: str, seed: int = 0, variant: str = "", options: Mapping[str, Any] = NO_OPTIONS
+) -> Cell:
+    """Return a cell on CIFAR-10 and WRN-16-1."""
+    return Cell("cifar10", attack, CIFAR_ATTACKS[attack], "wrn-16-1", method, preset, seed, variant, options)
+
+
+def papers(attack: str, seed: int) -> list[Cell]:
+    """Return the cells of the papers' budgets: all but DBD on WRN-16-1, DBD on ResNet-18 in its authors' setting."""
+    cells = [cifar(attack, method, "paper", seed) for method in ALL_METHODS if method != "dbd"]
+    settings = DBD_ATTACKS[attack]
+    return cells + [Cell("cifar10", attack, settings, "resnet-18", method, "paper", seed) for method in ("none", "dbd")]
+
+
+def ablation(attack: str) -> list[Cell]:
+    """Return the cells that show what each term does; ABL's row holds the precision of its isolation."""
+    cells = [cifar(attack, method, "fast") for method in ("none", "abl")]
+    if attack in ("badnets", "blended"):
+        for method, variants in ABLATIONS.items():
+            cells += [cifar(attack, method, "fast", 0, *variant) for variant in variants.items()]
+    return cells
+
+
+class Settings(NamedTuple):
+    """Where artifacts lie and how cells are computed."""
+
+    runs: Path
+    source: Mapping[str, Any]
+    device: str = "auto"
+    precision: Precision = "auto"
+
+
+def run(cell: Cell, settings: Settings) -> dict[str, Any]:
     """Run or reuse a cell and return its row."""
-    name = f"{cell.dataset}-{cell.attack}-s{cell.seed}"
+    runs, device, precision = settings.runs, settings.device, settings.precision
     data = stages.poison(
-        cell.dataset, cell.attack, options=cell.attack_options, source_options=source, seed=cell.seed, out=runs / name
-    )
+        cell.dataset, cell.attack, options=cell.attack_options, source_options=settings.source, seed=cell.seed,
+        out=runs / cell.data_name,
+    )  # fmt: skip
+    suspect = None
+    if DEFENSES.load(cell.method).needs_suspect:
+        undefended = cell._replace(method="none", variant="", options=NO_OPTIONS)
+        suspect = stages.defend(
+            data.path, "none", model=cell.model, preset=cell.preset, out=runs / undefended.name, device=device,
+            precision=precision,
+        ).path  # fmt: skip
     model = stages.defend(
-        data.path, cell.method, preset=cell.preset, options=cell.options, out=runs / f"{name}-{cell.method}"
-    )
-    row = tables.evaluation_row(stages.evaluate(model.path))
-    return row | {"made": model.manifest.made, "processor": processor(), "cores": os.cpu_count()}
+        data.path, cell.method, model=cell.model, preset=cell.preset, options=cell.options, suspect=suspect,
+        out=runs / cell.name, device=device, precision=precision,
+    )  # fmt: skip
+    row = tables.evaluation_row(stages.evaluate(model.path, data=data.path, device=device, precision=precision))
+    made = model.manifest.made
+    # The manifest counts from the last start only; the history counts every epoch, those before an interruption too.
+    row["seconds"] = max(row["seconds"], made["training_seconds"])
+    return row | {"variant": cell.variant, "made": made, "processor": processor(), "cores": os.cpu_count()}
 
 
 def processor() -> str:
@@ -76,31 +193,139 @@ def processor() -> str:
     return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def keep(suite: str, rows: list[dict[str, Any]]) -> None:
-    """Write the rows as CSV, every single run, and as Markdown, one line for all seeds."""
-    RESULTS.mkdir(exist_ok=True)
-    marked = tables.mark_rows(rows)
-    for row in marked:
-        row.pop("path", None)
-        row["command"] = f"python benchmarks/reproduce.py {suite}"
-    (RESULTS / f"{suite}.csv").write_text(str(tables.render(marked, "csv")))
-    (RESULTS / f"{suite}.md").write_text(str(tables.render(marked, "markdown")) + "\n")
-    print(pd.DataFrame(marked)[["attack", "defense", "seed", "ba", "asr", "floor", "seconds"]].to_string(), flush=True)
+def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the old rows with those of `new` in their place or behind them.
+
+    Old rows keep their DER and marks: these were computed against their own undefended row, which may be gone. A new
+    row whose model was not made anew keeps what the old row says about the machine that made it.
+    """
+    before = {key(row): row for row in old}
+    fresh = []
+    for row in new:
+        known = before.pop(key(row), None)
+        same = known is not None and known["made"] == row["made"]
+        fresh.append(row | {name: known[name] for name in PROVENANCE} if known is not None and same else row)
+    marked = tables.mark_rows([*before.values(), *fresh])[len(before) :]
+    return list(({key(row): row for row in old} | {key(row): row for row in marked}).values())
 
 
-def main() -> None:
+def keep(suite: str, new: Sequence[dict[str, Any]], failures: Mapping[str, str], results: Path) -> None:
+    """Write the rows as CSV, every single run, and as Markdown, one line for all seeds, in the order of the suite."""
+    results.mkdir(parents=True, exist_ok=True)
+    table, text = results / f"{suite}.csv", results / f"{suite}.md"
+    command = {"command": f"python benchmarks/reproduce.py {suite}"}
+    made = [{name: item for name, item in row.items() if name != "path"} | command for row in new]
+    cells = suites()[suite]
+    rows = sorted(
+        merge(read_rows(table), made),
+        key=lambda row: next((index for index, cell in enumerate(cells) if cell.describes(row)), len(cells)),
+    )
+    parts = []
+    if rows:
+        with store.replace_file(table) as path:
+            path.write_text(str(tables.render(rows, "csv")))
+        named = [row | {"defense": f"{row['defense']} {row['variant']}".strip()} for row in rows]
+        parts.append(str(tables.render(named, "markdown")))
+    if failures:
+        parts.append("## Failed\n\n" + "\n".join(f"- `{name}`: {message}" for name, message in failures.items()))
+    with store.replace_file(text) as path:
+        path.write_text("\n\n".join(parts) + "\n")
+
+
+def read_failures(path: Path) -> dict[str, str]:
+    """Return the failures that a Markdown file of `keep` lists."""
+    return dict(re.findall(r"(?m)^- `(.+?)`: (.+)$", path.read_text())) if path.exists() else {}
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """Raise KeyboardInterrupt in the main thread when the time is up."""
+    # A job that a shell put in the background ignores the signal, and the timer with it.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(seconds, _thread.interrupt_main)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
+
+
+def run_all(suite: str, cells: Sequence[Cell], settings: Settings, results: Path, seconds: float) -> int:
+    """Run cells one after the other and keep their rows; return the exit code."""
+    end = time.monotonic() + seconds
+    rows: list[dict[str, Any]] = []
+    failures = read_failures(results / f"{suite}.md")
+    try:
+        with interrupted_after(seconds) if math.isfinite(seconds) else nullcontext():
+            for number, cell in enumerate(cells, 1):
+                if time.monotonic() >= end:
+                    raise KeyboardInterrupt  # noqa: TRY301 - the same way out as in the middle of a cell
+                print(f"[{number}/{len(cells)}] {cell.name}", flush=True)
+                try:
+                    row = run(cell, settings)
+                    rows.append(row)
+                    failures.pop(cell.name, None)
+                    print("  " + "  ".join(f"{name} {row[name]:.4g}" for name in ("ba", "asr", "floor", "seconds")))
+                except BdbenchError as error:
+                    failures[cell.name] = " ".join(str(error).split())
+                    print(f"  failed: {error}", flush=True)
+                keep(suite, rows, failures, results)
+    except KeyboardInterrupt:
+        if time.monotonic() < end:
+            raise
+        print("time is up; run the same command again", flush=True)
+        return 0
+    print(f"done: {len(rows)} of {len(cells)} cells", flush=True)
+    return 0 if len(rows) == len(cells) else 1
+
+
+def state(cell: Cell, runs: Path) -> str:
+    """Say what of a cell is in the runs folder."""
+    found = {
+        "evaluated": store.is_artifact(runs / f"{cell.name}-eval"),
+        "trained": store.is_artifact(runs / cell.name),
+        "interrupted": (runs / f".{cell.name}.work").exists(),
+        "poisoned": store.is_artifact(runs / cell.data_name),
+    }
+    return next((name for name, there in found.items() if there), "-")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=suites())
+    parser.add_argument("suites", nargs="+", choices=[*suites(), "compare"], metavar="SUITE", help=", ".join(suites()))
     parser.add_argument("--data-root", type=Path, help="folder of local copies of named data sets")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the artifacts")
-    arguments = parser.parse_args(sys.argv[1:])
-    source = {"data_root": arguments.data_root} if arguments.data_root else {}
-    rows: list[dict[str, Any]] = []
-    for cell in suites()[arguments.suite]:
-        print(cell, flush=True)
-        rows.append(run(cell, arguments.runs, source))
-        keep(arguments.suite, rows)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long, within a cell too")
+    parser.add_argument("--only", action="append", default=[], metavar="SUBSTRING", help="cells whose name has it")
+    parser.add_argument("--missing", action="store_true", help="only cells that have no row in the results yet")
+    parser.add_argument("--list", action="store_true", help="print the cells and what of them is there; run nothing")
+    given = parser.parse_args(arguments)
+    suite, *others = given.suites
+    if suite == "compare":
+        return compare(given.results, others or list(suites()))
+    if others:
+        parser.error("one suite at a time")
+    cells = [cell for cell in suites()[suite] if not given.only or any(part in cell.name for part in given.only)]
+    if not cells:
+        parser.error(f"no cell of {suite} has {' or '.join(given.only)} in its name; --list prints the names")
+    there = read_rows(given.results / f"{suite}.csv")
+    has_row = {cell.name: any(cell.describes(row) for row in there) for cell in cells}
+    if given.missing:
+        cells = [cell for cell in cells if not has_row[cell.name]]
+    if given.list:
+        for cell in cells:
+            print(f"{state(cell, given.runs):<12} {'row' if has_row[cell.name] else '-':<4} {cell.name}")
+        return 0
+    source = {"data_root": given.data_root} if given.data_root else {}
+    settings = Settings(given.runs, source, given.device, given.precision)
+    return run_all(suite, cells, settings, given.results, given.seconds)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -44,6 +44,8 @@ from bdbench.data import ImageDataset, SourceData
 from bdbench.defenses.abl import ABL
 from bdbench.defenses.base import Defense, Task, lowest, mean_cross_entropy
 from bdbench.defenses.cbd import CBD
+from bdbench.defenses.dbd import DBD
+from bdbench.defenses.mcldef import MCLDef
 from bdbench.defenses.plain import NoDefense
 from bdbench.devices import Precision, resolve_device, use_bf16
 from bdbench.engine import Engine, Recipe
@@ -52,6 +54,7 @@ from bdbench.poisoning import poison_source
 from bdbench.registry import ATTACKS, MODELS
 from bdbench.seeds import generator, scoped
 from bdbench.stages import channel_statistics
+from bdbench.views import contrastive_view
 
 BATCH = 128
 CLASSES = 10
@@ -423,11 +426,14 @@ def epoch_rows(bench: Bench) -> Iterator[Row]:
     cbd = CBD.parse({"twin_epochs": 1})
     reweighting = CBD.parse({"twin_epochs": 1, "information_weight": 0, "bottleneck": 0})
     abl = ABL.parse({"isolation_epochs": 1, "isolation_rate": ISOLATION_RATE, "unlearn_steps": 0})
+    dbd = DBD.parse({"ssl_epochs": 1, "head_epochs": 1, "ssl_batch_size": BATCH, "steps_per_epoch": len(data) // BATCH})
     phases: dict[str, tuple[Defense, str]] = {
         "epoch-none": (NoDefense(), "train"),
         "epoch-cbd": (cbd, "clean"),
         "epoch-cbd-reweighting": (reweighting, "clean"),
         "epoch-abl-isolate": (abl, "isolate"),
+        "epoch-dbd-simclr": (dbd, "simclr"),
+        "epoch-dbd-mixmatch": (dbd, "mixmatch"),
     }
     turns = [epoch_of(bench, data, defense, phase) for defense, phase in phases.values()]
     values = take_turns(turns, bench.sizes.rounds)
@@ -446,6 +452,85 @@ def epoch_of(bench: Bench, data: ImageDataset, defense: Defense, phase: str) -> 
         engine = bench.engine()
         defense.run(Task(data, lambda purpose: bench.model(purpose, normalises=True), recipe, engine))
         return next(float(row["images_per_second"]) for row in engine.history if row["phase"] == phase)
+
+    return turn
+
+
+def view_rows(bench: Bench) -> Iterator[Row]:
+    """The views of a SimCLR step, alone and beside the whole step."""
+    data = first(bench.train, bench.sizes.epoch)
+    images = data.images[:BATCH].to(bench.device).float() / 255
+    repeats = len(data) // BATCH
+
+    def views() -> None:
+        for _ in range(repeats):
+            contrastive_view(torch.cat([images, images]))
+        bench.wait()
+
+    dbd = DBD.parse({"ssl_epochs": 1, "head_epochs": 1, "ssl_batch_size": BATCH, "steps_per_epoch": 1})
+    turns = [epoch_of(bench, data, dbd, "simclr"), per_second(repeats * BATCH, views)]
+    row = compare("dbd-views", turns, "images/s", bench)
+    share = (row.baseline or 0) / (row.bdbench or 1)
+    yield row._replace(note=f"baseline: the whole SimCLR step; its views take {share:.0%} of it")
+
+
+def inversion_rows(bench: Bench) -> Iterator[Row]:
+    """One epoch of trigger inversion for all classes: together, one after another, and as people write it."""
+    data = first(bench.train, bench.sizes.epoch // 2)
+    recipe = Recipe(epochs=1, batch_size=BATCH, augment="none")
+    suspect = bench.model("suspect", normalises=True).eval().to(bench.device)
+    for form in ("mask", "pixel"):
+        together = inverting(bench, data, recipe, suspect, {"form": form}, [None])
+        one_by_one = inverting(bench, data, recipe, suspect, {"form": form}, list(range(CLASSES)))
+        note = "baseline: the same, one class after another"
+        yield compare(f"mcldef-inversion-{form}", [one_by_one, together], "images/s", bench, note=note)
+    note = "baseline: one class after another, fp32, gradients of the weights too"
+    turns = [plain_inversion(bench, data), inverting(bench, data, recipe, suspect, {"form": "mask"}, [None])]
+    yield compare("mcldef-inversion-plain", turns, "images/s", bench, note=note)
+
+
+def inverting(
+    bench: Bench, data: ImageDataset, recipe: Recipe, suspect: Classifier, options: dict[str, Any],
+    targets: Sequence[int | None],
+) -> Turn:  # fmt: skip
+    """Return a turn that inverts for each of the targets (None: all classes) and says stamped images/s."""
+
+    def turn() -> float:
+        seconds = 0.0
+        for target in targets:
+            method = MCLDef.parse({"inversion_epochs": 1, "oracle_target": target, **options})
+            engine = bench.engine()
+            method.run(Task(data, lambda _: suspect, recipe, engine, trusted=data, suspect=suspect))
+            seconds += sum(float(row["seconds"]) for row in engine.history if str(row["phase"]).startswith("invert"))
+        return CLASSES * len(data) / seconds
+
+    return turn
+
+
+def plain_inversion(bench: Bench, data: ImageDataset) -> Turn:
+    """Return a turn that inverts mask and pattern for each class, and says stamped images/s."""
+    model = bench.model("suspect", normalises=True).eval().to(bench.device)
+    loader = DataLoader(PlainDataset(data, transforms.ToTensor()), batch_size=64)
+
+    def turn() -> float:
+        begun = time.perf_counter()
+        for target in range(CLASSES):
+            pattern = torch.rand(SHAPE, device=bench.device, requires_grad=True)
+            mask = torch.rand(SHAPE[1:], device=bench.device, requires_grad=True)
+            optimizer = torch.optim.Adam([pattern, mask], 0.005)
+            for images, _ in loader:
+                images = images.to(bench.device)
+                logits = model((1 - mask) * images + mask * pattern)
+                wanted = torch.full((len(images),), target, device=bench.device)
+                loss = F.cross_entropy(logits, wanted) + 0.01 * mask.abs().sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                with torch.no_grad():
+                    pattern.clamp_(0, 1)
+                    mask.clamp_(0, 1)
+        bench.wait()
+        return CLASSES * len(data) / (time.perf_counter() - begun)
 
     return turn
 
@@ -477,6 +562,8 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "isolation-pass": isolation_rows,
     "evaluate": evaluation_rows,
     "epochs": epoch_rows,
+    "dbd-views": view_rows,
+    "mcldef-inversion": inversion_rows,
     "poison": poison_rows,
 }
 

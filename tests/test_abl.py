@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from toys import are_equal, toy_data, toy_engine, toy_model, toy_recipe, weights_of
+from toys import (
+    DroppedFeatures,
+    are_equal,
+    toy_batch,
+    toy_data,
+    toy_engine,
+    toy_model,
+    toy_recipe,
+    weights_of,
+)
 
-from bdbench.data import ImageDataset
-from bdbench.defenses.abl import ABL, Trap, trap_losses
-from bdbench.defenses.base import Defended, Task, lowest
-from bdbench.engine import Engine
+from bdbench import engine as engine_module
+from bdbench import stages
+from bdbench.artifacts import DatasetArtifact
+from bdbench.data import ImageDataset, Role
+from bdbench.defenses.abl import ABL, Trap, isolated_count, trap_losses, trapped_loss
+from bdbench.defenses.base import Defended, Task, lowest, mean_cross_entropy
+from bdbench.engine import Engine, Recipe
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
+from bdbench.options import describe_options
+from bdbench.progress import Silent
+from bdbench.seeds import generator
+
+TRAPS: tuple[Trap, ...] = ("batch", "sample", "flooding")
 
 
 def gradient(values: list[float], trap: Trap, gamma: float = 0.5) -> list[float]:
@@ -29,12 +50,12 @@ def gradient(values: list[float], trap: Trap, gamma: float = 0.5) -> list[float]
 # the trap
 
 
-@pytest.mark.parametrize("trap", ["batch", "sample", "flooding"])
+@pytest.mark.parametrize("trap", TRAPS)
 def test_above_gamma_every_trap_is_plain_descent(trap: Trap) -> None:
     assert gradient([0.9, 0.7], trap) == [1, 1]
 
 
-@pytest.mark.parametrize("trap", ["batch", "sample", "flooding"])
+@pytest.mark.parametrize("trap", TRAPS)
 def test_below_gamma_every_trap_is_ascent(trap: Trap) -> None:
     assert gradient([0.3, 0.1], trap) == [-1, -1]
 
@@ -71,6 +92,34 @@ def test_a_gamma_of_nothing_is_plain_training() -> None:
     assert gradient([0.1, 0.3], "batch", 0.0) == [1, 1]
 
 
+@pytest.mark.parametrize("trap", TRAPS)
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 3.0])
+def test_a_trap_has_the_gradient_of_its_values(trap: Trap, gamma: float) -> None:
+    losses = torch.tensor([0.2, 0.9, 1.7], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda losses: trap_losses(losses, trap, gamma), (losses,))
+
+
+def weight_gradients(loss: Any) -> Tensor:
+    data = toy_data(16)
+    model = toy_model(data).train()
+    loss(model, toy_batch(data)).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+@pytest.mark.parametrize(("gamma", "sign"), [(0.5, 1), (5.0, -1)])
+def test_batch_trap_and_flooding_move_the_weights_alike_up_or_down(gamma: float, sign: int) -> None:
+    """The untrained loss is about ln(4), between the two."""
+    plain = weight_gradients(mean_cross_entropy)
+    assert plain.any()
+    assert torch.equal(weight_gradients(trapped_loss("batch", gamma)), sign * plain)
+    assert torch.equal(weight_gradients(trapped_loss("flooding", gamma)), sign * plain)
+
+
+def test_on_mixed_losses_the_sample_trap_moves_the_weights_another_way() -> None:
+    by_batch, by_sample = (weight_gradients(trapped_loss(trap, 1.4)) for trap in ("batch", "sample"))
+    assert not torch.allclose(by_batch.abs(), by_sample.abs())
+
+
 # the isolated samples
 
 
@@ -93,7 +142,7 @@ def test_poison_without_loss_is_isolated_purely() -> None:
 
 
 class Watched(Engine):
-    """An engine that keeps, for every phase, its data, its recipe and the model before and after."""
+    """An engine that keeps, for every phase, its data, its recipe, its optimiser, and the model before and after."""
 
     def __init__(self) -> None:
         base = toy_engine()
@@ -102,11 +151,19 @@ class Watched(Engine):
         self.before: dict[str, dict[str, Tensor]] = {}
         self.after: dict[str, dict[str, Tensor]] = {}
         self.recipes: dict[str, Any] = {}
+        self.optimizers: dict[str, Any] = {}
+        self.momenta: dict[str, list[Tensor]] = {}
+        self.decays: dict[str, float] = {}
 
-    def fit(
+    def fit(  # type: ignore[override]
         self, model: Classifier, data: ImageDataset, loss: Any, recipe: Any, *, phase: str, **settings: Any
     ) -> Classifier:
         self.data[phase], self.before[phase], self.recipes[phase] = data, weights_of(model), recipe
+        self.optimizers[phase] = settings.get("optimizer")
+        if self.optimizers[phase] is not None:
+            self.decays[phase] = self.optimizers[phase].param_groups[0]["weight_decay"]
+            state = self.optimizers[phase].state
+            self.momenta[phase] = [state[weight]["momentum_buffer"].clone() for weight in model.parameters() if state]
         trained = super().fit(model, data, loss, recipe, phase=phase, **settings)
         self.after[phase] = weights_of(trained)
         return trained
@@ -156,6 +213,39 @@ def test_a_rate_that_isolates_two_is_enough() -> None:
     assert int(result.set_aside.sum()) == 2
 
 
+@pytest.mark.parametrize("rate", [79 / 80, math.nextafter(1, 0)])
+def test_a_rate_that_leaves_less_than_two_is_refused(rate: float) -> None:
+    with pytest.raises(OptionError, match=r"isolates 79 of 80 samples and leaves 1; lower it to at most 0\.975"):
+        defend(isolation_rate=rate)
+
+
+def test_a_rate_that_leaves_two_is_enough() -> None:
+    result, _ = defend(isolation_rate=78 / 80)
+    assert result.set_aside is not None
+    assert int((~result.set_aside).sum()) == 2
+
+
+@pytest.mark.parametrize("total", [4, 7, 79, 80, 1366, 49_999, 50_000, 1_281_167])
+def test_the_rate_that_a_refusal_advises_is_accepted(total: int) -> None:
+    for refused, least in ((1e-9, 2), (math.nextafter(1, 0), total - 3)):
+        with pytest.raises(OptionError, match="to at") as error:
+            isolated_count(refused, total)
+        advised = isolated_count(float(str(error.value).split()[-1]), total)
+        assert 2 <= advised <= total - 2
+        assert abs(advised - least) <= max(1, 2e-6 * total)
+
+
+def test_which_samples_are_isolated_does_not_depend_on_the_batches_of_the_judging_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, _ = defend()
+    monkeypatch.setattr(engine_module, "EVALUATION_BATCH", 1)
+    single, _ = defend()
+    assert whole.set_aside is not None
+    assert single.set_aside is not None
+    assert torch.equal(whole.set_aside, single.set_aside)
+
+
 def test_isolating_has_its_own_rate_and_no_augmentation() -> None:
     _, engine = defend(isolation_lr=0.03, isolation_epochs=2)
     recipe = engine.recipes["isolate"]
@@ -169,13 +259,38 @@ def test_each_phase_goes_on_from_the_one_before() -> None:
     assert are_equal(engine.after["finetune"], engine.before["unlearn"])
 
 
+def test_without_fine_tuning_unlearning_goes_on_from_isolation() -> None:
+    result, engine = defend(finetune=False)
+    assert list(engine.data) == ["isolate", "unlearn"]
+    assert are_equal(engine.after["isolate"], engine.before["unlearn"])
+    assert are_equal(engine.after["unlearn"], weights_of(result.model))
+
+
+def test_with_neither_fine_tuning_nor_unlearning_the_isolating_model_is_delivered() -> None:
+    result, engine = defend(finetune=False, unlearn_steps=0)
+    assert are_equal(engine.after["isolate"], weights_of(result.model))
+
+
+def test_without_fine_tuning_the_joint_objective_still_learns_the_rest() -> None:
+    """The paper's two stages."""
+    result, engine = defend(finetune=False, unlearn_steps=60, unlearn_lr=0.02, unlearn_stop=1.0)
+    assert result.set_aside is not None
+    rest = toy_data(80).take(~result.set_aside)
+    before, after = (losses_of(rest, engine, when["unlearn"]) for when in (engine.before, engine.after))
+    assert after < before
+
+
 # unlearning
 
 
-def isolated_losses(engine: Watched, weights: dict[str, Tensor]) -> float:
+def losses_of(data: ImageDataset, engine: Engine, weights: dict[str, Tensor]) -> float:
     model = toy_model(toy_data(80))
     model.load_state_dict(weights)
-    return float(toy_engine().losses(model, engine.data["unlearn"]).mean())
+    return float(engine.losses(model, data).mean())
+
+
+def isolated_losses(engine: Watched, weights: dict[str, Tensor]) -> float:
+    return losses_of(engine.data["unlearn"], engine, weights)
 
 
 @pytest.mark.parametrize("objective", ["joint", "ascent"])
@@ -204,7 +319,9 @@ def test_the_dose_is_counted_in_steps_whatever_the_batches(rate: float, batch: i
     seen = []
 
     class Counting(Watched):
-        def fit(self, model: Classifier, data: ImageDataset, loss: Any, recipe: Any, **settings: Any) -> Classifier:
+        def fit(  # type: ignore[override]
+            self, model: Classifier, data: ImageDataset, loss: Any, recipe: Any, **settings: Any
+        ) -> Classifier:
             def counted(model: Classifier, batch: Any) -> Tensor:
                 seen.append(settings["phase"])
                 value: Tensor = loss(model, batch)
@@ -241,7 +358,7 @@ def test_ascent_alone_never_sees_the_rest() -> None:
     for _ in range(4):
         optimizer.zero_grad()
         logits = model.eval()(isolated.images.float() / 255)
-        (-torch.nn.functional.cross_entropy(logits, isolated.labels)).backward()
+        (-F.cross_entropy(logits, isolated.labels)).backward()
         optimizer.step()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, engine.after["unlearn"][name], rtol=1e-5, atol=1e-6)
@@ -260,9 +377,132 @@ def test_joint_and_lone_ascent_differ() -> None:
 
 def test_norms_keep_their_statistics_while_unlearning_if_told_so() -> None:
     name = "features.layers.1.running_mean"
-    for norms, stays in (("frozen", True), ("batch", False)):
+    for norms, stays in (("frozen", True), ("untracked", True), ("batch", False)):
         _, engine = defend(unlearn_norms=norms)
         assert torch.equal(engine.before["unlearn"][name], engine.after["unlearn"][name]) == stays
+
+
+def parameters_of(model: Classifier) -> dict[str, Tensor]:
+    """Weights without the statistics of batch norm."""
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("objective", ["joint", "ascent"])
+def test_untracked_norms_use_the_batches_as_tracked_ones_do_and_frozen_ones_do_not(objective: str) -> None:
+    result, _ = defend(objective=objective, unlearn_norms="batch")
+    parameters = parameters_of(result.model)
+    for norms, same in (("untracked", True), ("frozen", False)):
+        other, _ = defend(objective=objective, unlearn_norms=norms)
+        assert are_equal(parameters, parameters_of(other.model)) == same
+
+
+def test_norms_track_again_after_unlearning() -> None:
+    result, _ = defend(unlearn_norms="untracked")
+    norms = [module for module in result.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert [norm.momentum for norm in norms] == [0.1]
+
+
+# the optimiser of unlearning
+
+
+def test_fresh_momentum_means_an_optimiser_for_each_phase() -> None:
+    _, engine = defend()
+    assert engine.optimizers == {"isolate": None, "finetune": None, "unlearn": None}
+
+
+@pytest.mark.parametrize(("finetune", "phase"), [(True, "finetune"), (False, "isolate")])
+def test_kept_momentum_goes_on_from_the_phase_before(finetune: bool, phase: str) -> None:
+    _, engine = defend(finetune=finetune, unlearn_momentum="kept")
+    assert engine.optimizers["unlearn"] is engine.optimizers[phase]
+    assert sum(optimizer is not None for optimizer in engine.optimizers.values()) == 2
+    assert engine.momenta[phase] == []
+    assert any(momentum.any() for momentum in engine.momenta["unlearn"])
+
+
+def test_an_optimiser_to_be_kept_takes_the_same_steps_until_unlearning() -> None:
+    for finetune in (True, False):
+        fresh, kept = (defend(finetune=finetune, unlearn_momentum=momentum)[1] for momentum in ("fresh", "kept"))
+        assert are_equal(fresh.before["unlearn"], kept.before["unlearn"])
+        assert not are_equal(fresh.after["unlearn"], kept.after["unlearn"])
+
+
+@pytest.mark.parametrize("momentum", ["fresh", "kept"])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_a_step_of_unlearning_by_hand(momentum: str, decay: float) -> None:
+    """Nesterov's form: the buffer b becomes 0.9 b + g (fresh: g), and the weights go by lr (g + 0.9 b)."""
+    _, engine = defend(
+        objective="ascent", unlearn_steps=1, unlearn_lr=0.01, unlearn_norms="frozen", unlearn_momentum=momentum,
+        unlearn_weight_decay=decay,
+    )  # fmt: skip
+    model = toy_model(toy_data(80)).eval()
+    model.load_state_dict(engine.before["unlearn"])
+    isolated = engine.data["unlearn"]
+    (-F.cross_entropy(model(isolated.images.float() / 255), isolated.labels)).backward()
+    buffers = engine.momenta.get("unlearn") or [torch.zeros_like(weight) for weight in model.parameters()]
+    with torch.no_grad():
+        for weight, buffer in zip(model.parameters(), buffers, strict=True):
+            assert weight.grad is not None
+            gradient = weight.grad + decay * weight
+            weight.sub_(0.01 * (gradient + 0.9 * (0.9 * buffer + gradient)))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, engine.after["unlearn"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_kept_optimiser_changes_its_weight_decay_for_unlearning() -> None:
+    _, engine = defend(unlearn_momentum="kept", unlearn_weight_decay=0.3)
+    assert engine.decays == {"finetune": toy_recipe().weight_decay, "unlearn": 0.3}
+    _, engine = defend(unlearn_momentum="kept")
+    assert engine.decays["unlearn"] == 0
+
+
+def test_a_recipe_without_momentum_has_none_to_keep() -> None:
+    data = toy_data(80)
+
+    def run(momentum: str) -> dict[str, Tensor]:
+        task = Task(data, lambda purpose: toy_model(data, purpose), toy_recipe(momentum=0.0), toy_engine())
+        options = {"isolation_epochs": 1, "isolation_rate": 0.1, "unlearn_steps": 4, "unlearn_momentum": momentum}
+        return weights_of(ABL.parse(options).run(task).model)
+
+    assert are_equal(run("kept"), run("fresh"))
+
+
+class Fuse(Silent):
+    """Burns through after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def advance(self, amount: int, status: str = "") -> None:  # noqa: ARG002
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("finetune", [True, False])
+@pytest.mark.parametrize("momentum", ["fresh", "kept"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(finetune: bool, momentum: str, tmp_path: Path) -> None:
+    data = toy_data(80)
+    options = {
+        "isolation_epochs": 2, "isolation_rate": 0.1, "unlearn_steps": 12, "unlearn_batch_size": 4,
+        "unlearn_weight_decay": 0.1, "unlearn_norms": "untracked", "finetune": finetune, "unlearn_momentum": momentum,
+    }  # fmt: skip
+
+    def run(engine: Engine) -> dict[str, Tensor]:
+        def new_model(purpose: str) -> Classifier:
+            return toy_model(data, purpose, features=DroppedFeatures)
+
+        return weights_of(ABL.parse(options).run(Task(data, new_model, toy_recipe(), engine)).model)
+
+    interrupted = 0
+    while interrupted < 20:
+        try:
+            # an epoch has 5 steps, of unlearning 2, and two more calls, of which one is made on resuming
+            resumed = run(toy_engine(tmp_path, progress=Fuse(8)))
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted > 3
+    assert are_equal(resumed, run(toy_engine()))
 
 
 def test_unlearning_decays_no_weights_and_augments_nothing_it_ascends() -> None:
@@ -276,9 +516,10 @@ def test_unlearning_decays_no_weights_and_augments_nothing_it_ascends() -> None:
     [
         {"isolation_epochs": 2}, {"isolation_rate": 0.2}, {"isolation_augment": "crop"},
         {"isolation_lr": 0.01},
-        {"gamma": 5.0}, {"trap": "sample", "gamma": 1.4}, {"objective": "ascent"}, {"unlearn_steps": 2},
-        {"unlearn_batch_size": 3},
-        {"unlearn_lr": 0.01}, {"unlearn_stop": 1e-6}, {"unlearn_norms": "frozen"},
+        {"gamma": 5.0}, {"trap": "sample", "gamma": 1.4}, {"finetune": False}, {"objective": "ascent"},
+        {"unlearn_steps": 2}, {"unlearn_batch_size": 3}, {"unlearn_lr": 0.01}, {"unlearn_stop": 1e-6},
+        {"unlearn_momentum": "kept"}, {"unlearn_weight_decay": 0.1}, {"unlearn_norms": "frozen"},
+        {"unlearn_norms": "untracked"},
     ],
 )  # fmt: skip
 def test_every_option_changes_the_model(options: dict[str, Any]) -> None:
@@ -287,3 +528,70 @@ def test_every_option_changes_the_model(options: dict[str, Any]) -> None:
         base = {"unlearn_batch_size": 4}
         options = options | base
     assert not are_equal(weights_of(defend(**base)[0].model), weights_of(defend(**options)[0].model))
+
+
+def test_every_flag_that_the_help_names_exists() -> None:
+    known = {info.flag for cls in (ABL, Recipe) for info in describe_options(cls)} | {"--preset", "--no-finetune"}
+    assert set(re.findall(r"--[a-z][a-z-]+", ABL.__doc__ or "")) <= known
+
+
+# a backdoor
+
+
+class Backdoored(NamedTuple):
+    """A network that learned the digits with their backdoor, and which of them are poison (N,)."""
+
+    data: DatasetArtifact
+    model: Classifier
+    is_poison: Tensor
+
+    def task(self) -> Task:
+        return Task(self.data.train, lambda _: self.model, toy_recipe(), toy_engine())
+
+    def unlearned(self, isolated: Tensor, steps: int, lr: float) -> tuple[float, float]:
+        """BA and ASR after ascent on the isolated samples (N,) bool alone, without a cap."""
+        train = self.data.train
+        options = ABL(objective="ascent", unlearn_steps=steps, unlearn_lr=lr, unlearn_stop=1000, unlearn_batch_size=16)
+        model = copy.deepcopy(self.model)
+        if steps:
+            options._unlearn(self.task(), model, train.take(isolated), train.take(~isolated), None)
+        splits = (self.data.test, self.data.triggered)
+        predictions = (toy_engine().logits(model, split.images).argmax(1) for split in splits)
+        ba, asr = (
+            float((found == split.labels).float().mean()) for found, split in zip(predictions, splits, strict=True)
+        )
+        return ba, asr
+
+
+@pytest.fixture(scope="module")
+def backdoored(digits: DatasetArtifact) -> Backdoored:
+    model: Classifier = stages._model_factory("convnet", digits.train, 0)("model")
+    recipe = toy_recipe(epochs=3, batch_size=32)
+    toy_engine().fit(model, digits.train, mean_cross_entropy, recipe, phase="plain")
+    return Backdoored(digits, model, torch.tensor((digits.truth["role"] == Role.POISON).tolist()))
+
+
+def fifty(candidates: Tensor) -> Tensor:
+    """A mask (N,) of 50 of the candidates (N,), drawn."""
+    rows = candidates.nonzero().flatten()
+    mask = torch.zeros_like(candidates)
+    mask[rows[torch.randperm(len(rows), generator=generator(0, "fifty"))[:50]]] = True
+    return mask
+
+
+def test_the_attack_fades_with_the_dose_and_the_task_stays(backdoored: Backdoored) -> None:
+    """As the published log does: ASR 1.00, 0.47, 0.06, 0.01 and BA 0.83, 0.83, 0.82, 0.82."""
+    isolated = fifty(backdoored.is_poison)
+    results = [backdoored.unlearned(isolated, steps, 5e-4) for steps in (0, 8, 16, 20)]
+    attack = [asr for _, asr in results]
+    assert attack == sorted(attack, reverse=True)
+    assert attack[0] > 0.95
+    assert attack[-1] < 0.1
+    assert results[-1][0] > results[0][0] - 0.05
+
+
+def test_unlearning_clean_samples_costs_the_task_and_not_the_attack(backdoored: Backdoored) -> None:
+    isolated = fifty(~backdoored.is_poison)
+    (ba_before, asr_before), (ba, asr) = (backdoored.unlearned(isolated, steps, 4e-3) for steps in (0, 24))
+    assert ba < ba_before - 0.05
+    assert asr_before - asr < 0.5 * (ba_before - ba)

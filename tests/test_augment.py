@@ -11,6 +11,9 @@ from bdbench.augment import OPERATIONS, gather_batch, parse_augment
 from bdbench.errors import OptionError
 from bdbench.seeds import generator
 
+TOGETHER = tuple(name for name in OPERATIONS if name != "crop-reflect")
+"""All operations that one setting can name."""
+
 
 def one_image(side: int = 8, channels: int = 1) -> Tensor:
     """An image whose pixels are all different from zero and, up to 15x15, from each other."""
@@ -25,10 +28,10 @@ def batch_of(images: Tensor, *operations: str, count: int = 200, seed: int = 0) 
     return (batch * 255).round().to(torch.uint8)
 
 
-def windows(image: Tensor, pad: int) -> dict[bytes, tuple[int, int]]:
-    """All windows of the zero-padded image (C, H, W) by content: their shift down and to the right."""
+def windows(image: Tensor, pad: int, mode: str = "constant") -> dict[bytes, tuple[int, int]]:
+    """All windows of the padded image (C, H, W) by content: their shift down and to the right."""
     side = image.shape[-1]
-    padded = F.pad(image, (pad, pad, pad, pad))
+    padded = F.pad(image.float(), (pad, pad, pad, pad), mode=mode).to(torch.uint8)
     return {
         padded[:, top : top + side, left : left + side].numpy().tobytes(): (top - pad, left - pad)
         for top in range(2 * pad + 1)
@@ -42,6 +45,36 @@ def test_a_crop_is_a_window_of_the_zero_padded_image_and_every_shift_occurs(side
     known = windows(image[0], pad)
     found = [known[crop.numpy().tobytes()] for crop in batch_of(image, "crop", count=1500)]
     assert set(found) == set(known.values())
+
+
+@pytest.mark.parametrize(("side", "pad"), [(8, 1), (15, 2), (32, 4)])
+def test_a_reflecting_crop_is_a_window_of_the_mirrored_image_and_every_shift_occurs(side: int, pad: int) -> None:
+    image = one_image(side)
+    known = windows(image[0], pad, "reflect")
+    found = [known[crop.numpy().tobytes()] for crop in batch_of(image, "crop-reflect", count=1500)]
+    assert set(found) == set(known.values())
+
+
+def test_a_reflecting_crop_of_a_long_image_mirrors_each_side_by_its_own_eighth() -> None:
+    image = torch.arange(1, 8 * 24 + 1, dtype=torch.uint8).view(1, 1, 8, 24)
+    padded = F.pad(image.float(), (3, 3, 1, 1), mode="reflect").to(torch.uint8)[0, 0]
+    known = {padded[y : y + 8, x : x + 24].numpy().tobytes() for y in range(3) for x in range(7)}
+    assert {crop.numpy().tobytes() for crop in batch_of(image, "crop-reflect", count=600)} == known
+
+
+def test_a_reflecting_crop_and_flip_together_are_windows_of_the_image_or_its_mirror() -> None:
+    image = one_image()
+    known = set(windows(image[0], 1, "reflect")) | set(windows(image[0].flip(2), 1, "reflect"))
+    found = {crop.numpy().tobytes() for crop in batch_of(image, "crop-reflect", "flip", count=600)}
+    assert found == known
+
+
+def test_both_crops_shift_alike() -> None:
+    image = one_image(32)
+    zeroed, reflected = batch_of(image, "crop", "flip"), batch_of(image, "crop-reflect", "flip")
+    assert (zeroed == 0).any()
+    assert (reflected > 0).all()
+    assert torch.equal(reflected[zeroed > 0], zeroed[zeroed > 0])
 
 
 def test_cropped_in_pixels_are_zero() -> None:
@@ -112,7 +145,7 @@ def test_affine_gives_each_sample_its_own_move() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("operation", [(), *((name,) for name in OPERATIONS), OPERATIONS])
+@pytest.mark.parametrize("operation", [(), *((name,) for name in OPERATIONS), TOGETHER])
 def test_any_operation_keeps_shape_range_and_layout(operation: tuple[str, ...], channels: int) -> None:
     images = torch.randint(0, 256, (9, channels, 12, 20), generator=generator(0, "x")).to(torch.uint8)
     batch = gather_batch(images, torch.arange(4), operation, generator(0, "augment"))
@@ -138,14 +171,14 @@ def test_no_operation_draws_no_numbers() -> None:
 
 def test_equal_states_give_equal_batches_and_others_do_not() -> None:
     image = one_image(16)
-    assert torch.equal(batch_of(image, *OPERATIONS), batch_of(image, *OPERATIONS))
-    assert not torch.equal(batch_of(image, *OPERATIONS), batch_of(image, *OPERATIONS, seed=1))
+    assert torch.equal(batch_of(image, *TOGETHER), batch_of(image, *TOGETHER))
+    assert not torch.equal(batch_of(image, *TOGETHER), batch_of(image, *TOGETHER, seed=1))
 
 
 def test_augmenting_leaves_the_data_set_as_it_was() -> None:
     image = one_image()
     before = image.clone()
-    batch_of(image, *OPERATIONS)
+    batch_of(image, *TOGETHER)
     assert torch.equal(image, before)
 
 
@@ -156,6 +189,7 @@ def test_augmenting_leaves_the_data_set_as_it_was() -> None:
         ("crop", ("crop",)),
         ("crop,flip", ("crop", "flip")),
         (" crop , cutout ", ("crop", "cutout")),
+        ("crop-reflect,flip", ("crop-reflect", "flip")),
     ],
 )
 def test_a_setting_names_operations(text: str, expected: tuple[str, ...]) -> None:
@@ -176,3 +210,9 @@ def test_the_nearest_operation_is_offered() -> None:
 def test_an_operation_named_twice_is_refused() -> None:
     with pytest.raises(OptionError, match="augment 'flip,flip' names an operation twice"):
         parse_augment("flip,flip")
+
+
+@pytest.mark.parametrize("text", ["crop,crop-reflect", "crop-reflect,flip,crop"])
+def test_two_crops_are_refused(text: str) -> None:
+    with pytest.raises(OptionError, match=f"augment '{text}' names both crop and crop-reflect; choose one border"):
+        parse_augment(text)

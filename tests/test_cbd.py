@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from toys import are_equal, toy_batch, toy_data, toy_engine, toy_model, toy_recipe, weights_of
+from torch import Tensor, nn
+from toys import (
+    DroppedFeatures,
+    ToyFeatures,
+    are_equal,
+    toy_batch,
+    toy_data,
+    toy_engine,
+    toy_model,
+    toy_recipe,
+    weights_of,
+)
 
+from bdbench.artifacts import DatasetArtifact
+from bdbench.augment import gather_batch
+from bdbench.data import ImageDataset, Role
 from bdbench.defenses import cbd
 from bdbench.defenses.base import Defended, Task, mean_cross_entropy
-from bdbench.defenses.cbd import CBD, Critic, dependence, sample_weights
-from bdbench.engine import Engine, frozen
+from bdbench.defenses.cbd import (
+    CBD,
+    Critic,
+    Norm,
+    dependence,
+    divide_by_root_of_norm,
+    largest_singular_value,
+    sample_weights,
+)
+from bdbench.engine import Engine, Recipe, frozen
 from bdbench.models.classifier import Classifier
+from bdbench.options import describe_options
+from bdbench.progress import Silent
 from bdbench.seeds import generator, scoped
+
+DISENTANGLED: dict[str, Any] = {
+    "critic_pass": "epoch", "critic_lr": 0.2, "critic_decay": 20, "critic_norm": "root",
+    "critic_judges_with_dropout": True, "bottleneck": 0,
+}  # fmt: skip
+"""The published code's mode with a critic."""
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator(seed, "noise"))
 
 
-def critic_of(size: int = 4, dropout: float = 0.0, seed: int = 0) -> Critic:
+def critic_of(size: int = 4, dropout: float = 0.0, seed: int = 0, norm: Norm = "spectral") -> Critic:
     with scoped(seed, "critic"):
-        return Critic(size, dropout)
+        return Critic(size, dropout, norm)
 
 
 # weights
@@ -89,6 +120,22 @@ def test_the_estimate_is_true_pairs_minus_pairs_with_the_next_sample() -> None:
     assert dependence(critic, twin, own).item() == pytest.approx((sum(true) - sum(shifted)) / 3, abs=1e-6)
 
 
+def test_with_two_samples_a_shift_turns_the_sign_of_the_estimate() -> None:
+    critic = critic_of().eval()
+    twin, own = noise(2, 4), noise(2, 4, seed=1)
+    assert dependence(critic, twin, own.roll(-1, 0)).item() == -dependence(critic, twin, own).item() != 0
+
+
+def test_one_sample_has_nothing_to_be_shifted_with() -> None:
+    assert dependence(critic_of().eval(), noise(1, 4), noise(1, 4, seed=1)).item() == 0
+
+
+def test_the_estimate_has_the_gradient_of_its_values() -> None:
+    critic = critic_of().double().eval()
+    twin, own = (noise(5, 4, seed=seed).double().requires_grad_() for seed in (0, 1))
+    assert torch.autograd.gradcheck(lambda twin, own: dependence(critic, twin, own), (twin, own))
+
+
 def test_a_linear_critic_sees_no_dependence_at_all() -> None:
     # the mean of a linear score does not change when one half of the pairs is shifted
     class Linear(Critic):
@@ -133,32 +180,35 @@ def test_critic_weights_have_spectral_norm_at_most_one_also_after_learning() -> 
         assert torch.linalg.matrix_norm(layer.weight, 2).item() <= 1 + 1e-3
 
 
-def test_a_step_of_the_critic_raises_its_estimate() -> None:
-    critic = critic_of()
+@pytest.mark.parametrize("norm", ["spectral", "root"])
+def test_a_step_of_the_critic_raises_its_estimate(norm: Norm) -> None:
+    """Before the next normalisation, which may take it back."""
+    critic = critic_of(norm=norm)
     twin = noise(64, 4)
     own = twin + 0.1 * noise(64, 4, seed=1)
     for _ in range(30):
         critic.train()(twin, own)
-    before = dependence(critic.eval(), twin, own).item()
+    before = dependence(critic.eval(), twin, own)
     learner = torch.optim.SGD(critic.parameters(), 0.05)
-    for _ in range(5):
-        learner.zero_grad()
-        (-dependence(critic.eval(), twin, own)).backward()
-        learner.step()
-    assert dependence(critic.eval(), twin, own).item() > before
+    (-before).backward()
+    learner.step()
+    assert dependence(critic.eval(), twin, own).item() > before.item()
 
 
-def test_teaching_raises_the_estimate_too() -> None:
-    data = toy_data(64)
-    options = CBD(critic_steps=20, critic_lr=0.01, critic_dropout=0)
-    critic = critic_of(24)
-    learner = torch.optim.Adam(critic.parameters(), options.critic_lr)
-    objective = cbd._Objective(options, toy_model(data), critic, learner)
+def tutor_of(critic: Critic, **options: Any) -> cbd._Tutor:
+    return cbd._Tutor(CBD.parse(options), critic)
+
+
+@pytest.mark.parametrize("norm", ["spectral", "root"])
+def test_teaching_raises_the_estimate_too(norm: Norm) -> None:
+    critic = critic_of(24, norm=norm)
+    divide_by_root_of_norm(critic)
+    tutor = tutor_of(critic, critic_steps=50, critic_lr=0.01, critic_dropout=0, critic_norm=norm)
     twin = noise(64, 24)
     own = twin + 0.1 * noise(64, 24, seed=1)
-    before = dependence(critic.eval(), twin, own).item()
-    objective._teach(twin, own)
-    assert dependence(critic.eval(), twin, own).item() > before
+    before = tutor.judge(twin, own).item()
+    tutor.teach(twin, own)
+    assert tutor.judge(twin, own).item() > before
 
 
 def test_descending_the_information_term_alone_lowers_the_dependence() -> None:
@@ -174,10 +224,88 @@ def test_descending_the_information_term_alone_lowers_the_dependence() -> None:
     assert dependence(critic, twin_BD, model.embed(images)).item() < before.item()
 
 
-def test_the_critic_is_judged_without_dropout() -> None:
-    critic = critic_of(dropout=0.5).eval()
+@pytest.mark.parametrize("with_dropout", [False, True])
+def test_dropout_blurs_a_judgement_only_if_told_so(with_dropout: bool) -> None:
+    tutor = tutor_of(critic_of(dropout=0.5), critic_judges_with_dropout=with_dropout)
     twin, own = noise(8, 4), noise(8, 4, seed=1)
-    assert dependence(critic, twin, own) == dependence(critic, twin, own)
+    tutor.teach(twin, own)
+    with scoped(0, "dropout"):
+        assert (tutor.judge(twin, own) != tutor.judge(twin, own)) == with_dropout
+
+
+def test_with_dropout_even_a_constant_embedding_seems_to_matter() -> None:
+    tutor = tutor_of(critic_of(dropout=0.5), critic_judges_with_dropout=True)
+    with scoped(0, "dropout"):
+        assert tutor.judge(noise(8, 4), noise(1, 4).expand(8, 4)).item() != 0
+
+
+@pytest.mark.parametrize(
+    ("decay", "decays"),
+    # the published scheduler moves at the start of every epoch, so the first 20 epochs are 19
+    [(20, {0: 0, 18: 0, 19: 1, 38: 1, 39: 2, 59: 3, 79: 4, 99: 5}), (1, {0: 1, 1: 2}), (0, {0: 0, 99: 0})],
+)
+def test_the_critics_rate_falls_an_epoch_early(decay: int, decays: dict[int, int]) -> None:
+    tutor = tutor_of(critic_of(), critic_lr=0.2, critic_decay=decay)
+    for epoch, times in decays.items():
+        tutor.set_rate(epoch)
+        assert tutor.learner.param_groups[0]["lr"] == pytest.approx(0.2 * 10**-times)
+
+
+# the published code's norm
+
+
+def test_the_estimate_of_one_row_is_its_length() -> None:
+    assert largest_singular_value(torch.tensor([[3.0, -4.0]])).item() == pytest.approx(5)
+    assert largest_singular_value(torch.tensor([[1.0, -1.0]])).item() == pytest.approx(2**0.5)
+
+
+def test_the_estimate_of_a_singular_value_is_never_too_large() -> None:
+    matrix = 3 * noise(64, 128)
+    true = torch.linalg.matrix_norm(matrix, 2).item()
+    # five iterations: close, not there
+    assert 0.9 * true < largest_singular_value(matrix).item() < true
+
+
+class Layers(nn.Module):
+    """Parameters whose largest singular values are 16, 4, 0.25 and 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[16.0, 0.0], [0.0, 1.0]]))
+        self.bias = nn.Parameter(torch.tensor([0.0, -4.0]))
+        self.small = nn.Parameter(torch.tensor([0.25]))
+        self.zero = nn.Parameter(torch.zeros(2, 3))
+
+
+def test_the_root_norm_divides_each_parameter_by_the_root_of_its_norm() -> None:
+    layers = Layers()
+    divide_by_root_of_norm(layers)
+    torch.testing.assert_close(layers.weight.data, torch.tensor([[4.0, 0.0], [0.0, 0.25]]))
+    assert layers.bias.tolist() == [0, -2]
+    assert layers.small.tolist() == [0.5]
+    assert not layers.zero.any()
+
+
+def test_the_root_norm_repeated_creeps_down_to_one() -> None:
+    # as measured on such a matrix: 57.7, 7.9, 2.95, 1.80, 1.40, 1.24, 1.16, 1.13
+    layer = nn.Linear(128, 64)
+    layer.weight.data = 3 * noise(64, 128)
+    norms = []
+    for _ in range(7):
+        divide_by_root_of_norm(layer)
+        norms.append(torch.linalg.matrix_norm(layer.weight, 2).item())
+    assert norms == pytest.approx([7.9, 2.95, 1.80, 1.40, 1.24, 1.16, 1.13], rel=0.1)
+    assert norms == sorted(norms, reverse=True)
+
+
+def test_the_root_norm_is_applied_after_each_step_of_the_critic() -> None:
+    critic = critic_of(norm="root")
+    assert [name for name, _ in critic.named_parameters()] == [
+        "layers.1.weight", "layers.1.bias", "layers.4.weight", "layers.4.bias",
+    ]  # fmt: skip
+    tutor_of(critic, critic_norm="root", critic_steps=12).teach(noise(8, 4), noise(8, 4, seed=1))
+    for parameter in critic.parameters():
+        assert torch.linalg.matrix_norm(torch.atleast_2d(parameter), 2).item() == pytest.approx(1, abs=0.1)
 
 
 # the loss
@@ -185,11 +313,11 @@ def test_the_critic_is_judged_without_dropout() -> None:
 
 def objective_of(twin: Classifier, seed: int = 0, **options: Any) -> cbd._Objective:
     chosen = CBD.parse(options)
-    critic = critic_of(twin.embedding_size, chosen.critic_dropout, seed)
-    return cbd._Objective(chosen, twin, critic, torch.optim.Adam(critic.parameters(), chosen.critic_lr))
+    critic = critic_of(twin.embedding_size, chosen.critic_dropout, seed, chosen.critic_norm)
+    return cbd._Objective(chosen, twin, cbd._Tutor(chosen, critic))
 
 
-def test_equal_networks_without_extra_terms_take_a_plain_step_bit_for_bit() -> None:
+def test_equal_networks_without_extra_terms_take_a_plain_step() -> None:
     """Equal losses weigh 1 each."""
     data = toy_data(16)
     batch = toy_batch(data)
@@ -203,15 +331,17 @@ def test_equal_networks_without_extra_terms_take_a_plain_step_bit_for_bit() -> N
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-8)
 
 
-def test_weights_of_exactly_one_take_a_plain_step_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cbd, "sample_weights", lambda _, losses: torch.ones_like(losses))
+def test_weights_of_one_take_plain_steps_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     data = toy_data(64)
 
     def trained(loss: Any) -> dict[str, Tensor]:
         return weights_of(toy_engine().fit(toy_model(data), data, loss, toy_recipe(), phase="clean"))
 
     twin = frozen(toy_model(data, "twin"))
-    assert are_equal(trained(objective_of(twin, information_weight=0, bottleneck=0)), trained(mean_cross_entropy))
+    plain = trained(mean_cross_entropy)
+    assert are_equal(trained(objective_of(twin, reweight=False, information_weight=0, bottleneck=0)), plain)
+    monkeypatch.setattr(cbd, "sample_weights", lambda _, losses: torch.ones_like(losses))
+    assert are_equal(trained(objective_of(twin, information_weight=0, bottleneck=0)), plain)
 
 
 def test_the_loss_is_the_weighted_cross_entropy_by_hand() -> None:
@@ -225,6 +355,37 @@ def test_the_loss_is_the_weighted_cross_entropy_by_hand() -> None:
         expected = (share / share.mean() * losses).mean()
         found = objective_of(twin, information_weight=0, bottleneck=0)(model, batch)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_weights_are_constants_to_the_descent() -> None:
+    data = toy_data(8)
+    batch = toy_batch(data)
+    twin, model, other = toy_model(data, "twin").eval(), toy_model(data).eval(), toy_model(data).eval()
+    objective_of(twin, information_weight=0, bottleneck=0)(model, batch).backward()
+    twin_losses, losses = (F.cross_entropy(net(batch.images), batch.labels, reduction="none") for net in (twin, other))
+    share = (twin_losses / (twin_losses + losses)).detach()
+    (share / share.mean() * losses).mean().backward()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_every_term_descends_through_the_models_own_embedding_and_never_the_twin() -> None:
+    """Even a twin that was not frozen gets no gradient."""
+    data = toy_data(16)
+    batch = toy_batch(data)
+    twin = toy_model(data, "twin").eval()
+    found = []
+    for information, bottleneck in ((0, 0), (1, 0), (0, 1)):
+        model = toy_model(data).eval()
+        objective_of(twin, information_weight=information, bottleneck=bottleneck)(model, batch).backward()
+        grads = [parameter.grad for parameter in model.features.parameters()]
+        found.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
+        assert all(parameter.grad is None for parameter in twin.parameters())
+    assert found[0].any()
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_the_bottleneck_adds_half_the_mean_squared_length() -> None:
@@ -247,7 +408,7 @@ def test_the_information_term_adds_its_weight_times_the_estimate() -> None:
     within = objective(model, batch)
     # the critic has learned during the call; now it is asked again
     with torch.no_grad():
-        estimate = dependence(objective.critic.eval(), twin.embed(batch.images), model.embed(batch.images))
+        estimate = objective.tutor.judge(twin.embed(batch.images), model.embed(batch.images))
     assert (within - without).item() == pytest.approx(3 * estimate.item(), abs=1e-5)
 
 
@@ -256,9 +417,98 @@ def test_the_critic_learns_nothing_from_the_models_descent() -> None:
     twin, model = frozen(toy_model(data, "twin")), toy_model(data)
     objective = objective_of(twin, information_weight=1)
     loss = objective(model, toy_batch(data))
-    before = weights_of(objective.critic)
+    before = weights_of(objective.tutor.critic)
     loss.backward()
-    assert are_equal(before, weights_of(objective.critic))
+    assert are_equal(before, weights_of(objective.tutor.critic))
+
+
+def test_a_critic_that_learns_in_passes_does_not_learn_in_steps() -> None:
+    data = toy_data(8)
+    twin, model = frozen(toy_model(data, "twin")), toy_model(data)
+    changed = []
+    for chosen in ("step", "epoch"):
+        objective = objective_of(twin, information_weight=1, critic_pass=chosen, critic_norm="root")
+        before = weights_of(objective.tutor.critic)
+        objective(model, toy_batch(data)).backward()
+        changed.append(not are_equal(before, weights_of(objective.tutor.critic)))
+    assert changed == [True, False]
+
+
+# the pass before an epoch
+
+
+def pass_over(data: ImageDataset, model: Classifier, *, epoch: int = 0, bf16: bool = False, **options: Any) -> Critic:
+    """Teach a critic on all of the data, 16 images at a time; a critic of the seed that learned."""
+    critic = critic_of(model.embedding_size, norm="root")
+    task = Task(data, lambda _: model, toy_recipe(augment="crop"), toy_engine(bf16=bf16))
+    twin = frozen(toy_model(data, "twin", features=type(model.features)))
+    tutor_of(critic, critic_norm="root", **options).teach_all(task, twin, model, epoch)
+    return critic
+
+
+def test_a_pass_moves_the_critic_and_of_the_model_only_batch_norm_statistics() -> None:
+    data = toy_data(40)
+    model = toy_model(data).eval()
+    before = weights_of(model)
+    critic = pass_over(data, model)
+    after = weights_of(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {f"features.layers.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not are_equal(weights_of(critic), weights_of(critic_of(24, norm="root")))
+
+
+def test_a_pass_takes_every_image_once_but_a_single_one_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[list[int]] = []
+
+    def watched(images: Tensor, rows: Tensor, operations: tuple[str, ...], rng: torch.Generator) -> Tensor:
+        taken.append(rows.tolist())
+        assert operations == ("crop",)
+        return gather_batch(images, rows, operations, rng)
+
+    monkeypatch.setattr(cbd, "gather_batch", watched)
+    for count, sizes in ((40, [16, 16, 8]), (33, [16, 16])):
+        taken.clear()
+        data = toy_data(count)
+        pass_over(data, toy_model(data))
+        rows = [row for batch in taken for row in batch]
+        assert [len(batch) for batch in taken] == sizes
+        assert len(set(rows)) == sum(sizes)
+        assert rows != sorted(rows)
+
+
+@pytest.mark.parametrize("features", [ToyFeatures, DroppedFeatures])
+def test_passes_of_different_epochs_see_other_batches_and_equal_ones_the_same(features: type[nn.Module]) -> None:
+    data = toy_data(40)
+    first, again, second = (
+        weights_of(pass_over(data, toy_model(data, features=features), epoch=epoch)) for epoch in (0, 0, 1)
+    )
+    assert are_equal(first, again)
+    assert not are_equal(first, second)
+
+
+def test_a_pass_runs_the_networks_in_the_engines_precision_and_the_critic_in_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = toy_data(40)
+    model = toy_model(data)
+    embed, forward = Classifier.embed, Critic.forward
+    seen: dict[str, set[bool]] = {"embed": set(), "critic": set()}
+
+    def embed_watched(self: Classifier, images: Tensor) -> Tensor:
+        if len(images) > 2:  # a new network is tried on two
+            seen["embed"].add(torch.is_autocast_enabled("cpu"))
+        return embed(self, images)
+
+    def forward_watched(self: Critic, twin_BD: Tensor, own_BD: Tensor) -> Tensor:
+        seen["critic"].add(torch.is_autocast_enabled("cpu"))
+        assert twin_BD.dtype == own_BD.dtype == torch.float32
+        return forward(self, twin_BD, own_BD)
+
+    monkeypatch.setattr(Classifier, "embed", embed_watched)
+    monkeypatch.setattr(Critic, "forward", forward_watched)
+    pass_over(data, model, bf16=True)
+    assert seen == {"embed": {True}, "critic": {False}}
 
 
 # the whole method
@@ -281,7 +531,8 @@ def defend(**options: Any) -> Defended:
     return CBD.parse({"twin_epochs": 1} | options).run(task)
 
 
-def test_the_twin_is_not_touched_while_the_model_trains() -> None:
+@pytest.mark.parametrize("options", [{}, DISENTANGLED], ids=["default", "disentangled"])
+def test_no_weight_and_no_statistic_of_the_twin_moves_while_the_model_trains(options: dict[str, Any]) -> None:
     engine = toy_engine()
     task, given = task_of(engine)
     fit = engine.fit
@@ -292,8 +543,8 @@ def test_the_twin_is_not_touched_while_the_model_trains() -> None:
         seen[phase] = weights_of(given["twin"])
         return trained
 
-    engine.fit = watched  # type: ignore[method-assign]
-    CBD(twin_epochs=2).run(task)
+    engine.fit = watched  # type: ignore[assignment, method-assign]
+    CBD.parse({"twin_epochs": 2} | options).run(task)
     assert list(seen) == ["twin", "clean"]
     assert are_equal(seen["twin"], seen["clean"])
 
@@ -320,26 +571,97 @@ def test_scores_are_high_where_the_twin_fits_well() -> None:
     assert result.set_aside is None
 
 
-def test_without_the_information_term_the_critic_plays_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = weights_of(defend(information_weight=0).model)
+@pytest.mark.parametrize("options", [{}, DISENTANGLED], ids=["default", "disentangled"])
+@pytest.mark.parametrize(("weight", "plays_a_part"), [(0, False), (0.5, True)])
+def test_the_critic_plays_a_part_only_with_the_information_term(
+    options: dict[str, Any], weight: float, plays_a_part: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options | {"information_weight": weight}
+    first = weights_of(defend(**options).model)
     scope = scoped
     monkeypatch.setattr(cbd, "scoped", lambda seed, *purpose: scope(seed + 1, *purpose))
-    assert are_equal(first, weights_of(defend(information_weight=0).model))
+    assert are_equal(first, weights_of(defend(**options).model)) != plays_a_part
 
 
-def test_with_the_information_term_the_critic_plays_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = weights_of(defend(information_weight=0.5).model)
-    scope = scoped
-    monkeypatch.setattr(cbd, "scoped", lambda seed, *purpose: scope(seed + 1, *purpose))
-    assert not are_equal(first, weights_of(defend(information_weight=0.5).model))
+def test_without_the_information_term_all_ways_to_teach_are_one() -> None:
+    """No pass is made, so no statistic moves in it."""
+    alone = {"information_weight": 0, "bottleneck": 0}
+    plain, taught = (defend(**options) for options in (alone, DISENTANGLED | alone))
+    assert are_equal(weights_of(plain.model), weights_of(taught.model))
+
+
+class Fuse(Silent):
+    """Burns through after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def advance(self, amount: int, status: str = "") -> None:  # noqa: ARG002
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("options", [{}, DISENTANGLED | {"critic_decay": 2}], ids=["default", "disentangled"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(options: dict[str, Any], tmp_path: Path) -> None:
+    data = toy_data(64)
+
+    def run(engine: Engine) -> dict[str, Tensor]:
+        def new_model(purpose: str) -> Classifier:
+            return toy_model(data, purpose, features=DroppedFeatures)
+
+        task = Task(data, new_model, toy_recipe(epochs=4, augment="crop"), engine)
+        return weights_of(CBD.parse({"twin_epochs": 1, "information_weight": 0.5} | options).run(task).model)
+
+    interrupted = 0
+    while interrupted < 10:
+        try:
+            # an epoch has 4 steps and two more calls, of which one is made on resuming
+            resumed = run(toy_engine(tmp_path, progress=Fuse(9)))
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted > 2
+    assert are_equal(resumed, run(toy_engine()))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"twin_epochs": 2}, {"twin_lr": 0.01}, {"information_weight": 0.5}, {"bottleneck": 0.5},
-        {"critic_lr": 0.1}, {"critic_steps": 3}, {"critic_dropout": 0.0},
+        {"twin_epochs": 2}, {"twin_lr": 0.01}, {"information_weight": 0.5}, {"bottleneck": 0.5}, {"reweight": False},
+        {"critic_pass": "epoch"}, {"critic_lr": 0.1}, {"critic_steps": 3}, {"critic_decay": 1},
+        {"critic_norm": "root"}, {"critic_dropout": 0.0}, {"critic_judges_with_dropout": True},
     ],
 )  # fmt: skip
 def test_every_option_changes_the_model(options: dict[str, Any]) -> None:
     assert not are_equal(weights_of(defend().model), weights_of(defend(**options).model))
+
+
+def test_every_flag_that_the_help_names_exists() -> None:
+    known = {info.flag for cls in (CBD, Recipe) for info in describe_options(cls)} | {"--preset"}
+    assert set(re.findall(r"--[a-z][a-z-]+", CBD.__doc__ or "")) <= known
+
+
+# a backdoor
+
+
+def test_a_backdoor_that_the_twin_has_learned_does_not_reach_the_model(digits: DatasetArtifact) -> None:
+    data = digits.train
+    recipe = toy_recipe(epochs=6, batch_size=32, lr=0.1)
+    engine = toy_engine()
+    task = Task(data, lambda purpose: toy_model(data, purpose), recipe, engine)
+    plain = engine.fit(toy_model(data), data, mean_cross_entropy, recipe, phase="plain")
+    result = CBD(twin_epochs=2, twin_lr=0.05).run(task)
+
+    def accuracy(model: Classifier, judged: ImageDataset) -> float:
+        return float((engine.logits(model, judged.images).argmax(1) == judged.labels).float().mean())
+
+    assert result.scores is not None
+    is_poison = torch.tensor((digits.truth["role"] == Role.POISON).tolist())
+    twin_losses = -result.scores
+    weights = sample_weights(twin_losses, engine.losses(result.model, data))
+    assert twin_losses[is_poison].median() < 0.1 * twin_losses[~is_poison].median()
+    assert weights[is_poison].mean() < 0.1 * weights[~is_poison].mean()
+    assert accuracy(plain, digits.triggered) > 0.8
+    assert accuracy(result.model, digits.triggered) < 0.1
+    assert accuracy(result.model, digits.test) > accuracy(plain, digits.test) - 0.05

@@ -35,6 +35,8 @@ CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 SMALL: dict[str, dict[str, Any]] = {
     "cbd": {"twin_epochs": 1},
     "abl": {"isolation_epochs": 1, "isolation_rate": 0.05, "unlearn_steps": 2},
+    "dbd": {"ssl_epochs": 1, "ssl_batch_size": 64, "head_epochs": 1, "steps_per_epoch": 2},
+    "mcldef": {"oracle_target": 0, "inversion_epochs": 40, "inversion_cost": 0.0},
 }
 """Budgets for 120 images; a method that is not named here runs its tiny preset with one epoch."""
 
@@ -618,12 +620,22 @@ def test_every_option_of_a_defence_and_its_recipe_is_part_of_the_id(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    cls, suspect = DEFENSES.load(defense), None
+    if cls.needs_suspect:
+        suspect = tmp_path / "suspect"
+        defend(toys, "none", suspect)
+
     def ask(**options: Any) -> str:
-        call = partial(stages.defend, toys.path, defense, preset="tiny", options=options, out=tmp_path / "m", **CPU)
+        out = tmp_path / "m"
+        call = partial(
+            stages.defend, toys.path, defense, preset="tiny", suspect=suspect, options=options, out=out, **CPU
+        )
         return ask_of(monkeypatch, call)
 
-    known = DEFENSES.load(defense).presets["tiny"].get(option)
-    assert ask(**{option: value if value != known else other_value(value, type(value))}) != ask()
+    known = cls.presets["tiny"].get(option)
+    if value == known:
+        value = other_value(value, {**Recipe.model_fields, **cls.model_fields}[option].annotation)
+    assert ask(**{option: value}) != ask()
 
 
 @pytest.mark.parametrize("setting", [{"seed": 1}, {"trusted": 0.1}, {"attack": "blended"}])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdbench.augment import gather_batch, parse_augment
 from bdbench.data import ImageDataset
@@ -20,6 +21,7 @@ from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator
 
 Trap = Literal["batch", "sample", "flooding"]
+Norms = Literal["batch", "untracked", "frozen"]
 
 
 class ABL(Defense):
@@ -33,13 +35,21 @@ class ABL(Defense):
     Paper: Li et al., Anti-Backdoor Learning: Training Clean Models on Poisoned Data, NeurIPS 2021,
     https://arxiv.org/abs/2110.11571.
 
-    Differs from the published code: there the ascent has no clean term, no cap, keeps the momentum of the phase before
-    and runs 32 steps at 5e-4 (`--objective ascent --unlearn-steps 32 --unlearn-lr 5e-4 --unlearn-stop 1000`, with
-    fresh momentum). The paper's objective is joint. The cap is ours: ascent on cross entropy has no bound, and beyond
-    guessing it only teaches the model never to say the target class, which target recall shows and papers that leave
-    that class out do not. Local ascent acts on the batch mean, as in the code; the paper's formula read per sample
-    (`--trap sample`) also pushes triggered samples back up to gamma. The code's default `--trap flooding` has the same
-    gradient as `batch`.
+    The paper goes from isolation straight to the joint objective: `--no-finetune --objective joint --unlearn-steps N`,
+    N as many as the remaining epochs have; `--epochs`, `--lr` and `--schedule` then train nothing. Its formula of local
+    ascent read per sample is `--trap sample`, which also pushes triggered samples back up to gamma; the code acts on
+    the batch mean. The cap is ours: ascent on cross entropy has no bound, and beyond guessing it only teaches the model
+    never to say the target class, which target recall shows and papers that leave that class out do not.
+
+    The published code is `--preset paper --augment crop,flip,cutout --isolation-epochs 10 --trap flooding` with
+    `--objective ascent --unlearn-steps 32 --unlearn-lr 5e-4 --unlearn-stop 1000 --unlearn-momentum kept
+    --unlearn-weight-decay 1e-4`: ascent alone, without a cap, by the optimiser of the fine-tuning as that left it.
+    Since August 2022 it takes half the steps, twice as large (`--batch-size 128 --unlearn-batch-size 128
+    --unlearn-steps 16`). `flooding` has the same gradient as `batch`. backdoor-toolbox keeps the statistics of batch
+    norm as they are while unlearning, but does not use them: `--unlearn-norms untracked`.
+
+    Differs from the published code in every mode: isolation shuffles its batches, a last batch of one image is left
+    out, all runs are seeded.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2110.11571"
@@ -63,6 +73,9 @@ class ABL(Defense):
     trap: Trap = Field(
         "batch", description="How it is kept there: ascent below gamma by batch mean or sample, or flooding."
     )
+    finetune: bool = Field(
+        True, description="Train on the rest between isolating and unlearning; off: the paper's form."
+    )
     objective: Literal["joint", "ascent"] = Field(
         "joint",
         description="Unlearning: descent on the rest and ascent on the isolated (paper), or ascent alone (code).",
@@ -73,44 +86,61 @@ class ABL(Defense):
     unlearn_stop: float = Field(
         1.0, gt=0, description="Cap of the ascent, in units of ln(K), the loss of guessing; alone, it ends there."
     )
-    unlearn_norms: Literal["batch", "frozen"] = Field(
-        "batch", description="Batch norm while unlearning: statistics of the (joint) batch, or kept as they are."
+    unlearn_momentum: Literal["fresh", "kept"] = Field(
+        "fresh", description="Momentum of unlearning begins at zero, or goes on from the phase before (code)."
+    )
+    unlearn_weight_decay: float = Field(0.0, ge=0, description="Weight decay while unlearning (code: 1e-4).")
+    unlearn_norms: Norms = Field(
+        "batch",
+        description="Batch norm while unlearning: by the (joint) batch, which moves the running statistics; by the "
+        "batch, these untracked; or by these, frozen.",
     )
 
     def run(self, task: Task) -> Defended:
         """Isolate, fine-tune, unlearn; the scores are the negated losses after isolation."""
         engine, recipe = task.engine, task.recipe
-        count = int(self.isolation_rate * len(task.train))
-        if count < 2:
-            raise OptionError(
-                f"isolation_rate {self.isolation_rate} isolates {count} of {len(task.train)} samples; raise it to at "
-                f"least {2 / len(task.train):.2g}"
-            )
+        count = isolated_count(self.isolation_rate, len(task.train))
         isolation = recipe.model_copy(
             update={
                 "epochs": self.isolation_epochs, "lr": self.isolation_lr, "schedule": "constant", "warmup": 0.0,
                 "augment": recipe.augment if self.isolation_augment == "auto" else self.isolation_augment,
             }
         )  # fmt: skip
-        loss = trapped_loss(self.trap, self.gamma)
-        model = engine.fit(task.new_model("model"), task.train, loss, isolation, phase="isolate")
+        model = task.new_model("model")
+        # The optimiser that goes on into unlearning takes the steps of the phase before it; None makes fresh ones.
+        kept = recipe.optimizer(model) if self.unlearn_momentum == "kept" else None
+        model = engine.fit(
+            model, task.train, trapped_loss(self.trap, self.gamma), isolation, phase="isolate",
+            optimizer=None if self.finetune else kept,
+        )  # fmt: skip
         losses = engine.losses(model, task.train)
         isolated = lowest(losses, count)
         rest = task.train.take(~isolated)
-        model = engine.fit(model, rest, mean_cross_entropy, recipe, phase="finetune")
-        model = self._unlearn(task, model, task.train.take(isolated), rest)
+        if self.finetune:
+            model = engine.fit(model, rest, mean_cross_entropy, recipe, phase="finetune", optimizer=kept)
+        if self.unlearn_steps:
+            model = self._unlearn(task, model, task.train.take(isolated), rest, kept)
         return Defended(model, scores=-losses, set_aside=isolated)
 
-    def _unlearn(self, task: Task, model: Classifier, isolated: ImageDataset, rest: ImageDataset) -> Classifier:
-        if self.unlearn_steps == 0:
-            return model
+    def _unlearn(
+        self,
+        task: Task,
+        model: Classifier,
+        isolated: ImageDataset,
+        rest: ImageDataset,
+        kept: torch.optim.Optimizer | None,
+    ) -> Classifier:
         engine = task.engine
         recipe = task.recipe.model_copy(
             update={
                 "epochs": self.unlearn_steps, "batch_size": self.unlearn_batch_size,  # `max_steps` ends it
-                "lr": self.unlearn_lr, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "augment": "none",
+                "lr": self.unlearn_lr, "schedule": "constant", "warmup": 0.0,
+                "weight_decay": self.unlearn_weight_decay, "augment": "none",
             }
         )  # fmt: skip
+        if kept is not None:
+            for group in kept.param_groups:
+                group["weight_decay"] = self.unlearn_weight_decay
         cap = self.unlearn_stop * math.log(isolated.num_classes)
         descent = _Descent(rest, task) if self.objective == "joint" else None
 
@@ -123,11 +153,50 @@ class ABL(Defense):
             ascent = F.cross_entropy(logits[:split], batch.labels).clamp_max(cap)
             return F.cross_entropy(logits[split:], labels) - ascent
 
-        return engine.fit(
-            model, isolated, loss, recipe, phase="unlearn", max_steps=self.unlearn_steps,
-            stop=None if descent is not None else lambda model: float(engine.losses(model, isolated).mean()) >= cap,
-            frozen_norms=self.unlearn_norms == "frozen",
-        )  # fmt: skip
+        with untracked_norms(model) if self.unlearn_norms == "untracked" else nullcontext():
+            return engine.fit(
+                model, isolated, loss, recipe, phase="unlearn", optimizer=kept, max_steps=self.unlearn_steps,
+                stop=None if descent is not None else lambda model: float(engine.losses(model, isolated).mean()) >= cap,
+                frozen_norms=self.unlearn_norms == "frozen",
+            )  # fmt: skip
+
+
+def isolated_count(rate: float, total: int) -> int:
+    """Return how many of `total` samples a rate isolates, rounded down.
+
+    Raises:
+        OptionError: fewer than two, or fewer than two stay; training needs two.
+    """
+    count = int(rate * total)
+    if count < 2:
+        raise OptionError(
+            f"isolation_rate {rate} isolates {count} of {total} samples; raise it to at least "
+            f"{math.ceil(2e6 / total) / 1e6:g}"
+        )
+    if total - count < 2:
+        raise OptionError(
+            f"isolation_rate {rate} isolates {count} of {total} samples and leaves {total - count}; lower it to at "
+            f"most {math.floor(1e6 - 2e6 / total) / 1e6:g}"
+        )
+    return count
+
+
+@contextmanager
+def untracked_norms(model: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norm in training mode, while batches are normalised by their own."""
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 - torch's only common base
+    ]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def trapped_loss(trap: Trap, gamma: float) -> LossFunction:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from bdbench.augment import gather_batch, parse_augment
 from bdbench.defenses.base import Defended, Defense, Task, mean_cross_entropy
 from bdbench.engine import Batch, frozen
 from bdbench.models.classifier import Classifier
-from bdbench.seeds import scoped
+from bdbench.seeds import generator, scoped
 
 EPSILON = 1e-8
+POWER_ITERATIONS = 5
+
+Norm = Literal["spectral", "root"]
 
 
 class CBD(Defense):
@@ -30,12 +34,18 @@ class CBD(Defense):
     Paper: Zhang et al., Backdoor Defense via Deconfounded Representation Learning, CVPR 2023,
     https://arxiv.org/abs/2303.06818.
 
-    Differs from the published code: there the information term is off unless asked for, its spectral norm divides by
-    the root of the largest singular value and normalises biases too, its critic learns at 0.2 with dropout on while it
-    judges, and a whole pass over the data trains it before each epoch; here the norm is the spectral norm of the
-    weights, dropout is off while it judges, and it takes `critic_steps` in each step. The code has no bottleneck term.
-    `--information-weight 0 --bottleneck 0` is the code's default, reweighting alone. The code's 2x2 cutout is
-    `--augment crop,flip,cutout`. The weight of the bottleneck is not verified against the paper.
+    The published code is `--preset paper --augment crop,flip,cutout --bottleneck 0`: it has no bottleneck term. Its
+    default is reweighting alone, `--information-weight 0`. Its disentangled mode is
+    `--critic-pass epoch --critic-lr 0.2 --critic-decay 20 --critic-norm root --critic-judges-with-dropout`:
+    before each epoch a whole pass over the data teaches the critic, with the clean model in training mode, whose
+    batch-norm statistics it therefore moves; after each of its steps every parameter of the critic, biases too, is
+    divided by the root of its largest singular value. There the 0.01 of the information term stands inside the
+    estimate and scales the critic's own loss too, which Adam does not notice.
+
+    Differs from the published code in every mode: batches that the twin fits exactly, and parameters of zeros under
+    `root`, give no NaN; a last batch of one image is left out; all runs are seeded. The critic's defaults (a step in
+    each step of the model, the spectral norm of its weights, no dropout while it judges) are ours. The weight of the
+    bottleneck is not verified against the paper.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.06818"
@@ -52,9 +62,25 @@ class CBD(Defense):
     twin_lr: float = Field(0.1, gt=0, description="Constant learning rate of the twin.")
     information_weight: float = Field(0.01, ge=0, description="Weight of the information term; 0 leaves it out.")
     bottleneck: float = Field(1e-4, ge=0, description="Weight of the bottleneck term; 0 leaves it out.")
+    reweight: bool = Field(True, description="Weigh the samples by the twin's losses; off: all weigh 1.")
+    critic_pass: Literal["step", "epoch"] = Field(
+        "step", description="The critic learns in each step of the model, or in a pass over the data before each epoch."
+    )
+    critic_steps: int = Field(1, ge=1, description="Steps of the critic on each batch that it learns from.")
     critic_lr: float = Field(1e-3, gt=0, description="Learning rate of the critic (Adam).")
-    critic_steps: int = Field(1, ge=1, description="Steps of the critic in each step of the model.")
+    critic_decay: int = Field(
+        0,
+        ge=0,
+        description="Divide the critic's learning rate by 10 every so many epochs (20: from the 20th, the 40th, ... "
+        "epoch on); 0: never.",
+    )
+    critic_norm: Norm = Field(
+        "spectral",
+        description="What keeps the critic smooth: spectral norm of its weights, or division of all its parameters by "
+        "the root of theirs after each step (code).",
+    )
     critic_dropout: float = Field(0.2, ge=0, lt=1, description="Dropout of the critic while it learns.")
+    critic_judges_with_dropout: bool = Field(False, description="Dropout of the critic also while it judges.")
 
     def run(self, task: Task) -> Defended:
         """Train the twin, freeze it, train the clean model; the scores are the twin's negated losses."""
@@ -65,29 +91,41 @@ class CBD(Defense):
         twin = frozen(engine.fit(task.new_model("twin"), task.train, mean_cross_entropy, twin_recipe, phase="twin"))
         model = task.new_model("model")
         with scoped(engine.seed, "critic", "init"):
-            critic = Critic(model.embedding_size, self.critic_dropout).to(engine.device)
-        learner = torch.optim.Adam(critic.parameters(), self.critic_lr)
-        loss = _Objective(self, twin, critic, learner)
+            critic = Critic(model.embedding_size, self.critic_dropout, self.critic_norm).to(engine.device)
+        tutor = _Tutor(self, critic)
+
+        def before_epoch(epoch: int) -> None:
+            tutor.set_rate(epoch)
+            if self.critic_pass == "epoch":  # noqa: S105 - a pass over the data
+                tutor.teach_all(task, twin, model, epoch)
+
         model = engine.fit(
-            model, task.train, loss, task.recipe, phase="clean", companions={"critic": critic, "learner": learner}
-        )
+            model, task.train, _Objective(self, twin, tutor), task.recipe, phase="clean",
+            before_epoch=before_epoch if self.information_weight else None,
+            companions={"critic": critic, "learner": tutor.learner},
+        )  # fmt: skip
         return Defended(model, scores=-engine.losses(twin, task.train))
 
 
 class Critic(nn.Module):
-    """Scores pairs of embeddings; 1-Lipschitz up to its dropout, by the spectral norm of its two layers.
+    """Scores pairs of embeddings; with the spectral norm of its two layers 1-Lipschitz up to its dropout.
 
     Args:
         size: D.
         dropout: share of inputs and hidden units dropped in training mode.
+        norm: ``spectral`` is part of the layers; for ``root`` see `divide_by_root_of_norm`.
     """
 
-    def __init__(self, size: int, dropout: float) -> None:
+    def __init__(self, size: int, dropout: float, norm: Norm = "spectral") -> None:
         super().__init__()
+
+        def linear(inputs: int, outputs: int) -> nn.Module:
+            layer = nn.Linear(inputs, outputs)
+            return spectral_norm(layer) if norm == "spectral" else layer
+
         self.layers = nn.Sequential(
-            nn.Dropout(dropout), spectral_norm(nn.Linear(2 * size, size)), nn.LeakyReLU(0.01),
-            nn.Dropout(dropout), spectral_norm(nn.Linear(size, 1)),
-        )  # fmt: skip
+            nn.Dropout(dropout), linear(2 * size, size), nn.LeakyReLU(0.01), nn.Dropout(dropout), linear(size, 1)
+        )
 
     def forward(self, twin_BD: Tensor, own_BD: Tensor) -> Tensor:
         """Map two embeddings (B, D) to scores (B,)."""
@@ -123,11 +161,77 @@ def sample_weights(twin_losses: Tensor, losses: Tensor) -> Tensor:
         return len(raw) * raw / (raw.sum() + EPSILON)
 
 
-class _Objective:
-    """The clean model's loss; its critic learns inside, on the same embeddings."""
+def divide_by_root_of_norm(critic: nn.Module) -> None:
+    """Divide every parameter in place by the square root of its largest singular value.
 
-    def __init__(self, options: CBD, twin: Classifier, critic: Critic, learner: torch.optim.Optimizer) -> None:
-        self.options, self.twin, self.critic, self.learner = options, twin, critic, learner
+    Done after each step, as in the published code, it pulls that value towards 1, from below too. A bias counts as a
+    matrix of one row. A parameter of zeros stays, where the code gets NaN.
+    """
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            root = largest_singular_value(torch.atleast_2d(parameter)).sqrt()
+            parameter.div_(torch.where(root > 0, root, 1.0))
+
+
+def largest_singular_value(matrix: Tensor) -> Tensor:
+    """Estimate the largest singular value of a matrix, from below, by `POWER_ITERATIONS` from an all-ones vector."""
+    left = torch.ones_like(matrix[:, 0])
+    for _ in range(POWER_ITERATIONS):
+        right = F.normalize(matrix.T @ left, dim=0)
+        left = F.normalize(matrix @ right, dim=0)
+    return left @ matrix @ right
+
+
+class _Tutor:
+    """Lets the critic learn and judge, apart from the clean model's own training."""
+
+    def __init__(self, options: CBD, critic: Critic) -> None:
+        self.options, self.critic = options, critic
+        self.learner = torch.optim.Adam(critic.parameters(), options.critic_lr)
+
+    def set_rate(self, epoch: int) -> None:
+        """Set the learning rate of an epoch, counted from 0; the code's scheduler moves before it, hence the + 1."""
+        decays = (epoch + 1) // self.options.critic_decay if self.options.critic_decay else 0
+        for group in self.learner.param_groups:
+            group["lr"] = self.options.critic_lr * 0.1**decays
+
+    def teach_all(self, task: Task, twin: Classifier, model: Classifier, epoch: int) -> None:
+        """Teach on the whole training set once; of the model only batch-norm statistics move."""
+        engine, recipe = task.engine, task.recipe
+        model.train()
+        images, operations = task.train.images.to(engine.device), parse_augment(recipe.augment)
+        rng = generator(engine.seed, "critic", "epoch", epoch)
+        order = torch.randperm(len(images), generator=rng).to(engine.device)
+        with scoped(engine.seed, "critic", "global", epoch):
+            for rows in order.split(recipe.batch_size):
+                if len(rows) == 1:  # batch norm needs two
+                    break
+                batch = gather_batch(images, rows, operations, rng)
+                with torch.no_grad(), engine.autocast():
+                    twin_BD, own_BD = twin.embed(batch), model.embed(batch)
+                self.teach(twin_BD, own_BD)
+
+    def teach(self, twin_BD: Tensor, own_BD: Tensor) -> None:
+        """Take the critic's steps on one batch of embeddings, (B, D) without gradients."""
+        self.critic.train()
+        for _ in range(self.options.critic_steps):
+            self.learner.zero_grad(set_to_none=True)
+            (-dependence(self.critic, twin_BD, own_BD)).backward()
+            self.learner.step()
+            if self.options.critic_norm == "root":
+                divide_by_root_of_norm(self.critic)
+
+    def judge(self, twin_BD: Tensor, own_BD: Tensor) -> Tensor:
+        """Estimate the dependence, a scalar that the model may descend."""
+        self.critic.train(self.options.critic_judges_with_dropout)
+        return dependence(self.critic, twin_BD, own_BD)
+
+
+class _Objective:
+    """The clean model's loss; unless a pass taught it, the critic learns inside, on the same embeddings."""
+
+    def __init__(self, options: CBD, twin: Classifier, tutor: _Tutor) -> None:
+        self.options, self.twin, self.tutor = options, twin, tutor
 
     def __call__(self, model: Classifier, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -135,18 +239,12 @@ class _Objective:
             twin_losses = F.cross_entropy(self.twin.classify(twin_BD), batch.labels, reduction="none")
         own_BD = model.embed(batch.images)
         losses = F.cross_entropy(model.classify(own_BD), batch.labels, reduction="none")
-        total = (sample_weights(twin_losses, losses) * losses).mean()
+        total = (sample_weights(twin_losses, losses) * losses).mean() if self.options.reweight else losses.mean()
         if self.options.information_weight:
             with torch.autocast(own_BD.device.type, enabled=False):
-                self._teach(twin_BD, own_BD.detach())
-                total = total + self.options.information_weight * dependence(self.critic.eval(), twin_BD, own_BD)
+                if self.options.critic_pass == "step":  # noqa: S105 - see above
+                    self.tutor.teach(twin_BD, own_BD.detach())
+                total = total + self.options.information_weight * self.tutor.judge(twin_BD, own_BD)
         if self.options.bottleneck:
             total = total + self.options.bottleneck * own_BD.square().sum(1).mean() / 2
         return total
-
-    def _teach(self, twin_BD: Tensor, own_BD: Tensor) -> None:
-        self.critic.train()
-        for _ in range(self.options.critic_steps):
-            self.learner.zero_grad(set_to_none=True)
-            (-dependence(self.critic, twin_BD, own_BD)).backward()
-            self.learner.step()

@@ -1,0 +1,169 @@
+"""Set measured rows beside what papers and their repositories report: `python benchmarks/reproduce.py compare`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bdbench import store, tables
+
+PAPER = Path(__file__).with_name("paper.toml")
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- compare -->", "<!-- /compare -->"
+PRESETS = ("paper", "fast", "tiny")
+HEADINGS = (
+    "reported by", "attack", "defence", "reported setting", "measured setting", "BA over",
+    "BA reported", "BA measured", "difference", "ASR reported", "ASR measured", "difference",
+)  # fmt: skip
+FIRST_NUMBER = HEADINGS.index("BA reported")
+
+
+def key(row: dict[str, Any]) -> str:
+    """Return what makes a row: the columns that `bdbench.tables` takes for one setting, and the seed."""
+    return json.dumps([row[name] for name in (*tables.KEYS, "seed")], sort_keys=True)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a results file as `tables.mark_rows` gives them; columns that an old file lacks are None.
+
+    No file, no rows.
+    """
+    if not path.exists():
+        return []
+    names = (*tables.RATES, *tables.SCORES, "der", "made", "processor", "cores", "command")
+    defaults = dict.fromkeys(names) | {"marks": "", "variant": "", "findings": {}}
+    rows = []
+    with path.open(encoding="utf-8", newline="") as stream:
+        for record in csv.DictReader(stream):
+            row = {name: _value(name, text) for name, text in record.items()}
+            rows.append(row | {name: value for name, value in defaults.items() if row.get(name) is None})
+    return rows
+
+
+def _value(name: str, text: str) -> Any:  # noqa: ANN401 - JSON
+    if name.endswith("_id"):
+        return text  # hexadecimal digits, which may look like a number
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"": None, "True": True, "False": False}.get(text, text)
+
+
+def reported(path: Path = PAPER) -> list[dict[str, Any]]:
+    """Return the reported entries; an entry has what its source has, and its own values."""
+    entries = []
+    for source in tomllib.loads(path.read_text(encoding="utf-8"))["source"]:
+        common = {name: value for name, value in source.items() if name != "entries"}
+        entries += [common | entry for entry in source["entries"]]
+    return entries
+
+
+def measured(results: Path, suites: Sequence[str]) -> list[dict[str, Any]]:
+    """Return one row per measured setting, the mean over its seeds, with its suite and variant."""
+    settings: list[dict[str, Any]] = []
+    seen: list[tuple[str, Any]] = []
+    for suite in suites:
+        # Suites share cells: one model is one row, two models of one setting are two.
+        rows = [row for row in read_rows(results / f"{suite}.csv") if (key(row), row["made"]) not in seen]
+        seen += [(key(row), row["made"]) for row in rows]
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            merged = tables.over_seeds([row for row in rows if row["variant"] == variant])
+            settings += [row | {"suite": suite, "variant": variant} for row in merged]
+    return settings
+
+
+def comparable(entry: dict[str, Any], settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the settings of the same data, attack and defence; a variant counts only where the source had it."""
+    names = ("dataset", "attack", "defense")
+    variants = ("", entry.get("variant", ""))
+    return [row for row in settings if row["variant"] in variants and all(row[name] == entry[name] for name in names)]
+
+
+def distance(entry: dict[str, Any], setting: dict[str, Any]) -> tuple[Any, ...]:
+    """Say how far a measured setting is from the reported one: model, rate, target, budget, variant; never results."""
+    options = setting["attack_options"]
+    return (
+        setting["model"] != entry["model"],
+        abs((options["rate"] or 0) - entry["rate"]),
+        options["target"] != entry["target"],
+        PRESETS.index(setting["preset"]) if setting["preset"] in PRESETS else len(PRESETS),
+        setting["variant"] != entry.get("variant", ""),
+    )
+
+
+def ba_column(entry: dict[str, Any]) -> str:
+    """Return the measured column over the same images as the reported BA."""
+    return {"all": "ba", "non-target": "ba_non_target"}[entry["ba_over"]]
+
+
+def line(entry: dict[str, Any], setting: dict[str, Any], count: int) -> list[str]:
+    """Return the cells of one line of the table; `count` settings were comparable."""
+    seeds = setting["seeds"]
+    budget = f"{setting['preset']} {setting['variant']}".strip()
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    nearest = f"; nearest of {count}" if count > 1 else ""
+    cells = [
+        f"[{entry['title']}]({entry['url']})",
+        f"{entry['attack']} ({entry['trigger']})",
+        entry["defense"],
+        f"{_setting(entry, entry['model'])}, {entry['budget']}",
+        f"{_setting(setting['attack_options'], setting['model'])}, {budget}, {which} (`{setting['suite']}`{nearest})",
+        entry["ba_over"],
+    ]
+    for said, found in ((entry["ba"], setting[ba_column(entry)]), (entry["asr"], setting["asr"])):
+        cells.append(f"{100 * said:.1f}")
+        # Adding 0.0 takes the sign from a difference that rounds to none.
+        cells += ["", ""] if found is None else [f"{100 * found:.1f}", f"{round(100 * (found - said), 1) + 0.0:+.1f}"]
+    return cells
+
+
+def _setting(options: dict[str, Any], model: str) -> str:
+    return f"{model}, rate {options['rate']}, target {options['target']}"
+
+
+def markdown(entries: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any]]) -> str:
+    """Return the table of all entries with a comparable measured row, the list of those without, and their notes."""
+    notes: list[str] = list(dict.fromkeys(entry["note"] for entry in entries if "note" in entry))
+    lines, missing = [], []
+    for entry in entries:
+        mark = f" [{notes.index(entry['note']) + 1}]" if "note" in entry else ""
+        found = comparable(entry, settings)
+        least = min((distance(entry, row) for row in found), default=None)
+        for row in found:
+            if distance(entry, row) == least:
+                name, *cells = line(entry, row, len(found))
+                lines.append([name + mark, *cells])
+        if not found:
+            missing.append(
+                f"- {entry['title']}{mark}: {entry['attack']} ({entry['trigger']}), {entry['defense']}, "
+                f"{_setting(entry, entry['model'])}: BA {100 * entry['ba']:.1f} ({entry['ba_over']}), "
+                f"ASR {100 * entry['asr']:.1f}"
+            )
+    parts = []
+    if lines:
+        rule = ["---:" if index >= FIRST_NUMBER else "---" for index in range(len(HEADINGS))]
+        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in (HEADINGS, rule, *lines)))
+    if missing:
+        parts.append("\n".join(["Reported, with no comparable measured row yet:", "", *missing]))
+    if notes:
+        parts.append("\n".join(f"[{number}] {note}  " for number, note in enumerate(notes, 1)).rstrip())
+    return "\n\n".join(parts)
+
+
+def compare(results: Path, suites: Sequence[str], readme: Path = README) -> int:
+    """Write the comparison between the markers of the README; return the exit code."""
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        print(f"{readme} needs the lines {BEGIN} and {END} around the place of the table")
+        return 1
+    settings = measured(results, suites)
+    with store.replace_file(readme) as path:
+        path.write_text(f"{before}{BEGIN}\n{markdown(reported(), settings)}\n{END}{after}", encoding="utf-8")
+    print(f"wrote {readme}: {len(settings)} measured settings of {', '.join(suites)}")
+    return 0
