@@ -361,8 +361,9 @@ def test_counts_of_an_epoch_add_up_and_the_next_begins_anew() -> None:
     assert triggers.tries.tolist() == triggers.hits.tolist() == [0]
 
 
-def test_a_class_that_all_images_have_already_has_no_success() -> None:
-    triggers = triggers_of("mask", 0)
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_class_that_all_images_have_already_has_no_success(keep: str) -> None:
+    triggers = triggers_of("mask", 0, keep=keep)
     triggers.count(torch.tensor([0, 0]), torch.tensor([[0, 0]]))
     triggers.finish_epoch()
     assert triggers.best_success.tolist() == [0]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from bdbench.augment import gather_batch, parse_augment
@@ -143,7 +144,8 @@ def dependence(critic: Critic, twin_BD: Tensor, own_BD: Tensor) -> Tensor:
     Returns:
         A scalar, 0 where the own embedding is the same for all samples.
     """
-    scores: Tensor = critic(twin_BD, own_BD) - critic(twin_BD, own_BD.roll(-1, 0))
+    with parametrize.cached():  # one spectral norm for both
+        scores: Tensor = critic(twin_BD, own_BD) - critic(twin_BD, own_BD.roll(-1, 0))
     return scores.mean()
 
 
@@ -223,8 +225,10 @@ class _Tutor:
 
     def judge(self, twin_BD: Tensor, own_BD: Tensor) -> Tensor:
         """Estimate the dependence, a scalar that the model may descend."""
-        self.critic.train(self.options.critic_judges_with_dropout)
-        return dependence(self.critic, twin_BD, own_BD)
+        self.critic.train(self.options.critic_judges_with_dropout).requires_grad_(False)
+        estimate = dependence(self.critic, twin_BD, own_BD)
+        self.critic.requires_grad_(True)
+        return estimate
 
 
 class _Objective:
