@@ -58,8 +58,9 @@ class Cell(NamedTuple):
     @property
     def data_name(self) -> str:
         """The folder of its data set: equal for cells that share one."""
-        target = self.attack_options.get("target", 0)
-        return f"{self.dataset}-{self.attack}{f'-target{target}' if target else ''}-s{self.seed}"
+        target, rate = self.attack_options.get("target", 0), self.attack_options.get("rate")
+        special = (f"-target{target}" if target else "") + ("-control" if rate == CONTROL_RATE else "")
+        return f"{self.dataset}-{self.attack}{special}-s{self.seed}"
 
     @property
     def name(self) -> str:
@@ -79,6 +80,9 @@ class Cell(NamedTuple):
             and self.options.items() <= row["defense_options"].items()
         )
 
+
+CONTROL_RATE = 0.001
+"""One poisoned image of the digits' 1,366: what the defences cost where there is next to nothing to defend against."""
 
 ALL_METHODS = ("none", "oracle", "cbd", "abl", "dbd", "mcldef")
 """`none` comes first: mcldef mends it."""
@@ -104,9 +108,10 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "": {},
         "no-information": {"information_weight": 0.0},
         "no-bottleneck": {"bottleneck": 0.0},
+        "no-reweight": {"reweight": False},
         "reweighting-only": {"information_weight": 0.0, "bottleneck": 0.0},
     },
-    "dbd": {"": {}, "ssl5": {"ssl_epochs": 5}, "ssl2": {"ssl_epochs": 2}},
+    "dbd": {"": {}, "ssl5": {"ssl_epochs": 5}, "ssl2": {"ssl_epochs": 2}, "split-all": {"split_by": "all"}},
     "mcldef": {"": {}, "given-target": {"oracle_target": 0}},
 }
 
@@ -118,6 +123,11 @@ def suites() -> dict[str, list[Cell]]:
             Cell("digits", "badnets", ATTACK_OPTIONS, "convnet", method, "tiny", seed)
             for seed in range(5)
             for method in dict.fromkeys(("none", "oracle", *METHODS))
+        ],
+        "control": [
+            Cell("digits", "badnets", {**ATTACK_OPTIONS, "rate": CONTROL_RATE}, "convnet", method, "tiny", seed)
+            for seed in range(3)
+            for method in ALL_METHODS
         ],
         "cifar10-cpu": [cifar(attack, method, "fast") for attack in CIFAR_ATTACKS for method in ALL_METHODS],
         "cifar10-budget": [cifar("badnets", method, "paper") for method in ("none", "abl", "cbd", "mcldef")],
