@@ -450,6 +450,21 @@ def test_every_option_belongs_to_the_features_or_to_later_stages() -> None:
     assert EARLY.keys() | LATER.keys() == DBD.model_fields.keys()
 
 
+def test_an_unusable_cache_folder_costs_a_note_not_the_run(tmp_path: Path, features: dict[str, Tensor]) -> None:
+    (tmp_path / "file").write_text("")
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    task = cached(tmp_path / "file").task(toy_engine(progress=Notes()))
+    model = task.new_model("model")
+    DBD.parse(QUICK)._learn_features(task, model)
+    assert are_equal(weights_of(model.features), features)
+    assert [note.partition(" (")[0] for note in notes] == ["features: not kept for other runs"]
+
+
 def test_one_changed_pixel_changes_the_key() -> None:
     images = SETTING.data.images.clone()
     images[79, 2, 7, 7] += 1

@@ -689,6 +689,14 @@ def test_a_target_that_does_not_exist_is_refused(target: int) -> None:
         defend(oracle_target=target)
 
 
+def test_of_two_classes_the_target_has_to_be_told() -> None:
+    two = toy_data(32, classes=("ant", "bee"))
+    task = task_of(epochs=1, trusted=two, suspect=toy_model(two))
+    with pytest.raises(OptionError, match=r"among 2 classes none can stand out: .* at least 3; tell it with --oracle"):
+        defend(task)
+    assert defend(task, oracle_target=1).findings["classes"] == [1]
+
+
 def test_a_negative_target_is_refused() -> None:
     with pytest.raises(OptionError, match="oracle_target -1"):
         MCLDef.parse({"oracle_target": -1})

@@ -26,6 +26,13 @@ class Plural(StrEnum):
     MODELS = "models"
 
 
+NEEDS = {
+    "trusted": "trusted clean images (bdbench poison --trusted)",
+    "suspect": "the undefended model (bdbench train)",
+    "truth": "which samples are poisoned (a reference, no defence)",
+}
+
+
 def list_names(
     kind: Annotated[Plural | None, typer.Argument(help="What to list; default: everything.")] = None,
     json: Json = False,
@@ -102,7 +109,7 @@ def _describe(registry: Registry, name: str, found: Any) -> dict[str, Any]:  # n
     cls = found if isinstance(found, type) else found.func
     row = registry.rows.get(name) or registry.rows[f"{name.partition(':')[0]}:NAME"]
     options = describe_options(cls) if issubclass(cls, Options) else []
-    needs = [what for what in ("trusted", "suspect") if getattr(cls, f"needs_{what}", False)]
+    needs = [text for what, text in NEEDS.items() if getattr(cls, f"needs_{what}", False)]
     return {
         "name": name,
         "kind": registry.kind,

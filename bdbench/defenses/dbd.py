@@ -153,9 +153,12 @@ class DBD(Defense):
             max_steps=self.ssl_epochs * steps,
         )  # fmt: skip
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
             done = checkpoints.Point(self.ssl_epochs * steps, stopped=True, rows=engine.history[before:])
-            checkpoints.save(folder, key, done, state)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                checkpoints.save(folder, key, done, state)
+            except OSError as error:
+                engine.progress.note(f"features: not kept for other runs ({error})")
 
     def _encoder_key(self, data: ImageDataset, net: Contrastive, engine: Engine) -> str:
         """Hash what determines the features: images (not labels), first weights, options, seed, arithmetic."""

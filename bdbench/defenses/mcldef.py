@@ -20,6 +20,9 @@ from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import scoped
 
+MIN_CLASSES = 3
+"""Of two sizes none lies more than 0.7 deviations from their median."""
+
 IMAGES_AT_ONCE = 1024
 """Stamped images in a step of the inversion: classes beyond it wait for the next group."""
 
@@ -104,6 +107,11 @@ class MCLDef(Defense):
                     f"oracle_target {self.oracle_target} does not exist: classes are 0..{len(classes) - 1}"
                 )
             classes = classes[self.oracle_target :][:1]
+        elif len(classes) < MIN_CLASSES:
+            raise OptionError(
+                f"among {len(classes)} classes none can stand out: MCLDef infers the target of at least {MIN_CLASSES}; "
+                "tell it with --oracle-target"
+            )
         suspect = frozen(task.suspect.to(task.engine.device))
         step = max(1, IMAGES_AT_ONCE // self.inversion_batch_size)
         found = Found.join([self._invert(task, suspect, task.trusted, group) for group in classes.split(step)])
