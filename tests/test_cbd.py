@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toys import (
     DroppedFeatures,
+    Fuse,
     ToyFeatures,
     are_equal,
     toy_batch,
@@ -39,7 +40,6 @@ from bdbench.defenses.cbd import (
 from bdbench.engine import Engine, Recipe, frozen
 from bdbench.models.classifier import Classifier
 from bdbench.options import describe_options
-from bdbench.progress import Silent
 from bdbench.seeds import generator, scoped
 
 DISENTANGLED: dict[str, Any] = {
@@ -590,18 +590,6 @@ def test_without_the_information_term_all_ways_to_teach_are_one() -> None:
     assert are_equal(weights_of(plain.model), weights_of(taught.model))
 
 
-class Fuse(Silent):
-    """Burns through after some steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def advance(self, amount: int, status: str = "") -> None:  # noqa: ARG002
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("options", [{}, DISENTANGLED | {"critic_decay": 2}], ids=["default", "disentangled"])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(options: dict[str, Any], tmp_path: Path) -> None:
     data = toy_data(64)
@@ -616,8 +604,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(options: dict[str, Any]
     interrupted = 0
     while interrupted < 10:
         try:
-            # an epoch has 4 steps and two more calls, of which one is made on resuming
-            resumed = run(toy_engine(tmp_path, progress=Fuse(9)))
+            # an epoch has 4 steps: one is finished each time
+            resumed = run(toy_engine(tmp_path, progress=Fuse(5, size=16)))
             break
         except KeyboardInterrupt:
             interrupted += 1

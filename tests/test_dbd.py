@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toys import CLASSES, are_equal, toy_batch, toy_data, toy_engine, toy_model, toy_recipe, weights_of
+from toys import CLASSES, Fuse, are_equal, toy_batch, toy_data, toy_engine, toy_model, toy_recipe, weights_of
 
 from bdbench.augment import gather_batch
 from bdbench.data import ImageDataset
@@ -1017,26 +1017,6 @@ def test_flipped_labels_end_with_high_scores() -> None:
     assert (~lowest(scores, 200)[is_flipped]).float().mean() > 0.95
 
 
-class InterruptionError(Exception):
-    """Stands for the user's Ctrl-C or the machine's end."""
-
-
-class Fuse(Silent):
-    """A progress that ends the work in a step of a phase, counted from 0."""
-
-    def __init__(self, phase: str, step: int) -> None:
-        self.phase, self.left, self.now = phase, step, ""
-
-    def start(self, label: str, total: int, unit: str = "images") -> None:  # noqa: ARG002
-        self.now = label
-
-    def advance(self, amount: int, status: str = "") -> None:
-        if self.now == self.phase and amount and not status:
-            if not self.left:
-                raise InterruptionError
-            self.left -= 1
-
-
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("phase", ["simclr", "head", "mixmatch"])
 @pytest.mark.parametrize("keeps", [True, False], ids=["cache", "no cache"])
@@ -1047,7 +1027,7 @@ def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(
     setting = replace(SETTING, cache=tmp_path / "cache" if keeps else None)
     work = tmp_path / "work"
     work.mkdir()
-    with pytest.raises(InterruptionError):
-        DBD.parse(QUICK).run(setting.task(Watched(work=work, progress=Fuse(phase, step))))
+    with pytest.raises(KeyboardInterrupt):
+        DBD.parse(QUICK).run(setting.task(Watched(work=work, progress=Fuse(step, phase))))
     engine = Watched(work=work)
     assert is_same((DBD.parse(QUICK).run(setting.task(engine)), engine), plain)

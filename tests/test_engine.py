@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toys import (
     DroppedFeatures,
+    Fuse,
     ToyFeatures,
     are_equal,
     toy_data,
@@ -251,27 +252,6 @@ def test_free_norms_follow_the_batches() -> None:
 # resume
 
 
-class InterruptionError(Exception):
-    """Stands for the user's Ctrl-C or the machine's end."""
-
-
-class Fuse(Silent):
-    """A progress that ends the work after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-        self.started: list[str] = []
-
-    def start(self, label: str, total: int, unit: str = "images") -> None:  # noqa: ARG002
-        self.started.append(label)
-
-    def advance(self, amount: int, status: str = "") -> None:
-        if amount == 16 and not status:
-            self.left -= 1
-            if self.left < 0:
-                raise InterruptionError
-
-
 class Critic(nn.Module):
     """A companion with dropout: what it says depends on the global stream."""
 
@@ -313,24 +293,24 @@ def test_an_interrupted_phase_ends_bit_equal_to_an_uninterrupted_one(
     tmp_path: Path, steps: int, features: type[nn.Module]
 ) -> None:
     whole, history = work_of(None, Silent(), features)
-    with pytest.raises(InterruptionError):
-        work_of(tmp_path, Fuse(steps), features)
+    with pytest.raises(KeyboardInterrupt):
+        work_of(tmp_path, Fuse(steps, size=16), features)
     resumed, resumed_history = work_of(tmp_path, Silent(), features)
     assert are_equal(whole, resumed)
     assert losses_of(history) == losses_of(resumed_history)
 
 
 def test_only_what_was_missing_is_done_again(tmp_path: Path) -> None:
-    with pytest.raises(InterruptionError):
-        work_of(tmp_path, Fuse(7), ToyFeatures)
-    rest = Fuse(6)  # two epochs of three are left
+    with pytest.raises(KeyboardInterrupt):
+        work_of(tmp_path, Fuse(7, size=16), ToyFeatures)
+    rest = Fuse(6, size=16)  # two epochs of three are left
     work_of(tmp_path, rest, ToyFeatures)
     assert rest.left == 0
 
 
 def test_a_finished_phase_is_not_done_again(tmp_path: Path) -> None:
     first, history = work_of(tmp_path, Silent(), ToyFeatures)
-    again = Fuse(0)
+    again = Fuse(0, size=16)
     second, second_history = work_of(tmp_path, again, ToyFeatures)
     assert again.started == []
     assert are_equal(first, second)
@@ -361,8 +341,8 @@ def test_a_phase_does_not_take_the_checkpoint_of_another(tmp_path: Path) -> None
 
 def test_checkpoints_wait_for_their_time(tmp_path: Path) -> None:
     data = toy_data(32)
-    engine = toy_engine(tmp_path, progress=Fuse(3), checkpoint_seconds=60.0)
-    with pytest.raises(InterruptionError):
+    engine = toy_engine(tmp_path, progress=Fuse(3, size=16), checkpoint_seconds=60.0)
+    with pytest.raises(KeyboardInterrupt):
         engine.fit(toy_model(data), data, mean_cross_entropy, toy_recipe(epochs=3), phase="train")
     assert not list(tmp_path.iterdir())
 

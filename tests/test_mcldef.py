@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from toys import are_equal, toy_batch, toy_data, toy_engine, toy_model, toy_recipe, weights_of
+from toys import Fuse, are_equal, toy_batch, toy_data, toy_engine, toy_model, toy_recipe, weights_of
 
 from bdbench.data import ImageDataset
 from bdbench.defenses import inversion, mcldef
@@ -703,19 +703,6 @@ def test_a_negative_target_is_refused() -> None:
 
 
 # resume
-
-
-class Fuse(Silent):
-    """A progress that ends the work after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def advance(self, amount: int, status: str = "") -> None:
-        if amount and not status:
-            self.left -= 1
-            if self.left < 0:
-                raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("form", "steps"), [("mask", 4), ("pixel", 9), ("mask", 16)])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bdbench.data import ImageDataset, SourceData
 from bdbench.engine import Batch, Engine, Recipe
 from bdbench.models.classifier import Classifier, build_classifier, pool
+from bdbench.progress import Silent
 from bdbench.seeds import generator, scoped
 
 CLASSES = ("ant", "bee", "cat", "dog")
@@ -115,3 +116,24 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Say whether two states are equal bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Fuse(Silent):
+    """A progress that ends the work, as Ctrl-C or the machine's end would, after so many steps of one phase or of all.
+
+    Steps are told from the jump of a resumed phase by their size, where that is given.
+    """
+
+    def __init__(self, steps: int, phase: str = "", size: int = 0) -> None:
+        self.left, self.phase, self.size = steps, phase, size
+        self.started: list[str] = []
+
+    def start(self, label: str, total: int, unit: str = "images") -> None:  # noqa: ARG002
+        self.started.append(label)
+
+    def advance(self, amount: int, status: str = "") -> None:
+        counts = amount == self.size if self.size else amount > 0
+        if counts and not status and self.phase in ("", self.started[-1]):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
