@@ -23,7 +23,7 @@ def quickstart(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Poison, train, defend and evaluate bundled digits in about a minute: the table of BA and ASR.
+    """Poison, train, defend and evaluate bundled digits in one to three minutes: the table of BA and ASR.
 
     The same stages as the commands, with their defaults but one: 1,797 real scans of digits, BadNets with
     `--margin 1`, the undefended model, the one that an oracle would train, CBD, ABL, DBD and MCLDef.
