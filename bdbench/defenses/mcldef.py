@@ -131,7 +131,8 @@ class MCLDef(Defense):
         recipe = task.recipe.model_copy(
             update={
                 "epochs": self.inversion_epochs, "batch_size": self.inversion_batch_size, "lr": lr,
-                "schedule": "constant", "warmup": 0.0, "augment": self.inversion_augment,
+                "schedule": "constant", "warmup": 0.0,
+                "augment": task.recipe.augment if self.inversion_augment == "auto" else self.inversion_augment,
             }
         )  # fmt: skip
 
@@ -160,16 +161,17 @@ class MCLDef(Defense):
         place = int(torch.where(works, found.sizes, math.inf).argmin())
         target = int(found.classes[place])
         told = self.oracle_target is not None
+        stands_out = told or bool(scores[place] > self.anomaly_threshold)
+        unchanged = not (works[place] and stands_out)
         if not works[place]:
             said = f"inversion failed: no trigger turns {SUCCESS:.0%} of the trusted images to a class; model unchanged"
-        elif not told and not scores[place] > self.anomaly_threshold:
+        elif not stands_out:
             said = (
                 f"no class stands out: the smallest trigger, of class {target}, is {scores[place]:.1f} deviations "
                 f"below the median (threshold {self.anomaly_threshold}); model unchanged"
             )
         else:
             said = f"target class {target} {'as told' if told else f'inferred, anomaly {scores[place]:.1f}'}"
-        unchanged = said.endswith("unchanged")
         findings = {
             "said": said, "unchanged": unchanged, "target": None if unchanged else target,
             "classes": found.classes.tolist(), "sizes": _rounded(found.sizes), "success": _rounded(found.success),
