@@ -102,6 +102,7 @@ def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
         "defense_options": dict(asked.config),
         "preset": asked.config["preset"],
         "findings": dict(model.manifest.facts.get("findings", {})),
+        "reads_truth": model.manifest.facts.get("reads_truth", False),
         "seed": asked.seed,
         "attack_seed": attacked.seed,
         "seconds": model.manifest.made["seconds"],

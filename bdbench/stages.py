@@ -192,6 +192,7 @@ def defend(
             "image_shape": list(data.image_shape),
             "sets_aside": result.set_aside is not None,
             "findings": plain(dict(result.findings)),
+            "reads_truth": defense.needs_truth,
         }
         draft.made |= watch.made(place, bf16=bf16)
         draft.made["training_seconds"] = round(sum(float(row["seconds"]) for row in engine.history), 3)

@@ -20,7 +20,6 @@ Format = Literal["rich", "markdown", "csv", "latex", "json"]
 RATES = ("ba", "asr", "floor", "ra", "ba_non_target", "target_recall", "detection_precision", "detection_recall")
 SCORES = ("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr")
 KEYS = ("dataset", "model", "attack", "attack_options", "defense", "defense_options", "preset")
-REFERENCES = ("oracle", "clean")
 WEAK_ATTACK = 0.5
 FLOOR_MARGIN = 0.1
 
@@ -102,12 +101,12 @@ def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         base = undefended.get((*_pairing(row), row["preset"]), undefended.get(_pairing(row)))
         failed = None if base is None else bool(base["asr"] < WEAK_ATTACK or base["asr"] - base["floor"] < FLOOR_MARGIN)
         der = None
-        if base is not None and row["defense"] not in ("none", *REFERENCES):
+        if base is not None and row["defense"] != "none" and not row.get("reads_truth"):
             der = defence_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
         marks = "?" if base is None else "w" if failed else ""
         marks += "" if row["preset"] == "paper" else "b"
         marks += "o" if row["defense_options"].get("oracle_target") is not None else ""
-        marks += "r" if row["defense"] in REFERENCES else ""
+        marks += "r" if row.get("reads_truth") else ""
         marks += "u" if row.get("findings", {}).get("unchanged") else ""
         marked.append({**row, "der": der, "attack_failed": failed, "marks": marks})
     return marked
@@ -186,8 +185,7 @@ def _rich(columns: list[Column], cells: list[list[str]], merged: list[dict[str, 
             justify="right" if column.is_rate or column.key in ("seconds", "peak_memory_bytes") else "left",
         )
     for row, line in zip(merged, cells, strict=True):
-        style = {"none": "bold", **dict.fromkeys(REFERENCES, "dim")}.get(row["defense"])
-        table.add_row(*line, style=style)
+        table.add_row(*line, style="bold" if row["defense"] == "none" else "dim" if "r" in row["marks"] else None)
     return table
 
 
