@@ -245,13 +245,21 @@ class ModelArtifact(Artifact):
 
 
 def write_model(
-    draft: Draft, model: Classifier, history: list[dict[str, Any]], scores: Tensor | None, set_aside: Tensor | None
+    draft: Draft,
+    name: str,
+    model: Classifier,
+    data: ImageDataset,
+    history: list[dict[str, Any]],
+    scores: Tensor | None = None,
+    set_aside: Tensor | None = None,
 ) -> None:
-    """Write the files of a model artifact.
+    """Write the files and facts of a model artifact.
 
     Args:
         draft: from `store.create`.
+        name: of the registered architecture.
         model: weights are stored on the CPU, contiguous.
+        data: what it classifies: classes and image shape.
         history: rows of the engine.
         scores: (N,) float, higher is more suspect, or None.
         set_aside: (N,) bool, the samples that the method did not train on in the end, or None.
@@ -263,6 +271,12 @@ def write_model(
     if scores is not None:
         chosen = torch.zeros(len(scores), dtype=torch.bool) if set_aside is None else set_aside
         _write_frame(draft, "samples.parquet", {"score": scores.float(), "set_aside": chosen})
+    draft.facts |= {
+        "model": name,
+        "class_names": list(data.class_names),
+        "image_shape": list(data.image_shape),
+        "sets_aside": set_aside is not None,
+    }
 
 
 class EvaluationArtifact(Artifact):

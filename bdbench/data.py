@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdbench.errors import DataError
 
@@ -131,6 +131,7 @@ class PoisonedDataset:
         triggered_rows: (M,) int64, rows in `test`: their true labels and clean images are found there.
         trusted: clean images reserved from the training split, disjoint from `visible`; may be empty.
         trigger_state: tensors from which the attack can trigger new images.
+        victim: the attacker's own classifier, of an attack that controls training; else None.
     """
 
     visible: ImageDataset
@@ -143,3 +144,4 @@ class PoisonedDataset:
     triggered_rows: Tensor
     trusted: ImageDataset
     trigger_state: dict[str, Tensor]
+    victim: nn.Module | None = None

@@ -164,6 +164,33 @@ class Engine:
             run.train(before_epoch, stop)
         return model.eval()
 
+    def reuse_or_train(
+        self, folder: Path | None, key: str, objects: Mapping[str, Stateful], what: str, train: Callable[[], object]
+    ) -> None:
+        """Fill objects with the state that a cache keeps of them under `key`; else train them and keep it.
+
+        Args:
+            folder: of the cache; None keeps nothing.
+            key: a hash of all that determines the result.
+            objects: what is filled or trained.
+            what: what to call it in notes, such as "features".
+            train: changes the objects; its rows of the history are kept with them.
+        """
+        point = checkpoints.load(folder, key, objects) if folder else None
+        if point is not None:
+            self.progress.note(f"{what}: from the cache ({key[:16]})")
+            self.history.extend(point.rows)
+            return
+        before = len(self.history)
+        train()
+        if folder:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                done = checkpoints.Point(0, stopped=True, rows=self.history[before:])
+                checkpoints.save(folder, key, done, objects)
+            except OSError as error:
+                self.progress.note(f"{what}: not kept for other runs ({error})")
+
     def logits(self, model: Classifier, images: Tensor) -> Tensor:
         """Return the logits (N, K) float32, on the CPU, of uint8 images (N, C, H, W), unaugmented."""
         return self._map(model, model, images)

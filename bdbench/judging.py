@@ -53,14 +53,20 @@ def measure(
         return torch.from_numpy(frame.loc[frame["split"] == split, name].to_numpy(copy=True))
 
     config = source.manifest.ask.config
+    said, wanted, rows = (column("triggered", name) for name in ("prediction", "label", "row"))
+    counts = torch.ones_like(said, dtype=torch.bool)
+    if config["labels"] == "source-specific":
+        counts = column("triggered", "clean_label") == config["source"]
     rates = metrics.classification_rates(
         predicted=column("test", "prediction"),
         labels=column("test", "clean_label"),
-        triggered_predicted=column("triggered", "prediction"),
-        wanted=column("triggered", "label"),
-        triggered_rows=column("triggered", "row"),
+        triggered_predicted=said[counts],
+        wanted=wanted[counts],
+        triggered_rows=rows[counts],
         target=None if config["labels"] == "all-to-all" else config["target"],
     )
+    if not counts.all():
+        rates["asr_others"] = metrics.rate((said == wanted)[~counts])
     samples = model.samples
     if samples is None:
         return rates, {}
@@ -97,6 +103,7 @@ def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
         "model": asked.config["model"],
         "model_id": model.id,
         "attack": attacked.method,
+        "replay": source.manifest.facts.get("replay", False),
         "attack_options": dict(attacked.config),
         "defense": asked.method,
         "defense_options": dict(asked.config),

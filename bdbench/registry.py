@@ -1,7 +1,7 @@
 """Names of attacks, defences, data sets and models, and where each is defined. Imports nothing heavy.
 
-A row is `name: (module:object, one-line summary)`. Plugins add rows through the entry-point groups
-`bdbench.attacks`, `bdbench.defenses`, `bdbench.datasets` and `bdbench.models`.
+A row is `name: (module:object, one-line summary)`; attacks add their threat model. Plugins add rows through the
+entry-point groups `bdbench.attacks`, `bdbench.defenses`, `bdbench.datasets` and `bdbench.models`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ class Row(NamedTuple):
 
     target: str
     summary: str
+    threat: str = ""
 
 
 class Registry:
     """A table of names whose objects are imported when asked for."""
 
-    def __init__(self, kind: str, plural: str, rows: Mapping[str, tuple[str, str]]) -> None:
+    def __init__(self, kind: str, plural: str, rows: Mapping[str, tuple[str, ...]]) -> None:
         self.kind = kind
         self.plural = plural
         self._built_in = {name: Row(*row) for name, row in rows.items()}
@@ -63,12 +64,26 @@ ATTACKS = Registry(
     "attack",
     "attacks",
     {
-        "badnets": ("bdbench.attacks.badnets:BadNets", "a small patch in a corner, relabelled to the target"),
-        "blended": ("bdbench.attacks.blended:Blended", "one fixed picture blended into the whole image"),
-        "sig": ("bdbench.attacks.sig:Sig", "clean-label: a faint sinusoid over images of the target class"),
-        "wanet": ("bdbench.attacks.wanet:WaNet", "a smooth warp, with cover samples under other warps"),
+        "badnets": (
+            "bdbench.attacks.badnets:BadNets", "a small patch in a corner, relabelled to the target",
+            "dirty label, data only",
+        ),
+        "blended": (
+            "bdbench.attacks.blended:Blended", "one fixed picture blended into the whole image",
+            "dirty label, data only",
+        ),
+        "sig": (
+            "bdbench.attacks.sig:Sig", "a faint sinusoid over images of the target class",
+            "clean label, data only",
+        ),
+        "wanet": (
+            "bdbench.attacks.wanet:WaNet", "a smooth warp, with cover samples under other warps",
+            "dirty label, data only, covers",
+        ),
     },
-)
+)  # fmt: skip
+"""The threat model says: dirty or clean label; data only or trains the victim; surrogate; covers; another trigger in
+tests."""
 
 DEFENSES = Registry(
     "defense",

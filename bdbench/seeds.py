@@ -6,7 +6,12 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
+
+GOLDEN, FIRST, SECOND = (np.uint64(value) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def derive(seed: int, *purpose: str | int) -> int:
@@ -23,6 +28,26 @@ def derive(seed: int, *purpose: str | int) -> int:
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """Return a CPU generator whose stream belongs to `purpose` alone (see `derive`)."""
     return torch.Generator().manual_seed(derive(seed, *purpose))
+
+
+def addressed(rows: Tensor, count: int, seed: int, *purpose: str | int) -> Tensor:
+    """Return numbers that belong to rows, whatever batch the rows are asked in: splitmix64 of (stream, row, place).
+
+    Args:
+        rows: (B,) int64, not negative.
+        count: numbers a row, below 2**32.
+        seed, purpose: see `derive`.
+
+    Returns:
+        (B, count) float32, uniform in [0, 1), multiples of 2**-24.
+    """
+    first = np.left_shift(rows.numpy().astype(np.uint64), np.uint64(32), dtype=np.uint64)
+    places = first[:, None] + np.arange(1, count + 1, dtype=np.uint64)
+    mixed: npt.NDArray[np.uint64] = places * GOLDEN + np.uint64(derive(seed, *purpose))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * FIRST
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * SECOND
+    mixed = (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(40)
+    return torch.from_numpy(mixed.astype(np.float32) * np.float32(2**-24))
 
 
 @contextmanager

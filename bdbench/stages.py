@@ -32,9 +32,9 @@ from bdbench.artifacts import (
     write_dataset,
     write_model,
 )
-from bdbench.attacks.base import Attack
+from bdbench.attacks.base import Attack, Lab, TrainingAttack
 from bdbench.augment import parse_augment
-from bdbench.data import ImageDataset
+from bdbench.data import ImageDataset, PoisonedDataset, Role
 from bdbench.datasets.cache import cache_folder
 from bdbench.defenses.base import Defended, Defense, Task, Truth
 from bdbench.devices import Precision, resolve_device, use_bf16
@@ -50,6 +50,8 @@ from bdbench.store import Ask
 
 TINY_IMAGES = 10_000
 TINY_SIDE = 16
+FEW_POISONED = 50
+"""With fewer poisoned samples a user is told that the attack may fail."""
 
 
 def poison(
@@ -61,10 +63,14 @@ def poison(
     trusted: float = 0.05,
     seed: int = 0,
     out: Path | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
     force: bool = False,
     progress: Progress | None = None,
 ) -> DatasetArtifact:
     """Poison a data set once, on disk, before any augmentation.
+
+    An attack that controls training also leaves the attacker's own model beside the data set: ``<out>-victim``.
 
     Args:
         dataset: a registered name, or the path of an image folder, Parquet or .npz.
@@ -74,6 +80,8 @@ def poison(
         trusted: share of the training split reserved as clean, for defences that need clean images; 0 for none.
         seed: of every random choice.
         out: folder of the artifact; default ``runs/<dataset>-<attack>-s<seed>``.
+        device: auto, cpu, cuda, cuda:N or mps, for attacks that train networks.
+        precision: auto, fp32 or bf16, for the same.
         force: make it again even if it is there, and replace another data set that is at `out`.
         progress: who is told how far it is.
 
@@ -81,6 +89,8 @@ def poison(
         BdbenchError: an option, the images or the place do not fit; the message has the way out.
     """
     watch, progress = Stopwatch(), progress or Silent()
+    place = resolve_device(device)
+    bf16 = use_bf16(precision, place)
     if not 0 <= trusted < 1:
         raise OptionError(f"trusted {trusted} must be at least 0 and less than 1")
     method = cast("type[Attack]", ATTACKS.load(attack)).parse(options or {})
@@ -90,14 +100,36 @@ def poison(
     inputs |= {path.name: store.file_sha256(path)[:16] for path in method.files() if path.is_file()}
     ask = Ask("dataset", attack, method.version, config, seed, inputs)
     out = out or store.ROOT / f"{source.name}-{attack}-s{seed}"
-    if store.existing(out, ask, force=force):
+    asked = {out: ask}
+    if isinstance(method, TrainingAttack):
+        config = {"model": model_name(method.victim, source.train.image_shape), "preset": "attacker"}
+        asked[out.with_name(f"{out.name}-victim")] = Ask("model", "victim", 1, config, seed, {"dataset": ask.id})
+    there = [store.existing(path, wanted, force=force) for path, wanted in asked.items()]
+    if all(there):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
         return DatasetArtifact.open(out)
-    poisoned = poison_source(source, method, seed, trusted)
     with store.create(out, ask) as draft:
+        engine = Engine(place, bf16, seed, draft.work, progress)
+        poisoned = poison_source(source, method, Lab(engine, fresh_model, source.augment, cache_folder()), trusted)
+        # The attacker's model comes first: a data set that is sealed is complete.
+        for path, wanted in asked.items():
+            if wanted is not ask:
+                _write_victim(path, wanted, poisoned, engine, watch.made(place, bf16=bf16))
         write_dataset(draft, poisoned, name=source.name, augment=source.augment)
-        draft.made |= watch.made()
+        draft.facts["replay"] = isinstance(method, TrainingAttack)
+        draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
+    few = int((poisoned.roles == Role.POISON).sum())
+    if few < FEW_POISONED:
+        progress.note(f"only {few} poisoned samples: the attack may well fail; a higher --rate makes it stronger")
     return DatasetArtifact.open(out)
+
+
+def _write_victim(path: Path, ask: Ask, data: PoisonedDataset, engine: Engine, made: dict[str, Any]) -> None:
+    """Write the attacker's own model as an artifact."""
+    with store.create(path, ask) as draft:
+        model = cast("Classifier", data.victim)
+        write_model(draft, ask.config["model"], model, data.visible, engine.history)
+        draft.made |= made
 
 
 def _open_source(dataset: str | Path, options: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a Source
@@ -163,7 +195,7 @@ def defend(
         inputs["suspect"] = suspect_model.id
         model = suspect_model.manifest.facts["model"]
         progress.note(f"suspect: {suspect_model.path}")
-    model = _model_name(model, data)
+    model = model_name(model, data.image_shape)
     config = {"model": model, "preset": preset, **plain(recipe.model_dump()), **plain(defense.model_dump())}
     ask = Ask("model", method, defense.version, config, seed, inputs)
     out = out or data.path.with_name(f"{data.path.name}-{method}")
@@ -175,7 +207,7 @@ def defend(
         engine = Engine(place, bf16, seed, draft.work, progress)
         task = Task(
             train=data.train,
-            new_model=_model_factory(model, data.train, seed),
+            new_model=lambda purpose: fresh_model(model, data.train, seed, purpose),
             recipe=recipe,
             engine=engine,
             trusted=_open_trusted(defense, method, data),
@@ -185,17 +217,9 @@ def defend(
         )
         result = defense.run(task)
         _check_result(result, len(data.train), method)
-        write_model(draft, result.model, engine.history, result.scores, result.set_aside)
-        draft.facts |= {
-            "model": model,
-            "class_names": list(data.class_names),
-            "image_shape": list(data.image_shape),
-            "sets_aside": result.set_aside is not None,
-            "findings": plain(dict(result.findings)),
-            "reads_truth": defense.needs_truth,
-        }
-        draft.made |= watch.made(place, bf16=bf16)
-        draft.made["training_seconds"] = round(sum(float(row["seconds"]) for row in engine.history), 3)
+        write_model(draft, model, result.model, data.train, engine.history, result.scores, result.set_aside)
+        draft.facts |= {"findings": plain(dict(result.findings)), "reads_truth": defense.needs_truth}
+        draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
     return ModelArtifact.open(out)
 
 
@@ -235,21 +259,25 @@ def split_options(values: Mapping[str, Any], cls: type[Options]) -> tuple[dict[s
     return recipe, {name: value for name, value in values.items() if name not in recipe}
 
 
-def _model_name(model: str, data: DatasetArtifact) -> str:
+def _training_seconds(engine: Engine) -> float:
+    """Return the seconds of all epochs, those before an interruption too."""
+    return round(sum(float(row["seconds"]) for row in engine.history), 3)
+
+
+def model_name(model: str, image_shape: tuple[int, int, int]) -> str:
+    """Return the registered name of a model, which ``auto`` leaves to the size of the images."""
     if model == "auto":
-        return "convnet" if max(data.image_shape[1:]) <= TINY_SIDE else "wrn-16-1"
+        return "convnet" if max(image_shape[1:]) <= TINY_SIDE else "wrn-16-1"
     MODELS.load(model)
     return model
 
 
-def _model_factory(name: str, train: ImageDataset, seed: int) -> Any:  # noqa: ANN401 - Callable[[str], Classifier]
+def fresh_model(name: str, train: ImageDataset, seed: int, purpose: str) -> Classifier:
+    """Build a classifier for a data set; equal seeds and purposes give equal weights."""
     mean, std = channel_statistics(train.images)
-
-    def build(purpose: str) -> Classifier:
-        with scoped(seed, "weights", purpose):
-            return build_classifier(MODELS.load(name), train.image_shape, train.num_classes, mean, std)
-
-    return build
+    with scoped(seed, "weights", purpose):
+        factory = MODELS.load(model_name(name, train.image_shape))
+        return build_classifier(factory, train.image_shape, train.num_classes, mean, std)
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:

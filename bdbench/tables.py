@@ -17,7 +17,10 @@ from bdbench.store import find_artifacts
 
 Format = Literal["rich", "markdown", "csv", "latex", "json"]
 
-RATES = ("ba", "asr", "floor", "ra", "ba_non_target", "target_recall", "detection_precision", "detection_recall")
+RATES = (
+    "ba", "asr", "asr_others", "floor", "ra", "ba_non_target", "target_recall", "detection_precision",
+    "detection_recall",
+)  # fmt: skip
 SCORES = ("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr")
 KEYS = ("dataset", "model", "attack", "attack_options", "defense", "defense_options", "preset")
 WEAK_ATTACK = 0.5
@@ -41,6 +44,7 @@ COLUMNS = (
     Column("seeds", "seeds", False),
     Column("ba", "BA"),
     Column("asr", "ASR"),
+    Column("asr_others", "ASR, other classes"),
     Column("floor", "floor"),
     Column("ra", "RA"),
     Column("target_recall", "target recall"),
@@ -58,6 +62,7 @@ MARKS = {
     "b": "a small budget, not the paper's",
     "o": "the defence was told the target class",
     "r": "a reference that reads the truth, no defence",
+    "p": "the attack's generator was trained with a victim of its own, then frozen and replayed as data",
     "u": "the defence found no backdoor and returned the model as it was",
 }
 
@@ -107,6 +112,7 @@ def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         marks += "" if row["preset"] == "paper" else "b"
         marks += "o" if row["defense_options"].get("oracle_target") is not None else ""
         marks += "r" if row.get("reads_truth") else ""
+        marks += "p" if row.get("replay") else ""
         marks += "u" if row.get("findings", {}).get("unchanged") else ""
         marked.append({**row, "der": der, "attack_failed": failed, "marks": marks})
     return marked
@@ -134,7 +140,7 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         out: dict[str, Any] = {key: group[0][key] for key in KEYS}
         out |= {"seeds": seeds, "marks": "".join(sorted({mark for row in group for mark in row["marks"]}))}
         for name in (*RATES, *SCORES, "der", "seconds", "peak_memory_bytes"):
-            mean, spread, half = mean_interval([math.nan if row[name] is None else row[name] for row in group])
+            mean, spread, half = mean_interval([math.nan if row.get(name) is None else row[name] for row in group])
             out |= {name: _finite(mean), f"{name}_sd": _finite(spread), f"{name}_half": _finite(half)}
         merged.append(out)
     return merged

@@ -553,7 +553,7 @@ class Backdoored(NamedTuple):
 
 @pytest.fixture(scope="module")
 def backdoored(digits: DatasetArtifact) -> Backdoored:
-    model: Classifier = stages._model_factory("convnet", digits.train, 0)("model")
+    model: Classifier = stages.fresh_model("convnet", digits.train, 0, "model")
     recipe = toy_recipe(epochs=3, batch_size=32)
     toy_engine().fit(model, digits.train, mean_cross_entropy, recipe, phase="plain")
     return Backdoored(digits, model, torch.tensor((digits.truth["role"] == Role.POISON).tolist()))

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import toy_model, toy_source
+from toys import toy_data, toy_lab, toy_model, toy_source
 
 from bdbench import store
 from bdbench.artifacts import (
@@ -40,12 +40,12 @@ MODEL_ASK = Ask("model", "none", 1, {}, 0, {"dataset": ASK.id})
 
 @pytest.fixture
 def poisoned(source: SourceData) -> PoisonedDataset:
-    return poison_source(source, BadNets(), seed=0, trusted=0.1)
+    return poison_source(source, BadNets(), toy_lab(0), trusted=0.1)
 
 
 @pytest.fixture
 def colour_poisoned() -> PoisonedDataset:
-    return poison_source(toy_source(), BadNets(), seed=0, trusted=0.1)
+    return poison_source(toy_source(), BadNets(), toy_lab(0), trusted=0.1)
 
 
 def seal_dataset(path: Path, data: PoisonedDataset, edit: Callable[[Draft], object] | None = None) -> DatasetArtifact:
@@ -81,7 +81,7 @@ def test_what_a_defender_sees_tells_nothing_of_the_truth(tmp_path: Path, colour_
 
 
 def test_a_data_set_without_trusted_images_has_none(tmp_path: Path) -> None:
-    artifact = seal_dataset(tmp_path / "a", poison_source(toy_source(), BadNets(), seed=0, trusted=0))
+    artifact = seal_dataset(tmp_path / "a", poison_source(toy_source(), BadNets(), toy_lab(0), trusted=0))
     assert artifact.trusted is None
     assert "trusted.safetensors" not in artifact.manifest.files
 
@@ -199,13 +199,13 @@ def test_a_file_of_another_format_is_said(tmp_path: Path, colour_poisoned: Poiso
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from toys import toy_source
+from toys import toy_source, toy_lab
 from bdbench import store
 from bdbench.artifacts import write_dataset
 from bdbench.attacks.badnets import BadNets
 from bdbench.errors import ArtifactError
 from bdbench.poisoning import poison_source
-data = poison_source(toy_source(), BadNets(), 0, 0.0)
+data = poison_source(toy_source(), BadNets(), toy_lab(0), 0.0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     with store.create(Path(sys.argv[1]), store.Ask("dataset", "badnets", 1, {}, 0, {})) as draft:
@@ -234,13 +234,8 @@ def seal_model(path: Path, edit: Callable[[Draft], object] | None = None) -> Mod
     model = build_classifier(MODELS.load("convnet"), (1, 8, 8), 4, blank, blank + 1)
     with store.create(path, MODEL_ASK) as draft:
         history = [{"phase": "train", "epoch": 1, "loss": 0.5, "lr": 0.1, "images_per_second": 10.0, "seconds": 1.0}]
-        write_model(draft, model, history, torch.tensor([0.5, -1.0]), torch.tensor([True, False]))
-        draft.facts |= {
-            "model": "convnet",
-            "class_names": list("abcd"),
-            "image_shape": [1, 8, 8],
-            "sets_aside": True,
-        }
+        scores, set_aside = torch.tensor([0.5, -1.0]), torch.tensor([True, False])
+        write_model(draft, "convnet", model, toy_data(4, 1), history, scores, set_aside)
         if edit is not None:
             edit(draft)
     return ModelArtifact.open(path)
@@ -251,7 +246,7 @@ def test_a_model_comes_back_with_equal_logits(tmp_path: Path) -> None:
     model = build_classifier(MODELS.load("convnet"), (1, 8, 8), 4, torch.tensor([0.4]), torch.tensor([0.2])).eval()
 
     def put(draft: Draft) -> None:
-        write_model(draft, model, [], None, None)
+        write_model(draft, "convnet", model, source.train, [])
 
     images = source.test.images.float() / 255
     with torch.no_grad():

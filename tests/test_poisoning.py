@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import toy_data, toy_source
+from toys import toy_data, toy_lab, toy_source
 
 from bdbench.attacks.badnets import BadNets
 from bdbench.attacks.sig import Sig
@@ -20,7 +20,7 @@ LABELS = torch.arange(120) % 4
 
 
 def poison(trusted: float = 0.0, seed: int = 0, **options: Any) -> PoisonedDataset:
-    return poison_source(toy_source(), BadNets.parse(options), seed, trusted)
+    return poison_source(toy_source(), BadNets.parse(options), toy_lab(seed), trusted)
 
 
 def chosen(seed: int = 0, **options: Any) -> Tensor:
@@ -220,5 +220,5 @@ def test_eligible_rows_by_hand() -> None:
 def test_a_test_split_of_the_target_class_alone_is_refused() -> None:
     alone = toy_data(8).take(torch.tensor([0, 4]))
     source = SourceData("toy", toy_data(120), alone, "none")
-    with pytest.raises(OptionError, match="no test image is eligible for target 0"):
-        poison_source(source, BadNets(), 0, 0)
+    with pytest.raises(OptionError, match="no test image is eligible for all-to-one labels with target 0"):
+        poison_source(source, BadNets(), toy_lab(0), 0)

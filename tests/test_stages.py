@@ -167,7 +167,8 @@ def test_an_equal_call_takes_what_is_there(toy_archive: Path, tmp_path: Path) ->
         again = call()
         assert again.id == first.id
         assert again.manifest.made == made
-    assert [line.split(" ", 1)[1].split(" (")[0] for line in notes.lines] == ["is there already"] * 2
+    assert [line.split(" ", 1)[1].split(" (")[0] for line in notes.lines[1:]] == ["is there already"] * 2
+    assert notes.lines[0].startswith("only 11 poisoned samples")
 
 
 def test_force_makes_bit_equal_files(toy_archive: Path, tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_another_seed_gives_another_model(name: str, toys: DatasetArtifact, tmp_
 
 def test_weights_begin_from_seed_and_purpose(toys: DatasetArtifact) -> None:
     heads = [
-        stages._model_factory("convnet", toys.train, seed)(purpose).head.weight
+        stages.fresh_model("convnet", toys.train, seed, purpose).head.weight
         for seed, purpose in ((0, "model"), (0, "model"), (1, "model"), (0, "twin"))
     ]
     assert [torch.equal(heads[0], head) for head in heads] == [True, True, False, False]
@@ -417,7 +418,7 @@ def task_of(data: DatasetArtifact, train: ImageDataset) -> Task:
     """What plain training of one epoch would get, with other images in place of those of the artifact."""
     preset, _, recipe = stages.resolve_budget("none", "tiny", {"epochs": 1}, data)
     assert preset == "tiny"
-    model = stages._model_factory("convnet", data.train, data.manifest.ask.seed)
+    model = partial(stages.fresh_model, "convnet", data.train, data.manifest.ask.seed)
     return Task(train, model, recipe, Engine(torch.device("cpu"), bf16=False, seed=data.manifest.ask.seed))
 
 

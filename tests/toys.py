@@ -11,24 +11,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdbench.attacks.base import Attack, Lab, Use
 from bdbench.data import ImageDataset, SourceData
 from bdbench.engine import Batch, Engine, Recipe
 from bdbench.models.classifier import Classifier, build_classifier, pool
 from bdbench.progress import Silent
+from bdbench.registry import ATTACKS
 from bdbench.seeds import generator, scoped
 
 CLASSES = ("ant", "bee", "cat", "dog")
 
 
 def toy_data(
-    count: int = 120, channels: int = 3, side: int = 8, *, seed: int = 0, classes: tuple[str, ...] = CLASSES
+    count: int = 120,
+    channels: int = 3,
+    height: int = 8,
+    width: int | None = None,
+    *,
+    seed: int = 0,
+    classes: tuple[str, ...] = CLASSES,
 ) -> ImageDataset:
     """Noise in 0..199 with a brighter stripe whose place is the class; labels go 0, 1, 2, 3, 0, 1, ..."""
-    images = torch.randint(0, 200, (count, channels, side, side), generator=generator(seed, "toy")).to(torch.uint8)
+    shape = (count, channels, height, width or height)
+    images = torch.randint(0, 200, shape, generator=generator(seed, "toy")).to(torch.uint8)
     labels = torch.arange(count) % len(classes)
+    thick = max(1, height // 16)
     for row, label in enumerate(labels.tolist()):
-        images[row, :, (label * side) // len(classes)] = 230
+        top = (label * height) // len(classes)
+        images[row, :, top : top + thick] = 230
     return ImageDataset(images, labels, classes)
+
+
+def flat(value: int, channels: int = 3, side: int = 32, count: int = 1) -> ImageDataset:
+    """Images of one gray value."""
+    images = torch.full((count, channels, side, side), value, dtype=torch.uint8)
+    return ImageDataset(images, torch.zeros(count, dtype=torch.int64), ("a", "b"))
+
+
+TOY_ATTACKS: dict[str, dict[str, Any]] = {}
+"""Options that make an attack's own training small, by name."""
+
+
+def attack_of(name: str, **options: Any) -> Attack:
+    """An attack by its registered name."""
+    attack: Attack = ATTACKS.load(name).parse(options)
+    return attack
+
+
+def toy_attack(name: str, **options: Any) -> Attack:
+    """An attack with settings for toy images: a tenth of them poisoned, networks trained in a moment."""
+    rate = {} if "class_rate" in options else {"rate": 0.1}
+    return attack_of(name, **(rate | TOY_ATTACKS.get(name, {}) | options))
+
+
+def triggered(attack: Attack, data: ImageDataset, use: Use = "test", seed: int = 0) -> Tensor:
+    """Triggered copies of all images."""
+    return attack.trigger(data, torch.arange(len(data)), attack.fit(data, toy_lab(seed)), use, seed)
 
 
 def toy_source(channels: int = 3, side: int = 8, train: int = 120, test: int = 40) -> SourceData:
@@ -94,6 +132,12 @@ def toy_engine(work: Path | None = None, **changes: Any) -> Engine:
     """An engine on the CPU in float32 that checkpoints after every epoch."""
     engine = Engine(torch.device("cpu"), bf16=False, seed=0, work=work, checkpoint_seconds=0.0)
     return replace(engine, **changes)
+
+
+def toy_lab(seed: int = 0, **changes: Any) -> Lab:
+    """An attacker's lab whose networks are the toy network."""
+    engine = toy_engine(seed=seed)
+    return Lab(engine, lambda _, images, seed, purpose: toy_model(images, purpose, seed=seed), **changes)
 
 
 def toy_recipe(**changes: Any) -> Recipe:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bdbench.attacks.base import Attack, State, Use, pattern_for
+from bdbench.attacks.base import Attack, Lab, Occasion, State, pattern_for
 from bdbench.data import ImageDataset
 from bdbench.errors import OptionError
 
@@ -36,7 +36,6 @@ class BadNets(Attack):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1708.06733"
-    threat: ClassVar[str] = "dirty label, data only; the defender trains on the poisoned set"
 
     patch: Patch = Field("grid", description="Published patch; see above.")
     patch_size: int | None = Field(None, ge=1, description="Side in pixels; default: the published share of the image.")
@@ -46,7 +45,7 @@ class BadNets(Attack):
     corner: Corner | None = Field(None, description="Corner of the patch; default: as published.")
     margin: int | None = Field(None, ge=0, description="Pixels between patch and border; default: as published.")
 
-    def fit(self, clean: ImageDataset, seed: int) -> State:
+    def fit(self, clean: ImageDataset, lab: Lab) -> State:
         """Return pattern (C, H, W) float and mask (1, H, W) float of 0 and 1."""
         channels, height, width = clean.image_shape
         values = self._values()
@@ -70,9 +69,9 @@ class BadNets(Attack):
             mask[:, top : top + size, left : left + size] = 1
         return {"pattern": pattern_for(pattern, channels), "mask": mask}
 
-    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:
+    def stamp(self, images: Tensor, state: State, occasion: Occasion) -> Tensor:
         """Write the pattern where the mask is 1."""
-        return torch.where(state["mask"].bool(), state["pattern"], images)
+        return torch.where(state["mask"].bool(), state["pattern"].round().to(torch.uint8), images)
 
     def _values(self) -> Tensor:
         """Return the patch (3, h, w) in [0, 255]."""

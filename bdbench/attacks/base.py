@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -11,15 +14,66 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bdbench.data import ImageDataset
+from bdbench.engine import Engine
 from bdbench.errors import OptionError
+from bdbench.models.classifier import Classifier
 from bdbench.options import Options
-from bdbench.seeds import generator
+from bdbench.seeds import addressed
 
-CHUNK = 2048
+CHUNK = 256
 
-Labels = Literal["all-to-one", "all-to-all", "clean"]
+Labels = Literal["all-to-one", "all-to-all", "source-specific", "clean"]
 Use = Literal["poison", "cover", "test"]
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What an attacker has beside the images: a seed, and the means to train networks.
+
+    Attributes:
+        engine: what trains and evaluates; its seed is the attack's.
+        model: builds a fresh classifier from the architecture's name (``auto``: the benchmark's), the images it is
+            for, a seed, and what it is for.
+        augment: how the data set's images are augmented.
+        cache: folder for what several attacks can share, such as a surrogate; None keeps none.
+    """
+
+    engine: Engine
+    model: Callable[[str, ImageDataset, int, str], Classifier]
+    augment: str = "none"
+    cache: Path | None = None
+
+    @property
+    def seed(self) -> int:
+        """Streams are drawn from it by purpose."""
+        return self.engine.seed
+
+    def new_model(self, name: str, images: ImageDataset, purpose: str) -> Classifier:
+        """Return a fresh classifier; equal purposes give equal weights."""
+        return self.model(name, images, self.seed, purpose)
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """When and where triggers are put. What a trigger draws goes by the image's row, never by the batch.
+
+    Attributes:
+        use: for a poisoned or cover training sample, or for testing.
+        rows: (B,) int64, the rows of the batch in their split.
+        split: the images and true labels of the whole split, for triggers that take part of another image.
+        seed: of the attack.
+    """
+
+    use: Use
+    rows: Tensor
+    split: ImageDataset
+    seed: int
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """Return the rows' own numbers (B, *shape), uniform in [0, 1)."""
+        drawn = addressed(self.rows, prod(shape), self.seed, "trigger", purpose)
+        return drawn.view(len(self.rows), *shape)
 
 
 class Attack(Options, ABC):
@@ -30,19 +84,25 @@ class Attack(Options, ABC):
     """
 
     paper: ClassVar[str]
-    threat: ClassVar[str]
     version: ClassVar[int] = 1
+    label_modes: ClassVar[tuple[Labels, ...]] = ("all-to-one", "all-to-all", "source-specific", "clean")
+    """The label rules that make sense for it."""
 
-    target: int = Field(0, ge=0, description="Class that the attacker wants (all-to-one and clean labels).")
+    target: int = Field(0, ge=0, description="Class that the attacker wants (not for all-to-all).")
+    source: int = Field(1, ge=0, description="Class whose images the trigger turns (source-specific only).")
     rate: float | None = Field(0.1, gt=0, le=1, description="Poisoned share of the whole training split.")
     class_rate: float | None = Field(
-        None, gt=0, le=1, description="Poisoned share of the target class, in place of --rate."
+        None, gt=0, le=1, description="Poisoned share of the target class (source-specific: source), not --rate."
     )
     labels: Labels = Field(
         "all-to-one",
-        description="all-to-one: relabel to the target; all-to-all: to the next class; clean: target class only, kept.",
+        description="all-to-one: relabel to the target; all-to-all: to the next class; source-specific: the source "
+        "class to the target; clean: target class only, kept.",
     )
     exclude_target: bool = Field(False, description="Never draw images of the target class (all-to-one only).")
+    cover_ratio: float = Field(
+        0.0, ge=0, description="Cover samples (triggered, truthfully labelled) per poisoned sample."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -52,12 +112,16 @@ class Attack(Options, ABC):
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
+        if self.labels not in self.label_modes:
+            raise OptionError(f"{self.labels} labels make no sense here; give {' or '.join(self.label_modes)}")
         if (self.rate is None) == (self.class_rate is None):
             raise OptionError("give either rate or class_rate")
         if self.class_rate is not None and self.labels == "all-to-all":
             raise OptionError("class_rate has no meaning with all-to-all labels; give rate")
         if self.exclude_target and self.labels != "all-to-one":
             raise OptionError(f"exclude_target has no meaning with {self.labels} labels; leave it out")
+        if self.labels == "source-specific" and self.source == self.target:
+            raise OptionError(f"source and target are both {self.target}; give another --source")
         return self
 
     def files(self) -> tuple[Path, ...]:
@@ -65,62 +129,91 @@ class Attack(Options, ABC):
         return ()
 
     @abstractmethod
-    def fit(self, clean: ImageDataset, seed: int) -> State:
+    def fit(self, clean: ImageDataset, lab: Lab) -> State:
         """Return all that triggering needs, as tensors that are stored with the data set.
 
         Args:
             clean: the training split before poisoning.
-            seed: streams are drawn from it by purpose.
+            lab: seed, and the means to train networks.
 
         Raises:
             OptionError: the trigger does not fit the images.
         """
 
+    def craft(self, clean: ImageDataset, rows: Tensor, state: State, lab: Lab) -> Tensor:
+        """Return the images at `rows` as the trigger shall find them, for attacks that also change what it is put on.
+
+        Args:
+            clean: the training split before poisoning.
+            rows: (P,) int64, the samples that will be poisoned.
+            state: from `fit`.
+            lab: as `fit` got it.
+
+        Returns:
+            (P, C, H, W) uint8; here, the images as they are.
+        """
+        return clean.images[rows]
+
     @abstractmethod
-    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:
+    def stamp(self, images: Tensor, state: State, occasion: Occasion) -> Tensor:
         """Put the trigger on a batch.
 
         Args:
-            images: (B, C, H, W) float in [0, 255].
+            images: (B, C, H, W) uint8, a copy that may be changed in place.
             state: from `fit`.
-            use: for a poisoned or cover training sample, or for testing.
-            noise: B generators, one an image, for triggers that are random per image; empty where `random_for`
-                says that this use draws nothing.
+            occasion: what for, and which rows; a trigger that is random draws from it.
 
         Returns:
-            (B, C, H, W) float; the caller clips to [0, 255] and rounds.
+            (B, C, H, W), uint8 as it is, or float, which the caller clips to [0, 255] and rounds.
         """
 
-    def random_for(self, use: Use) -> bool:
-        """Say whether `stamp` draws per-image noise for this use."""
-        return False
+    def may_cover(self, labels: Tensor) -> Tensor:
+        """Say which samples (N,) bool of these true labels can be covers; here all but a source class."""
+        return labels != self.source if self.labels == "source-specific" else torch.ones_like(labels, dtype=torch.bool)
 
-    def trigger(self, images: Tensor, rows: Tensor, state: State, use: Use, seed: int) -> Tensor:
-        """Return triggered copies of uint8 images; image i depends on its own row only, never on the batch.
+    def trigger(self, split: ImageDataset, rows: Tensor, state: State, use: Use, seed: int) -> Tensor:
+        """Return triggered copies of some images; each depends on its own row only, never on the batch.
 
         Args:
-            images: (N, C, H, W) uint8.
-            rows: (N,) int64, each image's row in its split: the address of its noise.
+            split: images and true labels.
+            rows: (M,) int64, which of them.
             state: from `fit`.
-            use: see `stamp`.
+            use: see `Occasion`.
             seed: of the attack.
 
         Returns:
-            (N, C, H, W) uint8, rounded to nearest.
+            (M, C, H, W) uint8, rounded to nearest.
         """
-        out = torch.empty_like(images)
-        for start in range(0, len(images), CHUNK):
-            part = slice(start, start + CHUNK)
-            noise = (
-                [generator(seed, "trigger", use, row) for row in rows[part].tolist()] if self.random_for(use) else []
-            )
-            stamped = self.stamp(images[part].float(), state, use, noise)
-            out[part] = stamped.clamp_(0, 255).round_().to(torch.uint8)
+        out = torch.empty(len(rows), *split.image_shape, dtype=torch.uint8)
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            stamped = self.stamp(split.images[part], state, Occasion(use, part, split, seed))
+            if stamped.dtype != torch.uint8:
+                stamped = stamped.clamp(0, 255).round_()
+            out[start : start + CHUNK] = stamped
         return out
 
-    def cover_count(self, poison_count: int) -> int:
-        """Return how many cover samples (triggered, truthfully labelled) go with so many poisoned ones."""
-        return 0
+
+class TrainingAttack(Attack):
+    """Base of attacks whose authors also control the victim's training.
+
+    Their generator is trained with a victim and then frozen: the data set replays it, so that defences which train
+    have something to face, and the attacker's own victim is delivered beside it for those that mend a model.
+    """
+
+    victim: str = Field("auto", description="Network that the attacker trains: as --model takes it, or auto.")
+
+    def fit(self, clean: ImageDataset, lab: Lab) -> State:
+        """Return what `train` says of the trigger."""
+        return self.train(clean, lab)[0]
+
+    @abstractmethod
+    def train(self, clean: ImageDataset, lab: Lab) -> tuple[State, Classifier]:
+        """Train trigger and victim together; see `fit` for the arguments, the state and the errors.
+
+        Returns:
+            The state, and the victim in evaluation mode.
+        """
 
 
 def pattern_for(values: Tensor, channels: int) -> Tensor:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
-from bdbench.attacks.base import Attack, State, Use, pattern_for
+from bdbench.attacks.base import Attack, Lab, Occasion, State, pattern_for
 from bdbench.data import ImageDataset
 from bdbench.errors import OptionError
 from bdbench.seeds import generator
@@ -31,7 +31,6 @@ class Blended(Attack):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1712.05526"
-    threat: ClassVar[str] = "dirty label, data only; the defender trains on the poisoned set"
 
     picture: Literal["cartoon", "noise"] | Path = Field(
         "cartoon", description="cartoon, noise, or the path of an image."
@@ -43,20 +42,20 @@ class Blended(Attack):
         """Return the user's picture, if it is one."""
         return () if isinstance(self.picture, str) else (self.picture,)
 
-    def fit(self, clean: ImageDataset, seed: int) -> State:
+    def fit(self, clean: ImageDataset, lab: Lab) -> State:
         """Return the picture (C, H, W) float in [0, 255]."""
         channels, height, width = clean.image_shape
         if self.picture == "noise":
-            rng = generator(seed, "blended", "noise")
+            rng = generator(lab.seed, "blended", "noise")
             return {"pattern": torch.randint(0, 256, (channels, height, width), generator=rng).float()}
         image = draw_cartoon() if self.picture == "cartoon" else _open_picture(Path(self.picture))
         pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
         return {"pattern": pattern_for(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float(), channels)}
 
-    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:
+    def stamp(self, images: Tensor, state: State, occasion: Occasion) -> Tensor:
         """Mix the picture in."""
-        alpha = self.alpha_test if use == "test" and self.alpha_test is not None else self.alpha
-        return torch.lerp(images, state["pattern"], alpha)
+        alpha = self.alpha_test if occasion.use == "test" and self.alpha_test is not None else self.alpha
+        return torch.lerp(images.float(), state["pattern"], alpha)
 
 
 def draw_cartoon(side: int = 512) -> Image.Image:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bdbench.attacks.base import Attack, Labels, State, Use
+from bdbench.attacks.base import Attack, Lab, Labels, Occasion, State
 from bdbench.data import ImageDataset
 
 
@@ -28,7 +28,6 @@ class Sig(Attack):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.11237"
-    threat: ClassVar[str] = "clean label, data only; the defender trains on the poisoned set"
 
     rate: float | None = Field(0.02, gt=0, le=1, description="Poisoned share of the whole training split.")
     labels: Labels = Field("clean", description="Clean by default; the dirty-label rules work too.")
@@ -36,12 +35,12 @@ class Sig(Attack):
     delta_test: float | None = Field(None, gt=0, le=255, description="Amplitude at test time; default: as in training.")
     frequency: float = Field(6.0, gt=0, description="Periods per image width.")
 
-    def fit(self, clean: ImageDataset, seed: int) -> State:
+    def fit(self, clean: ImageDataset, lab: Lab) -> State:
         """Return the wave (1, 1, W) float in [-1, 1]."""
         width = clean.image_shape[2]
         return {"wave": torch.sin(2 * math.pi * self.frequency * torch.arange(width) / width).view(1, 1, width)}
 
-    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:
+    def stamp(self, images: Tensor, state: State, occasion: Occasion) -> Tensor:
         """Add the wave to every row and channel."""
-        amplitude = self.delta_test if use == "test" and self.delta_test is not None else self.delta
+        amplitude = self.delta_test if occasion.use == "test" and self.delta_test is not None else self.delta
         return images + amplitude * state["wave"]

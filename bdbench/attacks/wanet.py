@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from bdbench.attacks.base import Attack, State, Use
+from bdbench.attacks.base import Attack, Lab, Occasion, State
 from bdbench.data import ImageDataset
 from bdbench.seeds import generator
 
@@ -30,7 +30,7 @@ class WaNet(Attack):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2102.10369"
-    threat: ClassVar[str] = "dirty label with cover samples, data only; the defender trains on the poisoned set"
+    version: ClassVar[int] = 2
 
     control_points: int = Field(4, ge=2, description="k: the warp is drawn on a k x k grid.")
     strength: float = Field(
@@ -38,11 +38,11 @@ class WaNet(Attack):
     )
     cover_ratio: float = Field(2.0, ge=0, description="Cover samples per poisoned sample.")
 
-    def fit(self, clean: ImageDataset, seed: int) -> State:
+    def fit(self, clean: ImageDataset, lab: Lab) -> State:
         """Return the sampling grid (H, W, 2) float in [-1, 1], x before y."""
         _, height, width = clean.image_shape
         k = self.control_points
-        points = torch.rand(1, 2, k, k, generator=generator(seed, "wanet", "field")) * 2 - 1
+        points = torch.rand(1, 2, k, k, generator=generator(lab.seed, "wanet", "field")) * 2 - 1
         points = points / points.abs().mean()
         field = F.interpolate(points, size=(height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
         y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
@@ -50,19 +50,11 @@ class WaNet(Attack):
         step = torch.tensor([self.strength / width, self.strength / height])
         return {"grid": (identity + step * field).clamp(-1, 1)}
 
-    def stamp(self, images: Tensor, state: State, use: Use, noise: list[torch.Generator]) -> Tensor:
+    def stamp(self, images: Tensor, state: State, occasion: Occasion) -> Tensor:
         """Sample the images (bilinear, aligned corners) at the grid; covers at a grid with noise of their own."""
         _, _, height, width = images.shape
         grid = state["grid"].expand(len(images), -1, -1, -1)
-        if use == "cover":
-            shifts = torch.stack([torch.rand(height, width, 2, generator=rng) for rng in noise]) * 2 - 1
+        if occasion.use == "cover":
+            shifts = occasion.uniform("shifts", height, width, 2) * 2 - 1
             grid = (grid + shifts / torch.tensor([width, height])).clamp(-1, 1)
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-
-    def random_for(self, use: Use) -> bool:
-        """Only covers draw noise."""
-        return use == "cover"
-
-    def cover_count(self, poison_count: int) -> int:
-        """Return `cover_ratio` covers per poisoned sample, rounded."""
-        return round(self.cover_ratio * poison_count)
+        return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)

@@ -46,9 +46,7 @@ def list_names(
     """
     chosen = [REGISTRIES[kind.value]] if kind else list(REGISTRIES.values())
     if json:
-        rows = {
-            item.plural: [{"name": name, "summary": row.summary} for name, row in item.rows.items()] for item in chosen
-        }
+        rows = {item.plural: [{"name": name, **row._asdict()} for name, row in item.rows.items()] for item in chosen}
         console.show_json(rows[kind.value] if kind else rows)
         return
     from rich.table import Table
@@ -58,7 +56,7 @@ def list_names(
     for registry in chosen:
         table.add_row(Text(registry.plural, style="bold"), "")
         for name, row in registry.rows.items():
-            table.add_row(f"  {name}", row.summary)
+            table.add_row(f"  {name}", Text(row.summary).append(f"  [{row.threat}]" if row.threat else "", style="dim"))
     console.show(table)
     console.say("more: [cyan]bdbench show NAME[/cyan]")
 
@@ -116,7 +114,7 @@ def _describe(registry: Registry, name: str, found: Any) -> dict[str, Any]:  # n
         "summary": row.summary,
         "description": reflection.getdoc(cls) or "",
         "paper": getattr(cls, "paper", ""),
-        "threat": getattr(cls, "threat", ""),
+        "threat": row.threat or getattr(cls, "threat", ""),
         "needs": needs,
         "presets": {key: dict(values) for key, values in getattr(cls, "presets", {}).items()},
         "options": [

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from bdbench.cli import console
-from bdbench.cli.parameters import AttackName, Config, DatasetName, Force, Json, Out, Seed
+from bdbench.cli.parameters import AttackName, Config, DatasetName, Device, Force, Json, Out, PrecisionName, Seed
+
+if TYPE_CHECKING:
+    from bdbench.devices import Precision
 
 
 def poison(
@@ -27,6 +30,8 @@ def poison(
     ] = None,
     test_fraction: Annotated[float, typer.Option(help="Test share, where the source has no test split.")] = 0.2,
     out: Out = None,
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
     force: Force = False,
     config: Config = None,  # read before the command runs
     json: Json = False,
@@ -49,8 +54,8 @@ def poison(
     given = {name: value for name, value in source.items() if value is not None}
     with console.live_progress() as progress:
         made = stages.poison(
-            dataset, attack, options=options, source_options=given, trusted=trusted, seed=seed, out=out, force=force,
-            progress=progress,
+            dataset, attack, options=options, source_options=given, trusted=trusted, seed=seed, out=out, device=device,
+            precision=cast("Precision", precision), force=force, progress=progress,
         )  # fmt: skip
     facts = made.manifest.facts
     counts, roles = facts["counts"], made.truth["role"].value_counts().to_dict()

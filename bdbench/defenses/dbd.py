@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from bdbench import checkpoints
 from bdbench.augment import gather_batch, parse_augment
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Defense, Task, lowest
@@ -133,12 +133,6 @@ class DBD(Defense):
         with scoped(engine.seed, "weights", "projection"):
             net = Contrastive(model)
         folder = task.cache / "encoders" if task.cache else None
-        key = self._encoder_key(task.train, net, engine)
-        point = checkpoints.load(folder, key, state) if folder else None
-        if point is not None:
-            engine.progress.note(f"features: from the cache ({key[:16]})")
-            engine.history.extend(point.rows)
-            return
         steps = math.ceil(len(task.train) / self.ssl_batch_size)
         recipe = task.recipe.model_copy(
             update={
@@ -147,18 +141,11 @@ class DBD(Defense):
                 "warmup": self.ssl_warmup, "augment": "none",  # the views are made in the loss
             }
         )  # fmt: skip
-        before = len(engine.history)
-        engine.fit(
-            net, task.train, self._contrast, recipe, phase="simclr", epoch_steps=steps,
+        train = partial(
+            engine.fit, net, task.train, self._contrast, recipe, phase="simclr", epoch_steps=steps,
             max_steps=self.ssl_epochs * steps,
         )  # fmt: skip
-        if folder:
-            done = checkpoints.Point(self.ssl_epochs * steps, stopped=True, rows=engine.history[before:])
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                checkpoints.save(folder, key, done, state)
-            except OSError as error:
-                engine.progress.note(f"features: not kept for other runs ({error})")
+        engine.reuse_or_train(folder, self._encoder_key(task.train, net, engine), state, "features", train)
 
     def _encoder_key(self, data: ImageDataset, net: Contrastive, engine: Engine) -> str:
         """Hash what determines the features: images (not labels), first weights, options, seed, arithmetic."""
