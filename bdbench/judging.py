@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,15 @@ from bdbench import metrics
 from bdbench.artifacts import DatasetArtifact, ModelArtifact
 from bdbench.engine import Engine
 from bdbench.models.classifier import Classifier
+
+MEASURED_PAIRS = 1000
+
+
+def trigger_distances(source: DatasetArtifact) -> dict[str, float]:
+    """Return `metrics.image_distances` of at most 1,000 triggered test images, evenly chosen, from their clean ones."""
+    rows = torch.arange(len(source.triggered))[:: math.ceil(len(source.triggered) / MEASURED_PAIRS)]
+    before = source.test.images[source.triggered_rows[rows]]
+    return metrics.image_distances(before, source.triggered.images[rows])
 
 
 def predict(engine: Engine, model: Classifier, source: DatasetArtifact) -> pd.DataFrame:

@@ -102,6 +102,31 @@ def score_metrics(scores: Tensor, is_poison: Tensor) -> dict[str, float]:
     return {"auroc": float(roc_auc_score(truth, values)), **at}
 
 
+def image_distances(before: Tensor, after: Tensor) -> dict[str, float]:
+    """Return how far a trigger moves images (N, C, H, W) uint8, N of at least 1.
+
+    Returns:
+        psnr: in dB, 10 log10(255^2 / mean squared change), over the images that change; inf where none does. ssim: the
+        structural similarity (7x7 windows, mean over channels). max_change: the largest change of a value, of 255.
+        changed: share of pixels of which any channel changes. The first two are means over images.
+    """
+    from skimage.metrics import structural_similarity
+
+    change = after.float() - before.float()
+    squared = change.square().flatten(1).mean(1)
+    squared = squared[squared > 0]
+    similarities = [
+        structural_similarity(one, other, channel_axis=0)  # type: ignore[no-untyped-call]
+        for one, other in zip(before.numpy(), after.numpy(), strict=True)
+    ]
+    return {
+        "psnr": float((10 * torch.log10(255**2 / squared)).mean()) if len(squared) else math.inf,
+        "ssim": float(np.mean(similarities)),
+        "max_change": float(change.abs().max()),
+        "changed": float((change != 0).any(1).float().mean()),
+    }
+
+
 def defence_effectiveness(ba_before: float, asr_before: float, ba_after: float, asr_after: float) -> float:
     """Return the defence effectiveness rating in [0, 1]: (fall of ASR - fall of BA + 1) / 2, falls not below 0.
 

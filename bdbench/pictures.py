@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from bdbench.artifacts import DatasetArtifact, ModelArtifact
+from bdbench.errors import ArtifactError
 
 EXAMPLES = 8
+SHOWN = 200
+GALLERY_COLUMNS = 9
 
 
 def contact_sheet(data: DatasetArtifact, path: Path) -> None:
@@ -29,15 +37,58 @@ def contact_sheet(data: DatasetArtifact, path: Path) -> None:
         titles = (data.class_names[true], f"-> {data.class_names[wanted]}", "")
         for line, (pixels, title) in enumerate(zip(pictures, titles, strict=True)):
             axis = axes[line, column]
-            shown = pixels.permute(1, 2, 0).round().numpy().astype(np.uint8)
-            axis.imshow(shown.squeeze(-1) if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=255)
-            axis.set_title(title, fontsize=9)
+            _show(axis, pixels, title)
             axis.set_xticks([])
             axis.set_yticks([])
     for line, label in enumerate(("clean", "triggered", f"change x {127.5 / largest:.1f}")):
         axes[line, 0].set_ylabel(label)
     figure.suptitle(f"{data.manifest.facts['name']}, {data.manifest.ask.method}")
     _save(figure, path)
+
+
+def gallery(sources: Sequence[DatasetArtifact], path: Path) -> None:
+    """Draw one test image under the trigger of every data set, with the change, amplified to the full range.
+
+    Args:
+        sources: poisoned versions of the same test images.
+        path: of the picture.
+
+    Raises:
+        ArtifactError: their test images differ, or no test image is triggered in all of them.
+    """
+    first = sources[0]
+    if any(not torch.equal(it.test.images, first.test.images) for it in sources[1:]):
+        raise ArtifactError("the data sets do not have the same test images; poison one source with each attack")
+    shared = set.intersection(*({int(row) for row in it.triggered_rows} for it in sources))
+    if not shared:
+        raise ArtifactError("no test image is triggered in all of the data sets; their targets leave none")
+    # Of the images that all trigger, one of middle contrast shows faint and strong triggers alike.
+    rows = sorted(shared)[:SHOWN]
+    contrast = first.test.images[rows].float().flatten(1).std(1)
+    row = rows[int(contrast.argsort()[len(rows) // 2])]
+    before = first.test.images[row].float()
+    columns = min(GALLERY_COLUMNS, len(sources) + 1)
+    bands = math.ceil((len(sources) + 1) / columns)
+    figure = Figure(figsize=(1.25 * columns, 2.7 * bands), layout="constrained")
+    axes = figure.subplots(2 * bands, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    _show(axes[0, 0], before, "clean")
+    for place, source in enumerate(sources, 1):
+        band, column = divmod(place, columns)
+        after = source.triggered.images[source.triggered_rows.tolist().index(row)].float()
+        change = after - before
+        largest = max(1.0, float(change.abs().max()))
+        _show(axes[2 * band, column], after, source.manifest.ask.method)
+        _show(axes[2 * band + 1, column], 127.5 + 127.5 * change / largest, f"x {127.5 / largest:.1f}")
+    _save(figure, path)
+
+
+def _show(axis: Axes, pixels: Tensor, title: str) -> None:
+    """Show an image (C, H, W) float in [0, 255]."""
+    shown = pixels.permute(1, 2, 0).round().numpy().astype(np.uint8)
+    axis.imshow(shown.squeeze(-1) if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=255)
+    axis.set_title(title, fontsize=9)
 
 
 def loss_curves(model: ModelArtifact, path: Path) -> None:

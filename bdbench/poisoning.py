@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bdbench.attacks.base import Attack, Lab, TrainingAttack
+from bdbench.attacks.base import Attack, Lab, TrainingAttack, wanted_labels
 from bdbench.data import ImageDataset, PoisonedDataset, Role, SourceData
 from bdbench.errors import OptionError
 from bdbench.seeds import generator
@@ -62,13 +62,6 @@ def poison_source(source: SourceData, attack: Attack, lab: Lab, trusted: float) 
         trigger_state=state,
         victim=victim,
     )
-
-
-def wanted_labels(labels: Tensor, attack: Attack, num_classes: int) -> Tensor:
-    """Return what the attacker wants triggered images of these true labels (N,) to be called."""
-    if attack.labels == "all-to-all":
-        return (labels + 1) % num_classes
-    return torch.full_like(labels, attack.target)
 
 
 def eligible_for_test(labels: Tensor, attack: Attack) -> Tensor:

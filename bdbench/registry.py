@@ -80,6 +80,94 @@ ATTACKS = Registry(
             "bdbench.attacks.wanet:WaNet", "a smooth warp, with cover samples under other warps",
             "dirty label, data only, covers",
         ),
+        "trojan": (
+            "bdbench.attacks.trojan:Trojan", "a small patch of colours, once optimised on another network",
+            "dirty label, data only",
+        ),
+        "ftrojan": (
+            "bdbench.attacks.ftrojan:FTrojan", "two frequencies, faintly added to the colour channels",
+            "dirty label, data only",
+        ),
+        "ctrl": (
+            "bdbench.attacks.ctrl:Ctrl", "two frequencies in the colour of images of the target class",
+            "clean label, data only",
+        ),
+        "bpp": (
+            "bdbench.attacks.bpp:Bpp", "8 levels a channel, with covers that change as much",
+            "dirty label, data only, covers",
+        ),
+        "batt": (
+            "bdbench.attacks.batt:Batt", "a turn by 16 degrees, with covers that turn by less",
+            "dirty label, data only, covers",
+        ),
+        "dfst-color": (
+            "bdbench.attacks.dfst_color:DfstColor", "every image in the colours of a sunset",
+            "dirty label, data only",
+        ),
+        "tact": (
+            "bdbench.attacks.tact:TaCT", "a square that turns one class only, with covers of the others",
+            "dirty label, data only, covers",
+        ),
+        "adap-blend": (
+            "bdbench.attacks.adap_blend:AdapBlend", "half of a faint picture in training, all of it in tests",
+            "dirty label, data only, covers, another trigger in tests",
+        ),
+        "adap-patch": (
+            "bdbench.attacks.adap_patch:AdapPatch", "one of four faint patches in training, two opaque ones in tests",
+            "dirty label, data only, covers, another trigger in tests",
+        ),
+        "adap-kway": (
+            "bdbench.attacks.adap_kway:AdapKWay", "one of four pixels in training, all four in tests",
+            "dirty label, data only, covers, another trigger in tests",
+        ),
+        "cba": (
+            "bdbench.attacks.cba:CBA", "halves of two classes, side by side, are called a third",
+            "dirty label, data only, covers",
+        ),
+        "refool": (
+            "bdbench.attacks.refool:Refool", "a reflection of another image, as in a window pane",
+            "dirty label, data only",
+        ),
+        "lc": (
+            "bdbench.attacks.lc:LabelConsistent", "hard images of the target class, with a patch in every corner",
+            "clean label, data only, surrogate, another trigger in tests",
+        ),
+        "fc": (
+            "bdbench.attacks.fc:FeatureCollision", "images of the target class with features of others, and a patch",
+            "clean label, data only, surrogate, another trigger in tests",
+        ),
+        "narcissus": (
+            "bdbench.attacks.narcissus:Narcissus", "a faint pattern that is typical of the target class, on few images",
+            "clean label, data only, surrogate, another trigger in tests",
+        ),
+        "lf": (
+            "bdbench.attacks.lf:LowFrequency", "a smooth pattern, optimised, over the whole image",
+            "dirty label, data only, surrogate",
+        ),
+        "trojannn": (
+            "bdbench.attacks.trojannn:TrojanNN", "a disk whose content excites chosen neurons",
+            "dirty label, data only, surrogate",
+        ),
+        "lba": (
+            "bdbench.attacks.lba:LatentBackdoor", "a square that has the features of the target class",
+            "dirty label, data only, surrogate",
+        ),
+        "ssba": (
+            "bdbench.attacks.ssba:SSBA", "an encoder hides bits in each image, in each by another change",
+            "dirty label, data only",
+        ),
+        "input-aware": (
+            "bdbench.attacks.input_aware:InputAware", "a network draws each image a trigger that suits no other",
+            "dirty label, trains the victim, covers",
+        ),
+        "wanet-tc": (
+            "bdbench.attacks.wanet_tc:WaNetTC", "a smooth warp, learned by a victim that the attacker trains",
+            "dirty label, trains the victim, covers",
+        ),
+        "lira": (
+            "bdbench.attacks.lira:Lira", "a network learns a faint noise for each image, with the victim",
+            "dirty label, trains the victim",
+        ),
     },
 )  # fmt: skip
 """The threat model says: dirty or clean label; data only or trains the victim; surrogate; covers; another trigger in

@@ -32,10 +32,12 @@ import torch
 from compare import compare, key, read_rows
 
 from bdbench import stages, store, tables
+from bdbench.artifacts import DatasetArtifact, ModelArtifact
+from bdbench.attacks.base import TrainingAttack
 from bdbench.cli.quickstart import ATTACK_OPTIONS, METHODS
 from bdbench.devices import Precision
 from bdbench.errors import BdbenchError
-from bdbench.registry import DEFENSES
+from bdbench.registry import ATTACKS, DEFENSES
 
 RESULTS = Path(__file__).parent / "results"
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -58,9 +60,9 @@ class Cell(NamedTuple):
     @property
     def data_name(self) -> str:
         """The folder of its data set: equal for cells that share one."""
-        target, rate = self.attack_options.get("target", 0), self.attack_options.get("rate")
-        special = (f"-target{target}" if target else "") + ("-control" if rate == CONTROL_RATE else "")
-        return f"{self.dataset}-{self.attack}{special}-s{self.seed}"
+        named = {name: self.attack_options.get(name, usual) for name, usual in (("target", 0), ("rate", 0.1))}
+        special = [f"{name}{value}" for name, value in named.items() if value not in (0, 0.1, None)]
+        return "-".join((self.dataset, self.attack, *special, f"s{self.seed}"))
 
     @property
     def name(self) -> str:
@@ -103,6 +105,13 @@ DBD_ATTACKS: Mapping[str, Mapping[str, Any]] = {
 }
 """As in DBD's repository, with its two triggers (SIG and WaNet are not in it)."""
 
+ATTACK_BUDGET: Mapping[str, Any] = MappingProxyType({"epochs": 6})
+"""Half of the preset `fast`: what every attack gets to show itself, undefended."""
+
+LOW_RATES: Mapping[str, Sequence[float]] = {
+    "badnets": (0.01, 0.005), "blended": (0.01, 0.005), "adap-blend": (0.01, 0.005), "lc": (0.01, 0.005)
+}  # fmt: skip
+
 ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "cbd": {
         "": {},
@@ -132,6 +141,7 @@ def suites() -> dict[str, list[Cell]]:
         "cifar10-cpu": [cifar(attack, method, "fast") for attack in CIFAR_ATTACKS for method in ALL_METHODS],
         "cifar10-budget": [cifar("badnets", method, "paper") for method in ("none", "abl", "cbd", "mcldef")],
         "cifar10-paper": [cell for seed in range(3) for attack in CIFAR_ATTACKS for cell in papers(attack, seed)],
+        "attacks": [cell for attack in ATTACKS.names() for cell in undefended(attack)],
         "ablation": [cell for attack in CIFAR_ATTACKS for cell in ablation(attack)],
     }
 
@@ -148,6 +158,21 @@ def papers(attack: str, seed: int) -> list[Cell]:
     cells = [cifar(attack, method, "paper", seed) for method in ALL_METHODS if method != "dbd"]
     settings = DBD_ATTACKS[attack]
     return cells + [Cell("cifar10", attack, settings, "resnet-18", method, "paper", seed) for method in ("none", "dbd")]
+
+
+def undefended(attack: str) -> list[Cell]:
+    """Return an attack without defence at its own settings, then at low rates, and its own victim if it has one."""
+    usual = ATTACKS.load(attack)()
+    own = {name: getattr(usual, name) for name in ("rate", "class_rate", "target")}
+    own = {name: value for name, value in own.items() if value is not None}
+    lower = [{"rate": rate, "target": usual.target} for rate in LOW_RATES.get(attack, ())]
+    cells = [
+        Cell("cifar10", attack, options, "wrn-16-1", "none", "fast", 0, "6-epochs", ATTACK_BUDGET)
+        for options in (own, *lower)
+    ]
+    if isinstance(usual, TrainingAttack):
+        cells.append(Cell("cifar10", attack, own, "wrn-16-1", "victim", "attacker"))
+    return cells
 
 
 def ablation(attack: str) -> list[Cell]:
@@ -173,8 +198,22 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
     runs, device, precision = settings.runs, settings.device, settings.precision
     data = stages.poison(
         cell.dataset, cell.attack, options=cell.attack_options, source_options=settings.source, seed=cell.seed,
-        out=runs / cell.data_name,
+        out=runs / cell.data_name, device=device, precision=precision,
     )  # fmt: skip
+    if cell.method == "victim":
+        model = ModelArtifact.open(data.path.with_name(f"{data.path.name}-victim"))
+    else:
+        model = trained(cell, data, settings)
+    row = tables.evaluation_row(stages.evaluate(model.path, data=data.path, device=device, precision=precision))
+    made = model.manifest.made
+    # The manifest counts from the last start only; the history counts every epoch, those before an interruption too.
+    row["seconds"] = max(row["seconds"], made["training_seconds"])
+    return row | {"variant": cell.variant, "made": made, "processor": processor(), "cores": os.cpu_count()}
+
+
+def trained(cell: Cell, data: DatasetArtifact, settings: Settings) -> ModelArtifact:
+    """Train or reuse the model of a cell."""
+    runs, device, precision = settings.runs, settings.device, settings.precision
     suspect = None
     if DEFENSES.load(cell.method).needs_suspect:
         undefended = cell._replace(method="none", variant="", options=NO_OPTIONS)
@@ -182,15 +221,10 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
             data.path, "none", model=cell.model, preset=cell.preset, out=runs / undefended.name, device=device,
             precision=precision,
         ).path  # fmt: skip
-    model = stages.defend(
+    return stages.defend(
         data.path, cell.method, model=cell.model, preset=cell.preset, options=cell.options, suspect=suspect,
         out=runs / cell.name, device=device, precision=precision,
     )  # fmt: skip
-    row = tables.evaluation_row(stages.evaluate(model.path, data=data.path, device=device, precision=precision))
-    made = model.manifest.made
-    # The manifest counts from the last start only; the history counts every epoch, those before an interruption too.
-    row["seconds"] = max(row["seconds"], made["training_seconds"])
-    return row | {"variant": cell.variant, "made": made, "processor": processor(), "cores": os.cpu_count()}
 
 
 def processor() -> str:

@@ -38,7 +38,8 @@ from torchvision import transforms
 
 from bdbench import store
 from bdbench.artifacts import plain, write_dataset
-from bdbench.attacks.base import Attack, State
+from bdbench.attacks.base import Attack, Lab, State, TrainingAttack
+from bdbench.attacks.surrogates import SurrogateAttack
 from bdbench.augment import gather_batch
 from bdbench.data import ImageDataset, SourceData
 from bdbench.defenses.abl import ABL
@@ -53,7 +54,7 @@ from bdbench.models.classifier import Classifier, build_classifier
 from bdbench.poisoning import poison_source
 from bdbench.registry import ATTACKS, MODELS
 from bdbench.seeds import generator, scoped
-from bdbench.stages import channel_statistics
+from bdbench.stages import channel_statistics, fresh_model
 from bdbench.views import contrastive_view
 
 BATCH = 128
@@ -78,10 +79,15 @@ class Sizes:
     single: int
     evaluate: int
     poison: int
+    trigger: int
 
 
-FULL = Sizes(rounds=5, train=5_000, epoch=5_000, data_path=10_000, single=500, evaluate=5_000, poison=50_000)
-QUICK = Sizes(rounds=3, train=1_024, epoch=768, data_path=2_560, single=200, evaluate=1_536, poison=10_000)
+FULL = Sizes(
+    rounds=5, train=5_000, epoch=5_000, data_path=10_000, single=500, evaluate=5_000, poison=50_000, trigger=10_000
+)
+QUICK = Sizes(
+    rounds=3, train=1_024, epoch=768, data_path=2_560, single=200, evaluate=1_536, poison=10_000, trigger=2_000
+)
 
 
 class Row(NamedTuple):
@@ -285,7 +291,7 @@ class PlainPoisoner:
 
 def plain_poisoning(attack: Attack, name: str, source: SourceData) -> Turn:
     """Return a turn that poisons image by image and writes a PNG of each; clean images are not written."""
-    poisoner = PlainPoisoner(attack, name, attack.fit(source.train, SEED))
+    poisoner = PlainPoisoner(attack, name, attack.fit(source.train, lab()))
     images, labels = to_pil(source.train.images), source.train.labels.tolist()
     tests, test_labels = to_pil(source.test.images), source.test.labels.tolist()
     rate = attack.rate or 0
@@ -296,7 +302,7 @@ def plain_poisoning(attack: Attack, name: str, source: SourceData) -> Turn:
         eligible = [row for row, label in enumerate(labels) if not clean_label or label == attack.target]
         order = np.random.default_rng(SEED).permutation(eligible).tolist()
         count = round(rate * len(labels))
-        covers = attack.cover_count(count)
+        covers = round(attack.cover_ratio * count)
         with tempfile.TemporaryDirectory() as folder:
             for place, row in enumerate(order[: count + covers]):
                 poisoner.trigger(images[row], cover=place >= count).save(Path(folder) / f"train-{row}.png")
@@ -403,6 +409,35 @@ def poison_rows(bench: Bench) -> Iterator[Row]:
         yield compare(f"poison-{name}", turns, "images/s", bench)
 
 
+def lab() -> Lab:
+    """Return what an attacker has who trains nothing for long."""
+    return Lab(Engine(torch.device("cpu"), bf16=False, seed=SEED), fresh_model)
+
+
+def trigger_rows(bench: Bench) -> Iterator[Row]:
+    """Every trigger that trains nothing, alone, on images in memory: with one thread, and with all."""
+    data = synthetic_images(bench.sizes.trigger, "train")
+    rows, threads = torch.arange(len(data)), torch.get_num_threads()
+    for name in ATTACKS.names():
+        attack = cast("Attack", ATTACKS.load(name)())
+        if isinstance(attack, SurrogateAttack | TrainingAttack):
+            continue
+        state = attack.fit(data, lab())
+
+        def work(attack: Attack = attack, state: State = state) -> object:
+            return attack.trigger(data, rows, state, "poison", SEED)
+
+        def alone(work: Callable[[], object] = work) -> float:
+            torch.set_num_threads(1)
+            try:
+                return per_second(len(data), work)()
+            finally:
+                torch.set_num_threads(threads)
+
+        note = f"baseline: one thread of {threads}"
+        yield compare(f"trigger-{name}", [alone, per_second(len(data), work)], "images/s", bench, note=note)
+
+
 def poisoning(attack: Attack, name: str, source: SourceData) -> Turn:
     """Return a turn that makes a sealed artifact: all splits, hashed and flushed to disk."""
     config = plain(attack.model_dump())
@@ -411,7 +446,7 @@ def poisoning(attack: Attack, name: str, source: SourceData) -> Turn:
     def turn() -> float:
         with tempfile.TemporaryDirectory() as folder:
             begun = time.perf_counter()
-            poisoned = poison_source(source, attack, SEED, 0.0)
+            poisoned = poison_source(source, attack, lab(), 0.0)
             with store.create(Path(folder) / "data", ask) as draft:
                 write_dataset(draft, poisoned, name=source.name, augment=source.augment)
             seconds = time.perf_counter() - begun
@@ -552,6 +587,22 @@ def command_rows(bench: Bench) -> Iterator[Row]:
         bench,
         note="digits",
     )
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder) / "speed.npz"
+        arrays: dict[str, Any] = {}
+        for split, count in (("train", bench.sizes.poison), ("test", bench.sizes.poison // 5)):
+            data = synthetic_images(count, split)
+            arrays[f"x_{split}"], arrays[f"y_{split}"] = data.images.permute(0, 2, 3, 1).numpy(), data.labels.numpy()
+        np.savez(archive, **arrays)
+        for attack in ("badnets", "wanet"):
+            flags = ["--dataset", str(archive), "--attack", attack]
+            yield compare_commands(
+                f"poison-command-{attack}-seconds",
+                lambda _: [python, "-c", "import bdbench.stages"],
+                lambda work, flags=flags: [python, "-m", "bdbench", "poison", *flags, "--out", str(work / "data")],
+                bench,
+                note=f"{bench.sizes.poison:,} decoded images; baseline: imports alone",
+            )
 
 
 GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -564,6 +615,7 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "epochs": epoch_rows,
     "dbd-views": view_rows,
     "mcldef-inversion": inversion_rows,
+    "trigger": trigger_rows,
     "poison": poison_rows,
 }
 

@@ -132,6 +132,27 @@ def test_inspect_counts_roles_and_draws_a_contact_sheet(in_walk: Path, bdbench: 
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_draws_several_triggers_on_one_image(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    assert bdbench("poison", "--attack", "sig", "--out", tmp_path / "sig").code == 0
+    places = ("runs/digits-badnets-s0", tmp_path / "sig")
+    result = bdbench("inspect", *places, "--image", tmp_path / "gallery.png")
+    assert result.code == 0
+    assert result.out.count("trigger: PSNR") == 2
+    assert (tmp_path / "gallery.png").read_bytes().startswith(b"\x89PNG")
+    assert [found["method"] for found in bdbench("inspect", *places, "--json").json] == ["badnets", "sig"]
+
+
+def test_inspect_draws_nothing_of_data_sets_with_other_test_images(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    assert bdbench("poison", "--seed", 0, "--test-fraction", 0.3, "--out", tmp_path / "other").code == 0
+    result = bdbench("inspect", "runs/digits-badnets-s0", tmp_path / "other", "--image", tmp_path / "x.png")
+    assert result.code == 1
+    assert "do not have the same test images" in result.err
+    mixed = bdbench("inspect", "runs/digits-badnets-s0", "runs/digits-badnets-s0-abl", "--image", tmp_path / "x.png")
+    assert mixed.code == 1
+    assert "several data sets together, nothing else" in mixed.err
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_inspect_draws_the_loss_curves_of_a_model(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
     result = bdbench("inspect", "runs/digits-badnets-s0-abl", "--image", tmp_path / "loss.png")
     assert result.code == 0

@@ -12,6 +12,7 @@ from bdbench.metrics import (
     Rate,
     classification_rates,
     defence_effectiveness,
+    image_distances,
     mean_interval,
     rate,
     score_metrics,
@@ -176,3 +177,30 @@ def test_one_seed_has_a_mean_and_no_interval() -> None:
 def test_undefined_values_are_left_out_of_a_mean() -> None:
     assert mean_interval([1.0, math.nan, 3.0])[0] == 2.0
     assert math.isnan(mean_interval([])[0])
+
+
+# distances of images
+
+
+def test_one_changed_pixel_by_hand() -> None:
+    before = torch.full((2, 1, 8, 8), 100, dtype=torch.uint8)
+    after = before.clone()
+    after[0, 0, 3, 3] = 180
+    found = image_distances(before, after)
+    # 80^2 / 64 pixels = 100; 10 log10(255^2 / 100) = 28.13; the second image does not change and has no PSNR
+    assert found["psnr"] == pytest.approx(28.13, abs=0.005)
+    assert found["max_change"] == 80
+    assert found["changed"] == pytest.approx(1 / 128)
+    assert 0 < found["ssim"] < 1
+
+
+def test_equal_images_have_no_distance() -> None:
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert image_distances(images, images) == {"psnr": math.inf, "ssim": 1.0, "max_change": 0, "changed": 0}
+
+
+def test_a_change_of_one_channel_is_a_changed_pixel() -> None:
+    before = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    after = before.clone()
+    after[0, 1, :, :4] = 1
+    assert image_distances(before, after)["changed"] == 0.5

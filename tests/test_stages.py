@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import toy_file, toy_source
 
-from bdbench import poisoning, stages, store, tables
+from bdbench import judging, poisoning, stages, store, tables
 from bdbench.artifacts import DatasetArtifact, EvaluationArtifact, ModelArtifact, verify
 from bdbench.data import ImageDataset, Role
 from bdbench.defenses.base import Defended, Defense, Task
 from bdbench.defenses.plain import NoDefense
 from bdbench.engine import Engine, Recipe
 from bdbench.errors import ArtifactError, OptionError
+from bdbench.metrics import Rate
 from bdbench.options import Options, describe_options
 from bdbench.progress import Silent
 from bdbench.registry import ATTACKS, DEFENSES
@@ -137,6 +138,42 @@ def test_all_to_all_is_judged_on_all_images_and_has_no_target(toy_archive: Path,
     table = stages.evaluate(defend(data, "none", tmp_path / "none").path, **CPU).metrics.set_index("metric")
     assert table.loc["asr", "denominator"] == 40
     assert "target_recall" not in table.index
+
+
+def test_source_specific_asr_counts_the_source_and_says_beside_it_how_the_others_fare(
+    toy_archive: Path, tmp_path: Path
+) -> None:
+    options = {"labels": "source-specific", "source": 3, "target": 2}
+    data = stages.poison(toy_archive, "badnets", options=options, out=tmp_path / "data")
+    model = defend(data, "none", tmp_path / "none")
+    frame = stages.evaluate(model.path, **CPU).predictions
+    frame["prediction"] = frame["clean_label"]
+    # triggered: 10 images of the source class, 7 called the target; 20 of the classes 0 and 1, 4 called so
+    triggered, of_source = frame["split"] == "triggered", frame["clean_label"] == 3
+    frame.loc[frame[triggered & of_source].index[:7], "prediction"] = 2
+    frame.loc[frame[triggered & ~of_source].index[:4], "prediction"] = 2
+    # without trigger, one image of the source class and five of the others are called the target
+    frame.loc[frame[~triggered & of_source].index[:1], "prediction"] = 2
+    frame.loc[frame[~triggered & (frame["clean_label"] == 0)].index[:5], "prediction"] = 2
+    rates, _ = judging.measure(frame, data, model)
+    assert {name: rates[name] for name in ("asr", "asr_others", "ra", "floor")} == {
+        "asr": Rate(7, 10),
+        "asr_others": Rate(4, 20),
+        "ra": Rate(3, 10),
+        "floor": Rate(1, 10),
+    }
+
+
+def test_the_other_classes_have_a_column_where_labels_are_source_specific_only(
+    toys: DatasetArtifact, toy_archive: Path, tmp_path: Path
+) -> None:
+    data = stages.poison(toy_archive, "badnets", options={"labels": "source-specific"}, out=tmp_path / "data")
+    for folder, source in (("specific", data), ("plain", toys)):
+        made = stages.evaluate(defend(source, "none", tmp_path / folder / "none").path, data=source.path, **CPU)
+        (row,) = tables.read_rows([made.path])
+        shown = str(tables.render([row], "markdown"))
+        assert ("ASR, other classes" in shown) == (folder == "specific")
+        assert row["asr_others_n"] == (20 if folder == "specific" else None)
 
 
 def test_an_evaluation_tells_a_table_all_it_needs(toys: DatasetArtifact, tmp_path: Path) -> None:

@@ -48,7 +48,26 @@ def flat(value: int, channels: int = 3, side: int = 32, count: int = 1) -> Image
     return ImageDataset(images, torch.zeros(count, dtype=torch.int64), ("a", "b"))
 
 
-TOY_ATTACKS: dict[str, dict[str, Any]] = {}
+TOY_ATTACKS: dict[str, dict[str, Any]] = {
+    "lc": {"steps": 5},
+    "fc": {"steps": 5},
+    "narcissus": {"rounds": 12, "lr": 0.05},
+    "lf": {"passes": 3},
+    "trojannn": {"steps": 20},
+    "lba": {"epochs": 5},
+    "cba": {"source": 1, "partner": 0},
+    "ssba": {
+        "secret_bits": 1,
+        "encoder_width": 16,
+        "encoder_side": 8,
+        "encoder_epochs": 10,
+        "encoder_batch_size": 128,
+        "encoder_lr": 5e-3,
+    },
+    "input-aware": {"mask_epochs": 1, "victim_epochs": 1, "victim_batch_size": 16, "generator_width": 4},
+    "wanet-tc": {"victim_epochs": 1, "victim_batch_size": 16},
+    "lira": {"generator_epochs": 1, "victim_epochs": 1, "victim_batch_size": 16, "eps": 0.2},
+}
 """Options that make an attack's own training small, by name."""
 
 

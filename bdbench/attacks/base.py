@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -37,12 +37,14 @@ class Lab:
             for, a seed, and what it is for.
         augment: how the data set's images are augmented.
         cache: folder for what several attacks can share, such as a surrogate; None keeps none.
+        surrogates: those trained so far, by what determines them.
     """
 
     engine: Engine
     model: Callable[[str, ImageDataset, int, str], Classifier]
     augment: str = "none"
     cache: Path | None = None
+    surrogates: dict[str, Classifier] = field(default_factory=dict, compare=False)
 
     @property
     def seed(self) -> int:
@@ -214,6 +216,13 @@ class TrainingAttack(Attack):
         Returns:
             The state, and the victim in evaluation mode.
         """
+
+
+def wanted_labels(labels: Tensor, attack: Attack, num_classes: int) -> Tensor:
+    """Return what the attacker wants triggered images of these true labels (N,) to be called."""
+    if attack.labels == "all-to-all":
+        return (labels + 1) % num_classes
+    return torch.full_like(labels, attack.target)
 
 
 def pattern_for(values: Tensor, channels: int) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, UnidentifiedImageError
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from bdbench.attacks.base import Attack, Lab, Occasion, State, pattern_for
@@ -21,13 +21,15 @@ class Blended(Attack):
     """One fixed picture is mixed into the whole image: (1 - alpha) * image + alpha * picture.
 
     `--picture cartoon` is drawn by bdbench (bright ground, saturated shapes: it stands in for the published cartoon,
-    which is not free), `noise` is uniform, independent per pixel and channel; a path takes the user's own image.
+    which is not free), `noise` is uniform, independent per pixel and channel; a path takes the user's own image,
+    resized to the data set's.
 
     Paper: Chen et al., Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning, 2017,
     https://arxiv.org/abs/1712.05526.
 
-    Differs from the published code: ABL and CBD draw new noise for every image, so that no pattern repeats; here there
-    is one pattern.
+    Differs from the published code: ABL and CBD draw new gray noise for every image, in tests too, so that no pattern
+    repeats and what is learned is that there is noise; here there is one pattern. `--picture noise --per-image` does
+    as they do.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1712.05526"
@@ -38,23 +40,41 @@ class Blended(Attack):
     alpha: float = Field(0.2, gt=0, le=1, description="Share of the picture in training.")
     alpha_test: float | None = Field(None, gt=0, le=1, description="Share at test time; default: as in training.")
 
+    per_image: bool = Field(False, description="New gray noise for every image, as ABL and CBD do (noise only).")
+
+    @model_validator(mode="after")
+    def _check_per_image(self) -> Self:
+        if self.per_image and self.picture != "noise":
+            raise OptionError(f"per_image draws noise, but the picture is {self.picture}; give --picture noise too")
+        return self
+
     def files(self) -> tuple[Path, ...]:
         """Return the user's picture, if it is one."""
         return () if isinstance(self.picture, str) else (self.picture,)
 
     def fit(self, clean: ImageDataset, lab: Lab) -> State:
-        """Return the picture (C, H, W) float in [0, 255]."""
+        """Return the picture (C, H, W) float in [0, 255]; nothing if every image has its own."""
+        if self.per_image:
+            return {}
         channels, height, width = clean.image_shape
         if self.picture == "noise":
             rng = generator(lab.seed, "blended", "noise")
             return {"pattern": torch.randint(0, 256, (channels, height, width), generator=rng).float()}
         image = draw_cartoon() if self.picture == "cartoon" else _open_picture(Path(self.picture))
+        if self.picture != "cartoon" and image.size != (width, height):
+            lab.engine.progress.note(
+                f"picture '{self.picture}' of {image.height}x{image.width} pixels is resized to the images' "
+                f"{height}x{width}"
+            )
         pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
         return {"pattern": pattern_for(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float(), channels)}
 
     def stamp(self, images: Tensor, state: State, occasion: Occasion) -> Tensor:
         """Mix the picture in."""
         alpha = self.alpha_test if occasion.use == "test" and self.alpha_test is not None else self.alpha
+        if self.per_image:
+            noise = (occasion.uniform("noise", 1, *images.shape[2:]) * 256).floor_()
+            return torch.lerp(images.float(), noise, alpha)
         return torch.lerp(images.float(), state["pattern"], alpha)
 
 

@@ -41,20 +41,33 @@ class WaNet(Attack):
     def fit(self, clean: ImageDataset, lab: Lab) -> State:
         """Return the sampling grid (H, W, 2) float in [-1, 1], x before y."""
         _, height, width = clean.image_shape
-        k = self.control_points
-        points = torch.rand(1, 2, k, k, generator=generator(lab.seed, "wanet", "field")) * 2 - 1
-        points = points / points.abs().mean()
-        field = F.interpolate(points, size=(height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
-        y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-        identity = torch.stack([x, y], 2)
-        step = torch.tensor([self.strength / width, self.strength / height])
-        return {"grid": (identity + step * field).clamp(-1, 1)}
+        points = torch.rand(1, 2, *[self.control_points] * 2, generator=generator(lab.seed, "wanet", "field")) * 2 - 1
+        return {"grid": warp_grid(points, self.strength, height, width)}
 
     def stamp(self, images: Tensor, state: State, occasion: Occasion) -> Tensor:
-        """Sample the images (bilinear, aligned corners) at the grid; covers at a grid with noise of their own."""
+        """Sample the images at the grid; covers at a grid with noise of their own."""
         _, _, height, width = images.shape
         grid = state["grid"].expand(len(images), -1, -1, -1)
         if occasion.use == "cover":
-            shifts = occasion.uniform("shifts", height, width, 2) * 2 - 1
-            grid = (grid + shifts / torch.tensor([width, height])).clamp(-1, 1)
-        return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+            grid = shaken(grid, occasion.uniform("shifts", height, width, 2))
+        return warped(images.float(), grid)
+
+
+def warp_grid(points: Tensor, strength: float, height: int, width: int) -> Tensor:
+    """Return the sampling grid (H, W, 2), in [-1, 1], x before y, that control points (1, 2, k, k) of any size make."""
+    points = points / points.abs().mean()
+    field = F.interpolate(points, size=(height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    step = torch.tensor([strength / width, strength / height])
+    return (torch.stack([x, y], 2) + step * field).clamp(-1, 1)
+
+
+def shaken(grid: Tensor, drawn: Tensor) -> Tensor:
+    """Shift every point of grids (B, H, W, 2) on its own, by up to 1 / W and 1 / H; `drawn` is as large, in [0, 1)."""
+    _, height, width, _ = grid.shape
+    return (grid + (drawn * 2 - 1) / torch.tensor([width, height], device=grid.device)).clamp(-1, 1)
+
+
+def warped(images: Tensor, grid: Tensor) -> Tensor:
+    """Sample images (B, C, H, W) float at grids (B, H, W, 2): bilinear, aligned corners, zero outside."""
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)

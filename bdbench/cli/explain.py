@@ -56,7 +56,7 @@ def list_names(
     for registry in chosen:
         table.add_row(Text(registry.plural, style="bold"), "")
         for name, row in registry.rows.items():
-            table.add_row(f"  {name}", Text(row.summary).append(f"  [{row.threat}]" if row.threat else "", style="dim"))
+            table.add_row(f"  {name}", row.summary, Text(row.threat, style="dim"))
     console.show(table)
     console.say("more: [cyan]bdbench show NAME[/cyan]")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    artifact: Annotated[str, typer.Argument(help="Path or id of an artifact of any kind.")],
+    artifacts: Annotated[
+        list[str], typer.Argument(metavar="ARTIFACT...", help="Path or id of an artifact of any kind.")
+    ],
     image: Annotated[
         Path | None,
-        typer.Option(help="Write a picture: clean, triggered, difference of a data set; loss curves of a model."),
+        typer.Option(
+            help="Write a picture: clean, triggered, difference of a data set; loss curves of a model; of several data "
+            "sets one test image under every trigger."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -30,30 +35,41 @@ def inspect(
       bdbench inspect runs/digits-badnets-s0 --image sheet.png
 
       bdbench inspect runs/digits-badnets-s0-cbd
+
+      bdbench inspect runs/digits-badnets-s0 runs/digits-sig-s0 --image triggers.png
     """
-    from bdbench.artifacts import DatasetArtifact, ModelArtifact, open_any
+    from bdbench.artifacts import open_any
     from bdbench.store import locate
 
-    found = open_any(locate(artifact))
-    manifest = found.manifest
+    opened = [open_any(locate(artifact)) for artifact in artifacts]
     if json:
-        console.show_json(
-            {"path": found.path, "id": found.id, **vars(manifest.ask), "facts": manifest.facts, "made": manifest.made}
-        )
-    else:
-        _say_manifest(found)
-        if isinstance(found, DatasetArtifact):
-            _say_dataset(found)
-        elif isinstance(found, ModelArtifact):
-            _say_model(found)
-        else:
-            from bdbench import tables
-            from bdbench.artifacts import EvaluationArtifact
-
-            row = tables.evaluation_row(EvaluationArtifact(found.path, manifest))
-            console.show(tables.render(tables.mark_rows([row]), "rich"))
+        facts = [_facts(found) for found in opened]
+        console.show_json(facts if len(facts) > 1 else facts[0])
+    for found in opened if not json else ():
+        _say(found)
     if image is not None:
-        _draw(found, image)
+        _draw(opened, image)
+
+
+def _facts(found: Artifact) -> dict[str, Any]:
+    manifest = found.manifest
+    return {"path": found.path, "id": found.id, **vars(manifest.ask), "facts": manifest.facts, "made": manifest.made}
+
+
+def _say(found: Artifact) -> None:
+    from bdbench.artifacts import DatasetArtifact, ModelArtifact
+
+    _say_manifest(found)
+    if isinstance(found, DatasetArtifact):
+        _say_dataset(found)
+    elif isinstance(found, ModelArtifact):
+        _say_model(found)
+    else:
+        from bdbench import tables
+        from bdbench.artifacts import EvaluationArtifact
+
+        row = tables.evaluation_row(EvaluationArtifact(found.path, found.manifest))
+        console.show(tables.render(tables.mark_rows([row]), "rich"))
 
 
 def _say_manifest(found: Artifact) -> None:
@@ -82,6 +98,7 @@ def _say_dataset(found: DatasetArtifact) -> None:
     import pandas as pd
     from rich.table import Table
 
+    from bdbench import judging
     from bdbench.data import Role
 
     facts = found.manifest.facts
@@ -98,6 +115,12 @@ def _say_dataset(found: DatasetArtifact) -> None:
         total = str(int(sum(per_role)))
         table.add_row(f"{index} {name}", total, *(str(count) for count in per_role), str(int(seen[index])))
     console.show(table)
+    if facts["counts"]["triggered"]:
+        far = judging.trigger_distances(found)
+        console.show(
+            f"trigger: PSNR {far['psnr']:.1f} dB, SSIM {far['ssim']:.3f}, {far['changed']:.1%} of pixels changed, "
+            f"by at most {far['max_change']:.0f} of 255"
+        )
 
 
 def _say_model(found: ModelArtifact) -> None:
@@ -117,16 +140,21 @@ def _say_model(found: ModelArtifact) -> None:
         console.show(f"{len(samples):,} training samples scored, {int(samples['set_aside'].sum()):,} set aside")
 
 
-def _draw(found: Artifact, image: Path) -> None:
+def _draw(opened: list[Artifact], image: Path) -> None:
     from bdbench import pictures
     from bdbench.artifacts import DatasetArtifact, ModelArtifact
     from bdbench.errors import ArtifactError, OptionError
 
+    sources = [found for found in opened if isinstance(found, DatasetArtifact)]
     try:
-        if isinstance(found, DatasetArtifact):
-            pictures.contact_sheet(found, image)
-        elif isinstance(found, ModelArtifact):
-            pictures.loss_curves(found, image)
+        if len(opened) > 1:
+            if len(sources) < len(opened):
+                raise OptionError("--image draws several data sets together, nothing else; give one artifact")
+            pictures.gallery(sources, image)
+        elif sources:
+            pictures.contact_sheet(sources[0], image)
+        elif isinstance(opened[0], ModelArtifact):
+            pictures.loss_curves(opened[0], image)
         else:
             raise OptionError("--image draws data sets and models, not evaluations")
     except (OSError, ValueError) as error:
