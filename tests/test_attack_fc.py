@@ -139,7 +139,14 @@ def test_the_patch_is_of_pure_colours_near_the_corner() -> None:
     inside = state["pattern"][state["mask"].expand(3, 32, 32).bool()]
     assert len(inside) == 48
     assert set(inside.tolist()) == {0, 255}
+    assert inside.view(3, 16).mean(1).tolist() == [127.5] * 3
     assert not torch.equal(state["pattern"], FeatureCollision().fit(flat(0), toy_lab(1))["pattern"])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_patch_shows_on_the_smallest_gray_images(seed: int) -> None:
+    state = FeatureCollision().fit(flat(0, channels=1, side=8), toy_lab(seed))
+    assert sorted(state["pattern"][0, 6:, 6:].flatten().tolist()) == [0, 0, 255, 255]
 
 
 def test_the_patch_replaces_pixels() -> None:

@@ -135,6 +135,14 @@ def test_a_point_is_blurred_to_a_gaussian_of_its_own_width() -> None:
         assert int((image > 0).sum()) == (2 * reach + 1) ** 2
 
 
+@pytest.mark.parametrize(("draw", "sigma"), [(0.0, 1.0), (0.5, 3.0), (0.75, 4.0)])
+def test_the_width_is_drawn_from_1_to_5_pixels(draw: float, sigma: float) -> None:
+    points = torch.zeros(1, 1, 33, 33)
+    points[:, :, 16, 16] = 1
+    found = out_of_focus(points, torch.zeros_like(points), torch.tensor([[draw, 0.0, 0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(found, blur(points, torch.tensor([sigma])) * vignette(33, 33))
+
+
 def test_blurring_keeps_flat_images_also_at_the_edges_of_small_ones() -> None:
     torch.testing.assert_close(blur(torch.ones(1, 1, 8, 8), torch.tensor([5.0])), torch.ones(1, 1, 8, 8))
 

@@ -36,8 +36,8 @@ class FeatureCollision(SurrogateAttack):
     https://arxiv.org/abs/1804.00792.
 
     Differs from the published code: there a collision makes one chosen test image fail and there is no trigger, so no
-    success rate on new images; patch, partners and test trigger are bdbench's adaptation. The patch, 4 of 32 pixels
-    of random colours, stays in one place. The step size is each image's own and is halved whenever a step does not
+    success rate on new images; patch, partners and test trigger are bdbench's adaptation. The patch, 4 of 32 pixels,
+    black and white in equal shares in every channel, stays in one place. The step size is each image's own and is halved whenever a step does not
     help, which is then taken back; all steps are tried (the published threshold belongs to another network).
     """
 
@@ -55,10 +55,13 @@ class FeatureCollision(SurrogateAttack):
     def fit(self, clean: ImageDataset, lab: Lab) -> State:
         """Return pattern (C, H, W) float, 0 or 255, and mask (1, H, W) float of 0 and 1."""
         channels, height, width = clean.image_shape
-        mask = torch.zeros(1, height, width)
-        mask[:, scaled(27, 4, height), scaled(27, 4, width)] = 1
-        colours = torch.randint(0, 2, (channels, height, width), generator=generator(lab.seed, "fc", "patch"))
-        return {"pattern": 255.0 * colours * mask, "mask": mask}
+        rows, columns = scaled(27, 4, height), scaled(27, 4, width)
+        tall, wide = rows.stop - rows.start, columns.stop - columns.start
+        mask, pattern = torch.zeros(1, height, width), torch.zeros(channels, height, width)
+        mask[:, rows, columns] = 1
+        drawn = torch.rand(channels, tall * wide, generator=generator(lab.seed, "fc", "patch"))
+        pattern[:, rows, columns] = 255.0 * (drawn.argsort(1) % 2).view(channels, tall, wide)
+        return {"pattern": pattern, "mask": mask}
 
     def craft(self, clean: ImageDataset, rows: Tensor, state: State, lab: Lab) -> Tensor:
         """Move the images that will be poisoned to the features of their partners."""

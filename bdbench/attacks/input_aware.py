@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import ClassVar
 
@@ -192,6 +193,6 @@ def sameness(images: Tensor, made: Tensor) -> Tensor:
 
     def apart(values: Tensor) -> Tensor:
         size: Tensor = torch.linalg.vector_norm((values - values.roll(1, 0)).flatten(1), dim=1)
-        return size / values[0].numel() ** 0.5
+        return size / math.sqrt(values[0].numel())
 
     return (apart(images) / (apart(made) + EPSILON)).mean()
