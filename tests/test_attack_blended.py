@@ -118,6 +118,7 @@ def test_nothing_is_said_of_a_picture_that_fits(tmp_path: Path) -> None:
 
 def test_noise_per_image_differs_between_images_and_is_the_images_own() -> None:
     attack, data = Blended(picture="noise", per_image=True), flat(100, count=3)
+    assert attack.fit(data, toy_lab()) == {}
     at_once = triggered(attack, data)
     assert not torch.equal(at_once[0], at_once[1])
     assert torch.equal(attack.trigger(data, torch.tensor([2, 0]), {}, "test", 0), at_once[[2, 0]])

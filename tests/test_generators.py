@@ -69,6 +69,7 @@ def test_a_state_is_a_copy() -> None:
     state = weights_of(network, "")
     before = {name: value.clone() for name, value in state.items()}
     network[0].weight.data.zero_()
+    network[1].weight.data.zero_()
     restored(small_net, state, "")(torch.rand(2, 3, 8, 8))
     assert are_equal(state, before)
 

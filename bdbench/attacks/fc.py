@@ -37,8 +37,9 @@ class FeatureCollision(SurrogateAttack):
 
     Differs from the published code: there a collision makes one chosen test image fail and there is no trigger, so no
     success rate on new images; patch, partners and test trigger are bdbench's adaptation. The patch, 4 of 32 pixels,
-    black and white in equal shares in every channel, stays in one place. The step size is each image's own and is halved whenever a step does not
-    help, which is then taken back; all steps are tried (the published threshold belongs to another network).
+    black and white in equal shares in every channel, stays in one place. The step size is each image's own and is
+    halved whenever a step does not help, which is then taken back; all steps are tried (the published threshold belongs
+    to another network).
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1804.00792"
