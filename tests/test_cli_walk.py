@@ -29,8 +29,9 @@ class Result:
 
 
 @pytest.fixture
-def bdbench(capfd: pytest.CaptureFixture[str]) -> Any:
+def bdbench(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run a command line in this process and return its exit code and what it wrote."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # set where tests run in parallel
 
     def call(*arguments: object) -> Result:
         capfd.readouterr()

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import toy_file, toy_source
+from toys import TOY_ATTACKS, toy_file, toy_source
 
 from bdbench import judging, poisoning, stages, store, tables
 from bdbench.artifacts import DatasetArtifact, EvaluationArtifact, ModelArtifact, verify
@@ -220,7 +220,10 @@ def test_force_makes_bit_equal_files(toy_archive: Path, tmp_path: Path) -> None:
 
 @every_attack
 def test_equal_seeds_give_equal_data_sets_in_any_folder(name: str, toy_archive: Path, tmp_path: Path) -> None:
-    one, other = (stages.poison(toy_archive, name, seed=5, out=tmp_path / folder) for folder in ("one", "other"))
+    options = {"rate": 0.1} | TOY_ATTACKS.get(name, {})
+    one, other = (
+        stages.poison(toy_archive, name, options=options, seed=5, out=tmp_path / folder) for folder in ("one", "other")
+    )
     assert one.id == other.id
     assert one.manifest.files == other.manifest.files
 
