@@ -30,8 +30,7 @@ class InputAware(VictimAttack):
     learn together. In every batch a share `rate` of the images carries its own trigger and the wanted label, as many
     times `cover-ratio` carry the trigger of another image and their true label, the others are clean; the loss is
     cross entropy + diversity of the patterns. The frozen networks make the data set; covers are the second kind. ABL
-    and CBD call this attack Dynamic. The published density of a mask leaves two pixels of an 8x8 image, which is weak
-    there; a higher `--mask-density` helps.
+    and CBD call this attack Dynamic.
 
     Paper: Nguyen and Tran, Input-Aware Dynamic Backdoor Attack, NeurIPS 2020, https://arxiv.org/abs/2010.08138.
 
