@@ -20,7 +20,7 @@ from torch import Tensor
 import bdbench
 from bdbench import store
 from bdbench.checkpoints import save_tensors
-from bdbench.data import ImageDataset, PoisonedDataset, Role
+from bdbench.data import ImageDataset, MappedFile, PoisonedDataset, Role
 from bdbench.devices import peak_memory_bytes
 from bdbench.errors import ArtifactError, DataError
 from bdbench.models.classifier import Classifier, build_classifier
@@ -164,7 +164,8 @@ class DatasetArtifact(Artifact):
                 f"{self.path / name}.safetensors does not hold images of {self.image_shape}; make it again"
             )
         try:
-            return ImageDataset(images, labels, self.class_names)
+            file = MappedFile.of(self.path / f"{name}.safetensors")
+            return ImageDataset(images, labels, self.class_names, file)
         except DataError as error:
             raise ArtifactError(f"{self.path}, split {name}: {error}; make the artifact again") from error
 

@@ -33,27 +33,27 @@ def parse_augment(text: str) -> tuple[str, ...]:
     return names
 
 
-def gather_batch(images: Tensor, rows: Tensor, operations: tuple[str, ...], rng: torch.Generator) -> Tensor:
-    """Take a batch out of a data set, augmented anew.
+def augmented(batch: Tensor, operations: tuple[str, ...], rng: torch.Generator) -> Tensor:
+    """Return a batch, augmented anew.
 
     Crop (padding of an eighth of the side, as 4 of 32, with zeros; ``crop-reflect`` mirrors the image), horizontal
     flip, then cutout (one zero hole of a sixteenth of the side, 2x2 of 32: what "length 3" means in the code of ABL and
     CBD), then affine.
 
     Args:
-        images: (N, C, H, W) uint8.
-        rows: (B,) int64 on the device of `images`.
+        batch: (B, C, H, W), of 0 to 255.
         operations: of `OPERATIONS`.
         rng: a CPU generator; equal states give equal batches.
 
     Returns:
-        (B, C, H, W) float in [0, 1], channels-last in memory.
+        (B, C, H, W) float in [0, 1], on the batch's device.
     """
     border: Literal["zero", "reflect"] | None = (
         "zero" if "crop" in operations else "reflect" if "crop-reflect" in operations else None
     )
-    batch = _crop_and_flip(images, rows, border, "flip" in operations, rng)
-    batch = batch.permute(0, 3, 1, 2).float().div_(255)
+    if border or "flip" in operations:
+        batch = _crop_and_flip(batch, border, "flip" in operations, rng)
+    batch = batch.float() / 255
     if "cutout" in operations:
         batch = _cutout(batch, rng)
     if "affine" in operations:
@@ -62,28 +62,36 @@ def gather_batch(images: Tensor, rows: Tensor, operations: tuple[str, ...], rng:
 
 
 def _crop_and_flip(
-    images: Tensor, rows: Tensor, border: Literal["zero", "reflect"] | None, flip: bool, rng: torch.Generator
+    batch: Tensor, border: Literal["zero", "reflect"] | None, flip: bool, rng: torch.Generator
 ) -> Tensor:
-    """Return (B, H, W, C) uint8 with one gather: a perhaps mirrored window, shifted where there is a border to show."""
-    _, _, height, width = images.shape
-    device, count = images.device, len(rows)
-    y = torch.arange(height).expand(count, height)
-    x = torch.arange(width).expand(count, width)
+    """Return a window of each image, or of its mirror image, shifted where there is a border to show."""
+    count, _, height, width = batch.shape
+    mirrored = torch.zeros(count, dtype=torch.int64)
     if flip:
-        mirrored = torch.rand(count, 1, generator=rng) < 0.5
-        x = torch.where(mirrored, width - 1 - x, x)
+        mirrored = (torch.rand(count, 1, generator=rng) < 0.5).flatten().long()
+    pad_y, pad_x = (max(1, round(height / 8)), max(1, round(width / 8))) if border else (0, 0)
+    down, right = mirrored * 0, mirrored * 0
     if border:
-        pad_y, pad_x = max(1, round(height / 8)), max(1, round(width / 8))
-        y = y + torch.randint(-pad_y, pad_y + 1, (count, 1), generator=rng)
-        x = x + torch.randint(-pad_x, pad_x + 1, (count, 1), generator=rng)
+        down = torch.randint(-pad_y, pad_y + 1, (count, 1), generator=rng).flatten()
+        right = torch.randint(-pad_x, pad_x + 1, (count, 1), generator=rng).flatten()
     if border == "reflect":
-        y, x = height - 1 - (height - 1 - y.abs()).abs(), width - 1 - (width - 1 - x.abs()).abs()
-    y, x = y.to(device), x.to(device)
-    taken = images[rows[:, None, None], :, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
-    if border == "zero":
-        inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-        taken = taken * inside[..., None]
-    return taken
+        batch = batch[:, :, _reflected(height, pad_y, batch.device)][..., _reflected(width, pad_x, batch.device)]
+    else:
+        batch = F.pad(batch, (pad_x, pad_x, pad_y, pad_y))
+    both = torch.stack([batch, batch.flip(3)] if flip else [batch], 1)
+    windows = both.unfold(3, height, 1).unfold(4, width, 1)
+    index = torch.arange(count), mirrored, pad_y + down, pad_x + torch.where(mirrored > 0, -right, right)
+    image, side, top, left = (part.to(windows.device) for part in index)
+    if windows.device.type == "cpu":  # numpy copies whole windows, torch value by value
+        chosen = windows.numpy()[image.numpy(), side.numpy(), :, top.numpy(), left.numpy()]
+        return torch.from_numpy(chosen)
+    return windows[image, side, :, top, left]
+
+
+def _reflected(length: int, pad: int, device: torch.device) -> Tensor:
+    """Return the places (length + 2 pad,) that are seen when a mirror stands on the first and the last of `length`."""
+    places = torch.arange(-pad, length + pad, device=device)
+    return length - 1 - (length - 1 - places.abs()).abs()
 
 
 def _cutout(batch: Tensor, rng: torch.Generator) -> Tensor:
@@ -113,5 +121,4 @@ def _affine(batch: Tensor, rng: torch.Generator) -> Tensor:
         [torch.stack([cos, -sin + shear, uniform(0.2)], 1), torch.stack([sin, cos, uniform(0.2)], 1)], 1
     )
     grid = F.affine_grid(matrix.to(batch.device), list(batch.shape), align_corners=False)
-    moved = F.grid_sample(batch, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return moved.contiguous(memory_format=torch.channels_last)
+    return F.grid_sample(batch, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

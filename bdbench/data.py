@@ -6,14 +6,46 @@ import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bdbench.errors import DataError
+from bdbench.errors import ArtifactError, DataError
 
 MIN_SIDE = 8
+
+
+class MappedFile(NamedTuple):
+    """A file that images are mapped from, as it was when it was opened."""
+
+    path: Path
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Look at a file."""
+        found = path.stat()
+        return cls(path, found.st_size, found.st_mtime_ns)
+
+    def check(self) -> None:
+        """Look again.
+
+        Raises:
+            ArtifactError: it is gone, or not as it was.
+        """
+        try:
+            same = MappedFile.of(self.path) == self
+        except OSError:
+            same = False
+        if not same:
+            raise ArtifactError(
+                f"{self.path} changed or went while it was in use; put it back as it was, or make the artifact again, "
+                "and run the same command again"
+            )
 
 
 class Role(IntEnum):
@@ -33,6 +65,7 @@ class ImageDataset:
         images: (N, C, H, W) uint8 with C of 1 or 3 and H, W of at least 8.
         labels: (N,) int64 in [0, K).
         class_names: K names.
+        file: what the images are mapped from, if they are.
 
     Raises:
         DataError: at construction, if a shape, a type or a label does not fit.
@@ -41,6 +74,7 @@ class ImageDataset:
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    file: MappedFile | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels

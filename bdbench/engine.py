@@ -6,10 +6,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bdbench import checkpoints
-from bdbench.augment import gather_batch, parse_augment
+from bdbench.augment import augmented, parse_augment
 from bdbench.data import ImageDataset
-from bdbench.devices import out_of_memory_advice
+from bdbench.devices import memory_for_images, out_of_memory_advice
 from bdbench.errors import TrainingError
+from bdbench.feeding import Feed
 from bdbench.models.classifier import Classifier
 from bdbench.options import Options
 from bdbench.progress import Progress, Silent
@@ -106,6 +107,8 @@ class Engine:
         progress: who is told how far it is.
         history: a row per finished epoch: phase, epoch, loss, lr, images_per_second, seconds.
         checkpoint_seconds: the least time between two checkpoints of one phase.
+        image_memory: bytes of training images that may lie on the device, more are streamed; None for what is there.
+        compile: let torch compile the networks that are trained; where it cannot, say why and go on without.
     """
 
     device: torch.device
@@ -115,6 +118,8 @@ class Engine:
     progress: Progress = field(default_factory=Silent)
     history: list[dict[str, float | int | str]] = field(default_factory=list)
     checkpoint_seconds: float = CHECKPOINT_SECONDS
+    image_memory: int | None = None
+    compile: bool = False
 
     def fit(
         self,
@@ -124,6 +129,7 @@ class Engine:
         recipe: Recipe,
         *,
         phase: str,
+        rows: Tensor | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         epoch_steps: int | None = None,
         max_steps: int | None = None,
@@ -139,16 +145,17 @@ class Engine:
 
         Args:
             model: a classifier, or whatever else has parameters; moved to the engine's device.
-            data: N training images; a last batch of one image is left out (batch norm needs two).
+            data: N images; a last batch of one image is left out (batch norm needs two).
             loss: called once a step; see `LossFunction`.
             recipe: with `augment` other than "auto".
             phase: names the streams, the checkpoint and the rows of the history; once per engine.
+            rows: (M,) int64, what to train on; default: all of the data.
             optimizer: takes the steps, at the recipe's learning rate, and goes on from the state it is in; default: the
                 recipe's own, fresh.
             epoch_steps: steps in an epoch; default: a pass over the data.
             max_steps: end after this many steps, even inside an epoch.
             before_epoch: called with the number of each epoch, from 0; may return the rows (epoch_steps * batch_size,)
-                to visit, in order. Default: every row once, shuffled.
+                to visit, in order. Default: every one of `rows` once, shuffled.
             stop: asked after every epoch, with the model in evaluation mode; True ends the phase.
             companions: objects whose state belongs to the phase.
             frozen_norms: keep batch-norm statistics as they are and use them instead of the batch's own.
@@ -156,13 +163,20 @@ class Engine:
         Raises:
             TrainingError: the loss is not finite; the last good checkpoint is kept.
             DeviceError: out of memory.
+            OptionError: the images have to be streamed, and `image_memory` cannot hold their batches.
+            ArtifactError: the file of the images changed meanwhile.
         """
         model.to(self.device).to(memory_format=torch.channels_last)
-        run = _Phase(self, model, data, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}))
+        run = _Phase(self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}))
         run.limit(epoch_steps, max_steps)
         with out_of_memory_advice("--batch-size"):
             run.train(before_epoch, stop)
         return model.eval()
+
+    def feed(self, data: ImageDataset) -> Feed:
+        """Return the images of a data set, ready to be taken in batches on the engine's device."""
+        limit = memory_for_images(self.device) if self.image_memory is None else self.image_memory
+        return Feed(data, self.device, limit)
 
     def reuse_or_train(
         self, folder: Path | None, key: str, objects: Mapping[str, Stateful], what: str, train: Callable[[], object]
@@ -206,15 +220,15 @@ class Engine:
     def _map(self, model: Classifier, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         model.to(self.device).to(memory_format=torch.channels_last)
         model.eval()
-        outputs = []
         with (
             torch.inference_mode(),
+            # Compiling for a pass over the images does not pay.
+            torch.compiler.set_stance("force_eager") if self.compile else nullcontext(),
             self.autocast(),
             out_of_memory_advice("the load of the device, or use --device cpu"),
         ):
-            for chunk in images.split(EVALUATION_BATCH):
-                batch = chunk.to(self.device).float().div_(255).contiguous(memory_format=torch.channels_last)
-                outputs.append(function(batch))
+            chunks = images.split(EVALUATION_BATCH)
+            outputs = [function(chunk.to(self.device).float() / 255) for chunk in chunks]
         return torch.cat(outputs).cpu() if outputs else torch.empty(0)
 
     @contextmanager
@@ -232,6 +246,7 @@ class _Phase(Generic[Module]):
         engine: Engine,
         model: Module,
         data: ImageDataset,
+        rows: Tensor | None,
         loss: Callable[[Module, Batch], Tensor],
         recipe: Recipe,
         name: str,
@@ -240,12 +255,16 @@ class _Phase(Generic[Module]):
         companions: dict[str, Stateful],
     ) -> None:
         self.engine, self.model, self.loss, self.recipe, self.name = engine, model, loss, recipe, name
-        self.images = data.images.to(engine.device)
+        self.feed = engine.feed(data)
         self.labels = data.labels.to(engine.device)
+        self.rows_seen = torch.arange(len(data)) if rows is None else rows
         self.operations = parse_augment(recipe.augment)
         self.frozen_norms = frozen_norms
         self.optimizer = optimizer or recipe.optimizer(model)
         self.state: dict[str, Stateful] = {"model": model, "optimizer": self.optimizer, **companions}
+        self.compiled = engine.compile and isinstance(model, Classifier)
+        if self.compiled:
+            cast("nn.Module", model.features).compile()
         self.step = 0
         self.stopped = False
         self.rows: list[dict[str, float | int | str]] = []
@@ -253,10 +272,10 @@ class _Phase(Generic[Module]):
 
     def limit(self, epoch_steps: int | None, max_steps: int | None) -> None:
         """Settle how many steps an epoch and the phase have."""
-        whole, rest = divmod(len(self.labels), self.recipe.batch_size)
+        whole, rest = divmod(len(self.rows_seen), self.recipe.batch_size)
         self.steps_per_epoch = epoch_steps or whole + (rest > 1)
-        if len(self.labels) < 2:
-            raise TrainingError(f"phase '{self.name}' has {len(self.labels)} images; training needs at least 2")
+        if len(self.rows_seen) < 2:
+            raise TrainingError(f"phase '{self.name}' has {len(self.rows_seen)} images; training needs at least 2")
         self.total_steps = min(self.recipe.epochs * self.steps_per_epoch, max_steps or sys.maxsize)
 
     def train(self, before_epoch: Callable[[int], Tensor | None] | None, stop: Callable[[Module], bool] | None) -> None:
@@ -282,14 +301,14 @@ class _Phase(Generic[Module]):
         self._training_mode()
         rng = generator(engine.seed, self.name, "epoch", epoch)
         if order is None:
-            order = torch.randperm(len(self.labels), generator=rng)
-        order = order.to(engine.device)
+            order = self.rows_seen[torch.randperm(len(self.rows_seen), generator=rng)]
+        order = order[: steps * size].to(engine.device)
         total = torch.zeros((), device=engine.device)
         lr, begun = self.recipe.lr_at(epoch), time.perf_counter()
         with scoped(engine.seed, self.name, "global", epoch):
-            for index in range(steps):
+            for index, taken in enumerate(self.feed.batches(order, size)):
                 rows = order[index * size : (index + 1) * size]
-                images = gather_batch(self.images, rows, self.operations, rng)
+                images = augmented(taken, self.operations, rng)
                 lr = self.recipe.lr_at(epoch + index / self.steps_per_epoch)
                 total += self._update(Batch(images, self.labels[rows], rows, self.step + index), lr)
                 engine.progress.advance(size)
@@ -316,10 +335,23 @@ class _Phase(Generic[Module]):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
+        try:
+            loss = self._descend(batch)
+        except RuntimeError as error:
+            if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            self.engine.progress.note(f"not compiled: {str(error).strip().splitlines()[0]}")
+            self.compiled = False
+            torch.compiler.set_stance("force_eager")
+            loss = self._descend(batch)
+        self.optimizer.step()
+        return loss
+
+    def _descend(self, batch: Batch) -> Tensor:
+        """Compute the gradients and return the loss, detached."""
         with self.engine.autocast():
             loss = self.loss(self.model, batch)
         loss.backward()
-        self.optimizer.step()
         return loss.detach().float()
 
     def _has_finite_weights(self) -> bool:

@@ -159,6 +159,8 @@ def defend(
     out: Path | None = None,
     device: str = "auto",
     precision: Precision = "auto",
+    image_memory: float | None = None,
+    compile: bool = False,  # noqa: A002
     force: bool = False,
     progress: Progress | None = None,
 ) -> ModelArtifact:
@@ -177,6 +179,9 @@ def defend(
         out: folder; default: the data set's folder name and the method's.
         device: auto, cpu, cuda, cuda:N or mps.
         precision: auto, fp32 or bf16.
+        image_memory: gigabytes (10^9 bytes) of training images that may lie on the device; more are streamed from the
+            artifact, with the same result. Default: half of what a GPU has free, half of all RAM.
+        compile: let torch compile the network; where it cannot, say why and go on without.
         force: see `poison`.
         progress: who is told how far it is.
 
@@ -204,7 +209,8 @@ def defend(
         return ModelArtifact.open(out)
 
     with store.create(out, ask) as draft:
-        engine = Engine(place, bf16, seed, draft.work, progress)
+        limit = None if image_memory is None else int(image_memory * 1e9)
+        engine = Engine(place, bf16, seed, draft.work, progress, image_memory=limit, compile=compile)
         task = Task(
             train=data.train,
             new_model=lambda purpose: fresh_model(model, data.train, seed, purpose),
@@ -281,8 +287,13 @@ def fresh_model(name: str, train: ImageDataset, seed: int, purpose: str) -> Clas
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (C,) of uint8 images (N, C, H, W), in [0, 1], from at most 5,000 of them."""
-    sample = images[:: max(1, len(images) // 5000)].float().div(255)
+    """Return mean and standard deviation (C,) of uint8 images (N, C, H, W), in [0, 1].
+
+    They are those of about 5,000 images of at most 32x32 pixels, of as many pixels of larger ones.
+    """
+    pixels = images.shape[2] * images.shape[3]
+    wanted = max(1, 5000 * 1024 // max(1024, pixels))
+    sample = images[:: max(1, len(images) // wanted)].float().div(255)
     return sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
 
 

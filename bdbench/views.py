@@ -32,7 +32,7 @@ def contrastive_view(images: Tensor) -> Tensor:
         images: (B, C, H, W) float32 in [0, 1], C of 1 or 3; their device's default generator is drawn from.
 
     Returns:
-        (B, C, H, W) float32 in [0, 1], also under autocast, without gradient, channels-last in memory.
+        (B, C, H, W) float32 in [0, 1], also under autocast, without gradient.
     """
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         view_CBHW = _crop_and_flip(images)
@@ -43,7 +43,7 @@ def contrastive_view(images: Tensor) -> Tensor:
             view_CBHW.index_copy_(1, rows, _gray(view_CBHW.index_select(1, rows)).expand(3, -1, -1, -1))
         rows = _chosen(images, BLURRED)
         view_CBHW.index_copy_(1, rows, _blur(view_CBHW.index_select(1, rows), _uniform(rows, *BLUR_SIGMA)))
-        return view_CBHW.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        return view_CBHW.transpose(0, 1)
 
 
 def _uniform(samples: Tensor, low: float, high: float) -> Tensor:

@@ -148,6 +148,7 @@ class Watched(Engine):
         base = toy_engine()
         super().__init__(base.device, base.bf16, base.seed)
         self.data: dict[str, ImageDataset] = {}
+        self.rows: dict[str, Tensor | None] = {}
         self.before: dict[str, dict[str, Tensor]] = {}
         self.after: dict[str, dict[str, Tensor]] = {}
         self.recipes: dict[str, Any] = {}
@@ -159,7 +160,7 @@ class Watched(Engine):
         self, model: Classifier, data: ImageDataset, loss: Any, recipe: Any, *, phase: str, **settings: Any
     ) -> Classifier:
         self.data[phase], self.before[phase], self.recipes[phase] = data, weights_of(model), recipe
-        self.optimizers[phase] = settings.get("optimizer")
+        self.rows[phase], self.optimizers[phase] = settings.get("rows"), settings.get("optimizer")
         if self.optimizers[phase] is not None:
             self.decays[phase] = self.optimizers[phase].param_groups[0]["weight_decay"]
             state = self.optimizers[phase].state
@@ -197,7 +198,7 @@ def test_isolated_samples_and_the_rest_are_the_whole_set() -> None:
     assert result.set_aside is not None
     assert len(engine.data["isolate"]) == 80
     assert engine.data["unlearn"].fingerprint == toy_data(80).take(result.set_aside).fingerprint
-    assert engine.data["finetune"].fingerprint == toy_data(80).take(~result.set_aside).fingerprint
+    assert torch.equal(engine.rows["finetune"], torch.nonzero(~result.set_aside).flatten())
 
 
 def test_a_rate_that_isolates_less_than_two_is_refused() -> None:

@@ -24,7 +24,6 @@ from toys import (
 )
 
 from bdbench.artifacts import DatasetArtifact
-from bdbench.augment import gather_batch
 from bdbench.data import ImageDataset, Role
 from bdbench.defenses import cbd
 from bdbench.defenses.base import Defended, Task, mean_cross_entropy
@@ -38,6 +37,7 @@ from bdbench.defenses.cbd import (
     sample_weights,
 )
 from bdbench.engine import Engine, Recipe, frozen
+from bdbench.feeding import Feed
 from bdbench.models.classifier import Classifier
 from bdbench.options import describe_options
 from bdbench.seeds import generator, scoped
@@ -460,13 +460,14 @@ def test_a_pass_moves_the_critic_and_of_the_model_only_batch_norm_statistics() -
 
 def test_a_pass_takes_every_image_once_but_a_single_one_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[list[int]] = []
+    batch = Feed.batch
 
-    def watched(images: Tensor, rows: Tensor, operations: tuple[str, ...], rng: torch.Generator) -> Tensor:
+    def watched(feed: Feed, rows: Tensor, operations: tuple[str, ...], rng: torch.Generator) -> Tensor:
         taken.append(rows.tolist())
         assert operations == ("crop",)
-        return gather_batch(images, rows, operations, rng)
+        return batch(feed, rows, operations, rng)
 
-    monkeypatch.setattr(cbd, "gather_batch", watched)
+    monkeypatch.setattr(Feed, "batch", watched)
     for count, sizes in ((40, [16, 16, 8]), (33, [16, 16])):
         taken.clear()
         data = toy_data(count)

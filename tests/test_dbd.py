@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toys import CLASSES, Fuse, are_equal, toy_batch, toy_data, toy_engine, toy_model, toy_recipe, weights_of
 
-from bdbench.augment import gather_batch
+from bdbench.augment import augmented
 from bdbench.data import ImageDataset
 from bdbench.defenses import dbd
 from bdbench.defenses.base import Defended, Task, lowest
@@ -31,6 +31,7 @@ from bdbench.defenses.dbd import (
 )
 from bdbench.engine import Batch, Engine, Recipe
 from bdbench.errors import OptionError
+from bdbench.feeding import Feed
 from bdbench.models.classifier import Classifier
 from bdbench.progress import Silent
 from bdbench.seeds import generator, scoped
@@ -811,7 +812,7 @@ def expected_of(model: Classifier, share: float, weight: float, recipe: Recipe =
     """The same loss, written down plainly, for a model without batch statistics."""
     data, rng = SETTING.data, generator(0, "mixmatch", "views", 0)
     operations = ("flip",) if recipe.augment == "flip" else ()
-    views = [gather_batch(data.images, torch.arange(40, 56), operations, rng) for _ in range(2)]
+    views = [augmented(data.images[40:56], operations, rng) for _ in range(2)]
     guess = (model(views[0]).softmax(1) + model(views[1]).softmax(1)).detach() / 2
     guess = guess**2 / (guess**2).sum(1, keepdim=True)
     images = torch.cat([toy_batch(data, torch.arange(16)).images, *views])
@@ -859,12 +860,13 @@ def test_a_step_takes_the_doubted_rows_of_its_own_place(monkeypatch: pytest.Monk
     mixing, _ = mixing_of(model, replace(SETTING, recipe=toy_recipe()))
     mixing.doubted = torch.arange(48)
     taken: list[Tensor] = []
+    batch = Feed.batch
 
-    def watched(images: Tensor, rows: Tensor, operations: tuple[str, ...], rng: torch.Generator) -> Tensor:
+    def watched(feed: Feed, rows: Tensor, operations: tuple[str, ...], rng: torch.Generator) -> Tensor:
         taken.append(rows)
-        return gather_batch(images, rows, operations, rng)
+        return batch(feed, rows, operations, rng)
 
-    monkeypatch.setattr(dbd, "gather_batch", watched)
+    monkeypatch.setattr(Feed, "batch", watched)
     for step in (0, 1, 2, 3):  # the fourth begins the next epoch
         mixing.loss(model, toy_batch(SETTING.data, torch.arange(16))._replace(step=step))
     assert [rows[0].item() for rows in taken] == [0, 0, 16, 16, 32, 32, 0, 0]
@@ -875,12 +877,13 @@ def test_the_two_views_of_a_step_differ_and_those_of_another_step_too(monkeypatc
     model = toy_model(SETTING.data).eval()
     mixing, _ = mixing_of(model, replace(SETTING, recipe=toy_recipe(augment="flip")))
     views: list[Tensor] = []
+    batch = Feed.batch
 
     def watched(*args: Any) -> Tensor:
-        views.append(gather_batch(*args))
+        views.append(batch(*args))
         return views[-1]
 
-    monkeypatch.setattr(dbd, "gather_batch", watched)
+    monkeypatch.setattr(Feed, "batch", watched)
     for step in (0, 3):
         step_of(mixing, model, step)
     assert not any(torch.equal(views[i], views[j]) for i in range(4) for j in range(i))

@@ -540,3 +540,47 @@ def test_automatic_precision_asks_the_hardware(monkeypatch: pytest.MonkeyPatch) 
 
 def test_engines_do_not_share_their_history() -> None:
     assert Engine(torch.device("cpu"), False, 0).history is not Engine(torch.device("cpu"), False, 0).history
+
+
+# compiling
+
+
+def compiled_run(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> tuple[dict[str, Tensor], list[str]]:
+    """Train with a compiler that fails or does nothing; return the weights and what was noted."""
+    notes: list[str] = []
+
+    def compiled(function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            if error is not None and not stances:
+                raise error
+            return function(*args)
+
+        return run
+
+    stances: list[str] = []
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
+    engine = toy_engine(compile=True)
+    engine.progress.note = notes.append  # type: ignore[method-assign]
+    data = toy_data(40)
+    model = engine.fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), phase="train")
+    assert stances == (["force_eager"] if error else [])
+    return weights_of(model), notes
+
+
+def test_what_cannot_be_compiled_is_trained_without_and_the_reason_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = type("Failed", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    weights, notes = compiled_run(monkeypatch, failure("no C++ compiler\nand more"))
+    assert notes == ["not compiled: no C++ compiler"]
+    data = toy_data(40)
+    plain = toy_engine().fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), phase="train")
+    assert are_equal(weights, weights_of(plain))
+
+
+def test_other_errors_of_a_compiled_step_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        compiled_run(monkeypatch, RuntimeError("shapes do not fit"))
+
+
+def test_what_can_be_compiled_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiled_run(monkeypatch, None)[1] == []

@@ -110,11 +110,6 @@ def test_a_stamp_scales_then_adds_then_cuts() -> None:
     assert stamp(image)[0, :, 3, 4].tolist() == pytest.approx([0.5, 1, 0])
 
 
-def test_stamped_images_are_channels_last() -> None:
-    stamped = Stamp(torch.ones(1, 8, 8), torch.zeros(SHAPE))(images_of().contiguous())
-    assert stamped.is_contiguous(memory_format=torch.channels_last)
-
-
 def test_an_empty_mask_leaves_images_and_a_full_one_shows_the_pattern_only() -> None:
     triggers, images = masks_of(0, 1), images_of()
     set_mask(triggers, 0, 1)

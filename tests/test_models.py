@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier, build_classifier, pool
@@ -95,6 +95,16 @@ def test_normalisation_is_the_first_layer() -> None:
     images = noise(2, 3, 8, 8)
     with torch.inference_mode():
         assert torch.equal(inside(images), outside((images - mean.view(3, 1, 1)) / std.view(3, 1, 1)))
+
+
+def test_the_network_gets_channels_last_whatever_it_is_given() -> None:
+    model = build_classifier(MODELS.load("convnet"), (3, 8, 8), 2, torch.zeros(3), torch.ones(3))
+    seen: list[Tensor] = []
+    model.features.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    images = torch.rand(2, 3, 8, 8, generator=generator(0, "layout"))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model(images.contiguous(memory_format=memory_format))
+    assert all(batch.is_contiguous(memory_format=torch.channels_last) for batch in seen)
 
 
 def test_normalisation_travels_with_the_weights() -> None:

@@ -50,12 +50,11 @@ def whole(count: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 32, 32), (5, 1, 32, 32), (4, 3, 8, 12), (4, 1, 12, 8), (1, 3, 8, 8)])
-def test_a_view_keeps_shape_range_type_and_layout(shape: tuple[int, ...]) -> None:
+def test_a_view_keeps_shape_range_and_type(shape: tuple[int, ...]) -> None:
     images = random_images(*shape)
     view = seeded_view(images)
     assert view.shape == shape
     assert view.dtype == torch.float32
-    assert view.is_contiguous(memory_format=torch.channels_last)
     assert view.min() >= 0
     assert view.max() <= 1
     assert view.isfinite().all()

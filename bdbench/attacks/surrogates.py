@@ -140,9 +140,8 @@ def rows_of_target(clean: ImageDataset, target: int) -> Tensor:
 
 
 def on_device(images: Tensor, lab: Lab) -> Tensor:
-    """Return uint8 images (B, C, H, W) as networks take them: float in [0, 1], channels last, on the lab's device."""
-    moved = images.to(lab.engine.device).float().div_(255)
-    return moved.contiguous(memory_format=torch.channels_last)
+    """Return uint8 images (B, C, H, W) as networks take them: float in [0, 1], on the lab's device."""
+    return images.to(lab.engine.device).float() / 255
 
 
 def change_images(lab: Lab, label: str, images: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

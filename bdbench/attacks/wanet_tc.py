@@ -13,7 +13,7 @@ from torch import Tensor
 from bdbench.attacks.base import Lab, State, wanted_labels
 from bdbench.attacks.victims import VictimAttack
 from bdbench.attacks.wanet import WaNet, shaken, warped
-from bdbench.augment import gather_batch, parse_augment
+from bdbench.augment import augmented, parse_augment
 from bdbench.data import ImageDataset
 from bdbench.engine import Batch
 from bdbench.models.classifier import Classifier
@@ -69,6 +69,6 @@ class WaNetTC(VictimAttack, WaNet):
         seen = torch.cat([warps, images[poisoned + covers :]])
         # Bytes are what is augmented elsewhere, so numbers of their range go in; fractions stay.
         rng = generator(seed, "wanet-tc", "augment", batch.step)
-        seen = gather_batch(seen * 255, torch.arange(len(seen), device=seen.device), operations, rng)
+        seen = augmented(seen * 255, operations, rng)
         wanted = torch.cat([wanted_labels(labels[:poisoned], self, num_classes), labels[poisoned:]])
         return F.cross_entropy(victim(seen), wanted)

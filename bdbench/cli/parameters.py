@@ -40,5 +40,21 @@ Out = Annotated[Path | None, typer.Option(help="Folder of the artifact; default:
 Force = Annotated[bool, typer.Option("--force", help="Make it again, replacing what is at --out.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings, named as the flags; flags win.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")]
+ImageMemory = Annotated[
+    float | None,
+    typer.Option(
+        help="GB of training images that may lie on the device; more are streamed from the artifact, with the same "
+        "result. Default: half of what a GPU has free, half of all RAM.",
+        min=0,
+        show_default=False,
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Let torch compile the network: 20 s and more at the start of a run, for small gains on a CPU.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 PrecisionName = Annotated[str, typer.Option(help="auto (bf16 where the hardware accelerates it), fp32 or bf16.")]

@@ -8,7 +8,18 @@ from typing import Annotated, Any, cast
 import typer
 
 from bdbench.cli import console
-from bdbench.cli.parameters import Config, Device, Force, Json, MethodName, ModelName, Out, PrecisionName
+from bdbench.cli.parameters import (
+    Compile,
+    Config,
+    Device,
+    Force,
+    ImageMemory,
+    Json,
+    MethodName,
+    ModelName,
+    Out,
+    PrecisionName,
+)
 
 DataArgument = Annotated[
     str | None,
@@ -26,6 +37,8 @@ def train(
     seed: OptionalSeed = None,
     device: Device = "auto",
     precision: PrecisionName = "auto",
+    image_memory: ImageMemory = None,
+    compile: Compile = False,  # noqa: A002
     out: Out = None,
     force: Force = False,
     config: Config = None,
@@ -38,7 +51,23 @@ def train(
 
       bdbench train runs/cifar10-badnets-s0 --model wrn-16-1 --epochs 20
     """
-    defend(options, dataset, "none", model, preset, None, seed, device, precision, out, force, config, json)
+    defend(
+        options,
+        dataset,
+        "none",
+        model,
+        preset,
+        None,
+        seed,
+        device,
+        precision,
+        image_memory,
+        compile,
+        out,
+        force,
+        config,
+        json,
+    )
 
 
 def defend(
@@ -53,6 +82,8 @@ def defend(
     seed: OptionalSeed = None,
     device: Device = "auto",
     precision: PrecisionName = "auto",
+    image_memory: ImageMemory = None,
+    compile: Compile = False,  # noqa: A002
     out: Out = None,
     force: Force = False,
     config: Config = None,  # read before the command runs
@@ -75,7 +106,8 @@ def defend(
     with console.live_progress() as progress:
         made = stages.defend(
             place, method, model=model, preset=preset, options=options, suspect=suspect, seed=seed, out=out,
-            device=device, precision=cast("Precision", precision), force=force, progress=progress,
+            device=device, precision=cast("Precision", precision), image_memory=image_memory,
+            compile=compile, force=force, progress=progress,
         )  # fmt: skip
     asked = made.manifest.ask.config
     console.say(f"{asked['model']} by {method}, preset {asked['preset']}, {made.manifest.made['precision']}")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from bdbench.augment import gather_batch, parse_augment
+from bdbench.augment import parse_augment
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Defense, Task, lowest, mean_cross_entropy
 from bdbench.engine import Batch, LossFunction
@@ -115,9 +115,11 @@ class ABL(Defense):
         )  # fmt: skip
         losses = engine.losses(model, task.train)
         isolated = lowest(losses, count)
-        rest = task.train.take(~isolated)
+        rest = torch.nonzero(~isolated).flatten()
         if self.finetune:
-            model = engine.fit(model, rest, mean_cross_entropy, recipe, phase="finetune", optimizer=kept)
+            model = engine.fit(
+                model, task.train, mean_cross_entropy, recipe, phase="finetune", rows=rest, optimizer=kept
+            )
         if self.unlearn_steps:
             model = self._unlearn(task, model, task.train.take(isolated), rest, kept)
         return Defended(model, scores=-losses, set_aside=isolated)
@@ -127,7 +129,7 @@ class ABL(Defense):
         task: Task,
         model: Classifier,
         isolated: ImageDataset,
-        rest: ImageDataset,
+        rest: Tensor,
         kept: torch.optim.Optimizer | None,
     ) -> Classifier:
         engine = task.engine
@@ -225,14 +227,14 @@ def trap_losses(losses: Tensor, trap: Trap, gamma: float) -> Tensor:
 class _Descent:
     """Batches of the samples that were not isolated, addressed by step."""
 
-    def __init__(self, rest: ImageDataset, task: Task) -> None:
-        self.images = rest.images.to(task.engine.device)
-        self.labels = rest.labels.to(task.engine.device)
+    def __init__(self, rest: Tensor, task: Task) -> None:
+        self.rest, self.labels = rest, task.train.labels
+        self.feed = task.engine.feed(task.train)
         self.operations = parse_augment(task.recipe.augment)
         self.seed = task.engine.seed
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Return images (B, C, H, W) in [0, 1] and labels (B,)."""
         rng = generator(self.seed, "unlearn", "descent", step)
-        rows = torch.randint(len(self.labels), (size,), generator=rng).to(self.labels.device)
-        return gather_batch(self.images, rows, self.operations, rng), self.labels[rows]
+        rows = self.rest[torch.randint(len(self.rest), (size,), generator=rng)]
+        return self.feed.batch(rows, self.operations, rng), self.labels[rows].to(self.feed.device)

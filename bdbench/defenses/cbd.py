@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-from bdbench.augment import gather_batch, parse_augment
+from bdbench.augment import parse_augment
 from bdbench.defenses.base import Defended, Defense, Task, mean_cross_entropy
 from bdbench.engine import Batch, frozen
 from bdbench.models.classifier import Classifier
@@ -201,14 +201,14 @@ class _Tutor:
         """Teach on the whole training set once; of the model only batch-norm statistics move."""
         engine, recipe = task.engine, task.recipe
         model.train()
-        images, operations = task.train.images.to(engine.device), parse_augment(recipe.augment)
+        feed, operations = engine.feed(task.train), parse_augment(recipe.augment)
         rng = generator(engine.seed, "critic", "epoch", epoch)
-        order = torch.randperm(len(images), generator=rng).to(engine.device)
+        order = torch.randperm(len(task.train), generator=rng)
         with scoped(engine.seed, "critic", "global", epoch):
             for rows in order.split(recipe.batch_size):
                 if len(rows) == 1:  # batch norm needs two
                     break
-                batch = gather_batch(images, rows, operations, rng)
+                batch = feed.batch(rows, operations, rng)
                 with torch.no_grad(), engine.autocast():
                     twin_BD, own_BD = twin.embed(batch), model.embed(batch)
                 self.teach(twin_BD, own_BD)

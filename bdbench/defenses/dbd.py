@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from bdbench.augment import gather_batch, parse_augment
+from bdbench.augment import parse_augment
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Defense, Task, lowest
 from bdbench.engine import Batch, Engine, Recipe
@@ -258,7 +258,7 @@ class _MixMatch:
     def __init__(self, options: DBD, task: Task, model: Classifier, recipe: Recipe, groups: list[Tensor]) -> None:
         self.options, self.model, self.recipe, self.groups = options, model, recipe, groups
         self.engine, self.data = task.engine, task.train
-        self.images = task.train.images.to(task.engine.device)
+        self.feed = task.engine.feed(task.train)
         self.operations = parse_augment(recipe.augment)
         self.doubted = torch.empty(0, dtype=torch.int64)
 
@@ -268,7 +268,7 @@ class _MixMatch:
         data = self._augmented(rng) if self.options.split_augmented else self.data
         credible = self._credible(self.engine.losses(self.model, data))
         length = self.options.steps_per_epoch * self.recipe.batch_size
-        self.doubted = _cycle(torch.nonzero(~credible).flatten(), length, rng).to(self.images.device)
+        self.doubted = _cycle(torch.nonzero(~credible).flatten(), length, rng)
         return _cycle(torch.nonzero(credible).flatten(), length, rng)
 
     def _credible(self, losses: Tensor) -> Tensor:
@@ -279,8 +279,8 @@ class _MixMatch:
         return mask
 
     def _augmented(self, rng: torch.Generator) -> ImageDataset:
-        rows = torch.arange(len(self.data), device=self.images.device)
-        chunks = [gather_batch(self.images, part, self.operations, rng) for part in rows.split(CHUNK)]
+        rows = torch.arange(len(self.data))
+        chunks = [self.feed.batch(part, self.operations, rng) for part in rows.split(CHUNK)]
         images = torch.cat([(chunk * 255).round().byte().cpu() for chunk in chunks])
         return ImageDataset(images, self.data.labels, self.data.class_names)
 
@@ -289,7 +289,7 @@ class _MixMatch:
         start = batch.step % options.steps_per_epoch * size
         rows = self.doubted[start : start + size]
         rng = generator(self.engine.seed, "mixmatch", "views", batch.step)
-        views = [gather_batch(self.images, rows, self.operations, rng) for _ in range(2)]
+        views = [self.feed.batch(rows, self.operations, rng) for _ in range(2)]
         with torch.no_grad():
             guess = sharpen(sum(model(view).softmax(1) for view in views) / 2, options.sharpening)
         torch.clear_autocast_cache()  # older torch would reuse weights that were cast without gradient

@@ -31,7 +31,7 @@ class Stamp(NamedTuple):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Stamp images (B, C, H, W) in [0, 1]."""
-        return (self.keep * images + self.add).clamp(0, 1).contiguous(memory_format=torch.channels_last)
+        return (self.keep * images + self.add).clamp(0, 1)
 
 
 class Triggers(nn.Module):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Defense, Task, mean_cross_entropy
 
@@ -26,11 +29,15 @@ class NoDefense(Defense):
 
     def run(self, task: Task) -> Defended:
         """Train one model."""
-        data = self._data(task)
-        return Defended(task.engine.fit(task.new_model("model"), data, mean_cross_entropy, task.recipe, phase="train"))
+        data, rows = self._data(task)
+        model = task.engine.fit(
+            task.new_model("model"), data, mean_cross_entropy, task.recipe, phase="train", rows=rows
+        )
+        return Defended(model)
 
-    def _data(self, task: Task) -> ImageDataset:
-        return task.train
+    def _data(self, task: Task) -> tuple[ImageDataset, Tensor | None]:
+        """Return what to train on: images, and which rows of them if not all."""
+        return task.train, None
 
 
 class Oracle(NoDefense):
@@ -43,8 +50,8 @@ class Oracle(NoDefense):
     threat: ClassVar[str] = "a reference, not a defence: it is told which samples are poisoned"
     needs_truth: ClassVar[bool] = True
 
-    def _data(self, task: Task) -> ImageDataset:
-        return task.train.take(~task.known_truth().is_poison)
+    def _data(self, task: Task) -> tuple[ImageDataset, Tensor | None]:
+        return task.train, torch.nonzero(~task.known_truth().is_poison).flatten()
 
 
 class Clean(NoDefense):
@@ -56,5 +63,5 @@ class Clean(NoDefense):
     threat: ClassVar[str] = "a reference, not a defence: it is given the set as it was before the attack"
     needs_truth: ClassVar[bool] = True
 
-    def _data(self, task: Task) -> ImageDataset:
-        return task.known_truth().unpoisoned
+    def _data(self, task: Task) -> tuple[ImageDataset, Tensor | None]:
+        return task.known_truth().unpoisoned, None

@@ -41,7 +41,8 @@ class Classifier(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Map images (B, C, H, W) in [0, 1] to embeddings (B, D) float32, the input of the head."""
-        return cast("Tensor", self.features((images - self.mean) / self.std)).float()
+        normalised = (images - self.mean) / self.std
+        return cast("Tensor", self.features(normalised.contiguous(memory_format=torch.channels_last))).float()
 
     def classify(self, embedding: Tensor) -> Tensor:
         """Map embeddings (B, D) to logits (B, K), in float32 whatever the features were computed in."""
