@@ -22,6 +22,10 @@ class ArtifactError(BdbenchError):
     """An artifact is missing, damaged, of another kind, or in the way."""
 
 
+class BusyError(ArtifactError):
+    """Another process is making the artifact right now."""
+
+
 class DeviceError(BdbenchError):
     """The device that was asked for is absent or out of memory."""
 

@@ -76,7 +76,7 @@ def poison(
         dataset: a registered name, or the path of an image folder, Parquet or .npz.
         attack: a registered name.
         options: of the attack, such as ``{"rate": 0.05, "target": 3}``.
-        source_options: of the source: data_root, download, image_size, test_fraction.
+        source_options: of the source: data_root, download, image_size, images, test_fraction.
         trusted: share of the training split reserved as clean, for defences that need clean images; 0 for none.
         seed: of every random choice.
         out: folder of the artifact; default ``runs/<dataset>-<attack>-s<seed>``.
@@ -94,7 +94,7 @@ def poison(
     if not 0 <= trusted < 1:
         raise OptionError(f"trusted {trusted} must be at least 0 and less than 1")
     method = cast("type[Attack]", ATTACKS.load(attack)).parse(options or {})
-    source = _open_source(dataset, source_options or {}).load(progress)
+    source = _open_source(dataset, source_options or {}).open(progress)
     config = {"dataset": source.name, "trusted": trusted, **plain(method.model_dump())}
     inputs = {"source": source.fingerprint[:16]}
     inputs |= {path.name: store.file_sha256(path)[:16] for path in method.files() if path.is_file()}

@@ -17,11 +17,13 @@ from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
-from bdbench.errors import ArtifactError
+from bdbench.errors import ArtifactError, BusyError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 ROOT = Path("runs")
+SWEEP = ".sweep"
+"""Folder of what a sweep knows of its cells: records, logs, locks."""
 """Where artifacts lie when no place is given."""
 
 Kind = Literal["dataset", "model", "evaluation"]
@@ -130,9 +132,7 @@ def _locked(hidden: Path, path: Path) -> Iterator[None]:
         lock = FileLock(hidden / "lock", timeout=0)
         lock.acquire()
     except Timeout as error:
-        raise ArtifactError(
-            f"another process is making {path} right now; wait for it, or choose another --out"
-        ) from error
+        raise BusyError(f"another process is making {path} right now; wait for it, or choose another --out") from error
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
@@ -264,6 +264,25 @@ def _differences(one: Ask, other: Ask) -> Iterator[str]:
             yield f"{key} {one.config.get(key)} -> {other.config.get(key)}"
 
 
+def sweep_file(folder: Path, kind: str, name: str) -> Path:
+    """Return the path of a file that a sweep keeps of a cell, in a folder that exists.
+
+    Args:
+        folder: of the sweep.
+        kind: cells, logs or locks.
+        name: of the file.
+
+    Raises:
+        ArtifactError: no permission, or no space.
+    """
+    place = folder / SWEEP / kind
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(place, error) from error
+    return place / name
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; what is written there replaces `path` by one rename at the end."""
@@ -309,3 +328,46 @@ def locate(reference: str | Path, kind: Kind | None = None, root: Path = ROOT) -
             f"{text} does not exist, and no {kind or ''} artifact under {root}/ has that id".replace("  ", " ")
         )
     return matches[-1][0]
+
+
+def unneeded(root: Path) -> list[Path]:
+    """Return the artifacts under a folder that no evaluation there was made from, and leftovers of interrupted work.
+
+    What another process is making now is left out.
+    """
+    found = find_artifacts(root)
+    by_id: dict[str, list[Path]] = {}
+    for path, manifest in found:
+        by_id.setdefault(manifest.id, []).append(path)
+    manifests = dict(found)
+    needed: set[Path] = set()
+    waiting = [path for path, manifest in found if manifest.ask.kind == "evaluation"]
+    while waiting:
+        path = waiting.pop()
+        if path not in needed:
+            needed.add(path)
+            waiting += [
+                origin for made_from in manifests[path].ask.inputs.values() for origin in by_id.get(made_from, [])
+            ]
+    # An attacker's own model belongs to its data set.
+    needed |= {
+        path
+        for path, manifest in found
+        if manifest.ask.method == "victim" and not needed.isdisjoint(by_id.get(manifest.ask.inputs["dataset"], []))
+    }
+    leftovers = [path for path in root.glob("**/.*.work") if path.is_dir() and not _is_locked(path)]
+    leftovers += root.glob("**/.*.done-*")
+    return sorted([*(path for path, _ in found if path not in needed), *leftovers])
+
+
+def _is_locked(hidden: Path) -> bool:
+    try:
+        with FileLock(hidden / "lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def folder_bytes(path: Path) -> int:
+    """Return the size of all files under a folder."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

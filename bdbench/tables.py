@@ -146,6 +146,20 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return merged
 
 
+def _tell_apart(rows: list[dict[str, Any]], name: str, among: Sequence[str]) -> list[str]:
+    """Return the name of each row's attack or defence, with the options that differ among rows of equal `among`."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row[key] for key in (*among, name)), []).append(row)
+    told = []
+    for row in rows:
+        own = row[f"{name}_options"]
+        others = [it[f"{name}_options"] for it in alike[tuple(row[key] for key in (*among, name))]]
+        differing = [key for key, value in own.items() if any(other.get(key) != value for other in others)]
+        told.append(" ".join([row[name], *(f"{key}={own[key]}" for key in differing)]))
+    return told
+
+
 def render(rows: Sequence[dict[str, Any]], style: Format) -> Table | str:
     """Return the table of BA and ASR over seeds in one of the formats; JSON and CSV hold every single run.
 
@@ -161,6 +175,12 @@ def render(rows: Sequence[dict[str, Any]], style: Format) -> Table | str:
         ]
         return pd.DataFrame(flat).to_csv(index=False)
     merged = over_seeds(rows)
+    attacks = _tell_apart(merged, "attack", ("dataset",))
+    defenses = _tell_apart(merged, "defense", ("dataset", "model", "preset"))
+    merged = [
+        row | {"attack": attack, "defense": defense}
+        for row, attack, defense in zip(merged, attacks, defenses, strict=True)
+    ]
     columns = [column for column in COLUMNS if any(_cell(row, column) for row in merged)]
     cells = [[_cell(row, column) for column in columns] for row in merged]
     notes = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in row["marks"] for row in merged)]

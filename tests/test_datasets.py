@@ -29,7 +29,7 @@ from bdbench.datasets.torchvision_sets import (
     Svhn,
     TorchvisionSource,
 )
-from bdbench.errors import DataError
+from bdbench.errors import DataError, OptionError
 from bdbench.progress import Silent
 
 LABELS = [0, 1, 0, 1, 0, 1]
@@ -104,6 +104,16 @@ def gray_images(count: int = 6, side: int = 8) -> np.ndarray:
 
 
 # splits
+
+
+def test_a_part_of_the_training_images_is_the_same_for_everyone_and_named() -> None:
+    whole, part = Digits().open(Silent()), Digits(images=100).open(Silent())
+    assert (part.name, len(part.train), part.test.fingerprint) == ("digits-100", 100, whole.test.fingerprint)
+    assert part.fingerprint == Digits(images=100).open(Silent()).fingerprint
+    known = {image.numpy().tobytes() for image in whole.train.images}
+    assert all(image.numpy().tobytes() in known for image in part.train.images)
+    with pytest.raises(OptionError, match=r"images 5000 is more than the \d+ training images of digits"):
+        Digits(images=5000).open(Silent())
 
 
 def test_split_takes_the_fraction_of_every_class() -> None:

@@ -70,6 +70,16 @@ def test_csv_and_json_hold_every_run() -> None:
     assert [item["seed"] for item in parsed] == [0, 1]
 
 
+def test_rows_that_differ_in_options_are_told_apart_by_them() -> None:
+    rows = [row(attack_options={"rate": rate, "target": 0}) for rate in (0.1, 0.01)]
+    rows.append(row(attack="sig", attack_options={"rate": 0.05, "target": 0}))
+    rows += [row(attack="sig", attack_options={"rate": 0.05, "target": 0}, defense="abl", defense_options={"gamma": 1})]
+    shown = str(tables.render(tables.mark_rows(rows), "markdown")).splitlines()[2:6]
+    assert [line.split(" | ")[2:4] for line in shown] == [
+        ["badnets rate=0.1", "none"], ["badnets rate=0.01", "none"], ["sig", "none"], ["sig", "abl"],
+    ]  # fmt: skip
+
+
 def test_markdown_has_as_many_cells_in_every_line() -> None:
     text = str(tables.render(tables.mark_rows([row(preset="fast"), row("cbd", asr=0.0)]), "markdown"))
     table = [line for line in text.splitlines() if line.startswith("|")]

@@ -28,6 +28,10 @@ def poison(
     image_size: Annotated[
         int | None, typer.Option(help="Resize the shorter side to this many pixels and crop the centre.")
     ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(help="Keep so many training images, chosen at random, the same for every seed.", min=20),
+    ] = None,
     test_fraction: Annotated[float, typer.Option(help="Test share, where the source has no test split.")] = 0.2,
     out: Out = None,
     device: Device = "auto",
@@ -50,7 +54,10 @@ def poison(
     """
     from bdbench import stages
 
-    source = {"download": download, "test_fraction": test_fraction, "data_root": data_root, "image_size": image_size}
+    source = {
+        "download": download, "test_fraction": test_fraction, "data_root": data_root, "image_size": image_size,
+        "images": images,
+    }  # fmt: skip
     given = {name: value for name, value in source.items() if value is not None}
     with console.live_progress() as progress:
         made = stages.poison(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from pydantic import Field
 
 from bdbench.data import SourceData
+from bdbench.errors import OptionError
 from bdbench.options import Options
 from bdbench.progress import Progress
+from bdbench.seeds import generator
 
 
 class Source(Options, ABC):
@@ -26,6 +30,26 @@ class Source(Options, ABC):
     test_fraction: float = Field(
         0.2, gt=0, lt=1, description="Share of images that become the test split where the source has none."
     )
+
+    images: int | None = Field(
+        None, ge=20, description="Keep so many training images, chosen at random, the same for every seed."
+    )
+
+    def open(self, progress: Progress) -> SourceData:
+        """Return both splits, the training split cut to `images`; the name then says so.
+
+        Raises:
+            OptionError: there are fewer.
+            DataError: see `load`.
+        """
+        data = self.load(progress)
+        if self.images is None:
+            return data
+        count = len(data.train)
+        if self.images > count:
+            raise OptionError(f"images {self.images} is more than the {count} training images of {data.name}")
+        rows = torch.randperm(count, generator=generator(0, "images"))[: self.images].sort().values
+        return replace(data, name=f"{data.name}-{self.images}", train=data.train.take(rows))
 
     @abstractmethod
     def load(self, progress: Progress) -> SourceData:

@@ -1,0 +1,265 @@
+"""bdbench sweep, bdbench status and bdbench gc: grids."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bdbench.cli import console
+from bdbench.cli.parameters import Device, Json, PrecisionName
+from bdbench.errors import OptionError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bdbench.grid import Cell, Grid
+    from bdbench.sweep import Run, State
+
+STATES = ("done", "running", "failed", "interrupted", "waiting")
+REFRESH_SECONDS = 0.5
+SHOWN = 20
+
+
+def sweep(
+    grid: Annotated[Path, typer.Argument(metavar="GRID", help="TOML file; see --init.")] = Path("grid.toml"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of artifacts and records; default: runs/ and the file's name.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Cells at once; default: one a GPU, else one a core.", min=1, show_default=False)
+    ] = None,
+    init: Annotated[bool, typer.Option("--init", help="Write a commented example to GRID and end.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the cells, what is there, and how long the rest may take.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Make cells again that failed before.")] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start nothing more after a failure.")] = False,
+    shard: Annotated[str | None, typer.Option(help="One part of the grid, such as 2/8, for batch schedulers.")] = None,
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
+    json: Json = False,
+) -> None:
+    """Make every cell of a grid: data sets x attacks x models x defences x seeds.
+
+    Each cell has a process of its own: one that fails is recorded with its reason and its log, the others go on. What
+    cells share is made once, and what is there is not made again: after Ctrl-C, kill -9 or a reboot the same command
+    goes on. `bdbench status DIR` looks on from another terminal.
+
+    Examples:
+      bdbench sweep --init
+
+      bdbench sweep grid.toml --dry-run
+
+      bdbench sweep grid.toml --jobs 2
+    """
+    from bdbench import grid as grids
+    from bdbench.sweep import Run, Sweep, check, local, usual_jobs
+    from bdbench.sweep import shard as part_of
+
+    if init:
+        write_example(grid, grids.EXAMPLE)
+        return
+    read = grids.read_grid(grid)
+    folder = out or Path("runs") / grid.stem
+    cells: Sequence[Cell] = part_of(read.cells, shard) if shard else read.cells
+    if dry_run:
+        show_plan(Sweep(read, folder), cells, jobs or usual_jobs(0), as_json=json)
+        return
+    checked = check(read)
+    jobs = jobs or usual_jobs(checked.gpus)
+    job = Sweep(read, folder, device, precision, checked.suspects)
+    run = Run(job, cells, local(folder, jobs, checked.gpus), jobs, retry, fail_fast)
+    there = sum(state.state == "done" for state in run.states.values())
+    console.say(f"{len(cells):,} cells in {folder}, {there:,} of them there; {jobs} at once")
+    watch(run)
+    finish(run, as_json=json)
+
+
+def write_example(path: Path, text: str) -> None:
+    """Write the example grid.
+
+    Raises:
+        OptionError: the file exists or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError as error:
+        raise OptionError(f"{path} exists; give another file name") from error
+    except OSError as error:
+        raise OptionError(f"cannot write {path}: {error.strerror or error}") from error
+    console.say(f"wrote [bold]{path}[/bold]")
+    console.say(f"next: [cyan]bdbench sweep {path} --dry-run[/cyan]")
+
+
+def show_plan(job: object, cells: Sequence[Cell], jobs: int, *, as_json: bool) -> None:
+    """Print the cells, their states and an estimate."""
+    from bdbench.sweep import Sweep, seconds_left
+
+    assert isinstance(job, Sweep)
+    states = {cell: state for cell, state in job.states().items() if cell in set(cells)}
+    left = seconds_left(states, jobs)
+    if as_json:
+        rows = [{**cell._asdict(), "name": job.grid.name(cell), "state": state.state} for cell, state in states.items()]
+        console.show_json({"cells": rows, "seconds_left": left})
+        return
+    width = max(len(job.grid.name(cell)) for cell in cells)
+    for cell, state in states.items():
+        console.show(f"{state.state:<12}{job.grid.name(cell):<{width}}")
+    counts = Counter(state.state for state in states.values())
+    console.say(", ".join(f"{counts[name]:,} {name}" for name in STATES if counts[name]))
+    console.say("no time known yet" if left is None else f"about {duration(left)} left with {jobs} at once")
+
+
+def watch(run: Run) -> None:
+    """Make the cells, with a live view on a terminal, else a line per cell."""
+    import sys
+
+    if not sys.stderr.isatty():
+        run.say = console.say
+        for _ in run.steps():
+            pass
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(console=Console(stderr=True), refresh_per_second=4) as live:
+        run.say = live.console.print
+        shown = 0.0
+        for _ in run.steps():
+            if time.monotonic() - shown > REFRESH_SECONDS:
+                run.refresh()
+                live.update(view(run.sweep.grid, run.states, run.jobs, run.paused))
+                shown = time.monotonic()
+        live.update(view(run.sweep.grid, run.states, run.jobs, run.paused))
+
+
+def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") -> Table:
+    """Return what a sweep is doing: a line per running cell, and how many are where."""
+    from rich.table import Table
+
+    from bdbench.sweep import seconds_left
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("running", "phase", "", "seconds"):
+        table.add_column(column, justify="right" if column in ("", "seconds") else "left")
+    running = [(cell, state.record) for cell, state in states.items() if state.state == "running"]
+    for cell, record in running[:SHOWN]:
+        share = f"{record['done'] / max(1, record['total']):.0%}" if record.get("total") else ""
+        spent = time.time() - record["started"] if "started" in record else 0.0
+        table.add_row(grid.name(cell), str(record.get("phase", "starting")), share, f"{spent:,.0f}")
+    counts = Counter(state.state for state in states.values())
+    left = seconds_left(states, jobs)
+    parts = [f"{counts[name]:,} {name}" for name in STATES if counts[name]]
+    parts += [f"about {duration(left)} left"] if left else []
+    table.caption = paused or ", ".join(parts)
+    table.caption_justify = "left"
+    return table
+
+
+def finish(run: Run, *, as_json: bool) -> None:
+    """Print the table of what is done, name what failed, and end with exit code 1 if anything did."""
+    from bdbench import tables
+    from bdbench.artifacts import EvaluationArtifact
+
+    folder = run.sweep.folder
+    rows = [
+        tables.evaluation_row(EvaluationArtifact.open(folder / state.record["evaluation"]))
+        for state in run.states.values()
+        if state.state == "done"
+    ]
+    marked = tables.mark_rows(rows)
+    failed = {run.sweep.grid.name(cell): state for cell, state in run.states.items() if state.state == "failed"}
+    if as_json:
+        reasons = {name: state.record.get("reason", "") for name, state in failed.items()}
+        console.show_json({"rows": marked, "failed": reasons})
+    elif marked:
+        console.show(tables.render(marked, "rich"))
+    for name, state in failed.items():
+        console.say_error(f"{name}: {state.record.get('reason', 'failed before')}")
+    if failed:
+        console.say(
+            "the failed cells are made again with [cyan]--retry[/cyan]; their logs are in "
+            f"[bold]{folder / '.sweep' / 'logs'}[/bold]"
+        )
+        raise typer.Exit(1)
+    console.say(f"next: [cyan]bdbench table {folder} --format markdown[/cyan]")
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a sweep.")],
+    json: Json = False,
+) -> None:
+    """Say how far a sweep is, from any terminal.
+
+    Examples:
+      bdbench status runs/grid
+    """
+    from bdbench.sweep import read_records
+
+    records = read_records(folder)
+    if not records:
+        raise OptionError(f"{folder} holds no sweep; start one with: bdbench sweep GRID --out {folder}")
+    if json:
+        console.show_json({"cells": list(records.values())})
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("cell", "state", "phase", "", "seconds", "reason"):
+        table.add_column(column, justify="right" if column in ("", "seconds") else "left")
+    for record in sorted(records.values(), key=lambda item: (STATES.index(item["state"]), item["name"])):
+        active = record["state"] in ("running", "interrupted")
+        share = f"{record['done'] / max(1, record['total']):.0%}" if active and record.get("total") else ""
+        table.add_row(
+            record["name"], record["state"], str(record.get("phase", "")) if active else "", share,
+            f"{record['seconds']:,.0f}", record.get("reason", "") if record["state"] == "failed" else "",
+        )  # fmt: skip
+    console.show(table)
+    counts = Counter(record["state"] for record in records.values())
+    console.say(", ".join(f"{counts[name]:,} {name}" for name in STATES if counts[name]))
+
+
+def gc(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of artifacts, such as runs/.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Remove them; without it they are listed only.")] = False,
+    json: Json = False,
+) -> None:
+    """List, or remove, artifacts that no result needs, and leftovers of interrupted work.
+
+    Needed are evaluations, their models and their data sets, and all that these were made from.
+
+    Examples:
+      bdbench gc runs/grid
+
+      bdbench gc runs/grid --remove
+    """
+    from bdbench import store
+
+    if not folder.is_dir():
+        raise OptionError(f"{folder} is not a folder")
+    found = [(path, store.folder_bytes(path)) for path in store.unneeded(folder)]
+    if json:
+        console.show_json({"removed": remove, "unneeded": [{"path": path, "bytes": size} for path, size in found]})
+    else:
+        for path, size in found:
+            console.show(f"{size / 1e6:>10,.1f} MB  {path}")
+    if remove:
+        for path, _ in found:
+            shutil.rmtree(path, ignore_errors=True)
+    total = sum(size for _, size in found) / 1e6
+    verb = "removed" if remove else "not needed; --remove removes them"
+    console.say(f"{len(found):,} folders, {total:,.1f} MB: {verb}")
+
+
+def duration(seconds: float) -> str:
+    """Say a time for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,511 @@
+"""Sweeps: which cell is started when, what becomes of those that end badly, and that nothing is lost or made twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from bdbench import artifacts, stages, store, sweep, tables, worker
+from bdbench.cli import app
+from bdbench.errors import ArtifactError, BusyError, OptionError
+from bdbench.grid import Cell, Grid, read_grid
+from bdbench.sweep import Order, Run, State, Sweep, read_records, seconds_left, shard
+
+GRID = 'seeds = [0, 1]\ndefenses = ["none", "abl", "mcldef"]\n'
+
+
+def grid_of(folder: Path, text: str = GRID) -> Grid:
+    path = folder / "grid.toml"
+    path.write_text(text, encoding="utf-8")
+    return read_grid(path)
+
+
+def seal(folder: Path, name: str) -> None:
+    """Leave what looks like an artifact."""
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / store.MANIFEST).write_text("{}")
+
+
+@dataclass
+class Played:
+    """A cell whose worker does at once, or when it is told, what a script says."""
+
+    order: Order
+    code: int | None
+    stopped: bool = False
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def wait(self, seconds: float) -> None:
+        assert seconds > 0
+
+
+@dataclass
+class Stage:
+    """Plays workers: each cell ends with the next code of its script, else well."""
+
+    sweep: Sweep
+    script: dict[str, list[int | None]] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+    playing: list[Played] = field(default_factory=list)
+    at_once: list[set[str]] = field(default_factory=list)
+
+    def launch(self, order: Order, job: int) -> Played:
+        assert job >= 0
+        codes = self.script.get(order.name, [])
+        played = Played(order, codes.pop(0) if codes else worker.DONE)
+        self.started.append(order.name)
+        self.playing.append(played)
+        self.at_once.append({other.order.name for other in self.playing if other.code is None} | {order.name})
+        if played.code is not None:
+            self.end(played, played.code)
+        return played
+
+    def end(self, played: Played, code: int) -> None:
+        """Let a cell end: write what its worker would write."""
+        played.code = code
+        folder, told = self.sweep.folder, json.loads(played.order.text)
+        facts = {
+            "name": told["name"],
+            "cell": told["cell"],
+            "settings": told["settings"],
+            "started": 0.0,
+            "seconds": 8.0,
+        }
+        if code == worker.DONE:
+            for name in (*played.order.makes, f"{played.order.name}-eval"):
+                seal(folder, name)
+            facts |= {"state": "done", "evaluation": f"{played.order.name}-eval"}
+        elif code == worker.FAILED:
+            facts |= {"state": "failed", "reason": "the loss is nan"}
+        else:
+            facts |= {"state": "running"}
+        store.sweep_file(folder, "cells", f"{told['name']}.json").write_text(json.dumps(facts))
+
+
+def run_of(
+    folder: Path, jobs: int = 1, script: dict[str, list[int | None]] | None = None, text: str = GRID, **settings: Any
+) -> tuple[Run, Stage, list[str]]:
+    job = Sweep(grid_of(folder, text), folder / "out", suspects=["mcldef"])
+    stage, said = Stage(job, script or {}), list[str]()
+    return Run(job, job.grid.cells, stage.launch, jobs, say=said.append, **settings), stage, said
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.0)
+
+
+def walk(run: Run) -> None:
+    for _ in run.steps():
+        pass
+
+
+NAMES = [f"digits-badnets-s{seed}-{method}" for seed in (0, 1) for method in ("none", "abl", "mcldef")]
+
+
+def states_of(run: Run) -> dict[str, str]:
+    return {run.sweep.grid.name(cell): state.state for cell, state in run.states.items()}
+
+
+def test_every_cell_is_made_once_and_in_order(tmp_path: Path) -> None:
+    run, stage, said = run_of(tmp_path)
+    walk(run)
+    assert stage.started == NAMES
+    assert set(states_of(run).values()) == {"done"}
+    assert said == [f"done    {name}  8 s" for name in NAMES]
+
+
+def test_what_is_done_is_not_made_again_and_what_changed_is(tmp_path: Path) -> None:
+    walk(run_of(tmp_path)[0])
+    again, stage, _ = run_of(tmp_path)
+    walk(again)
+    assert stage.started == []
+    shutil.rmtree(tmp_path / "out" / f"{NAMES[1]}-eval")
+    changed, stage, _ = run_of(tmp_path, text=GRID + "[defense.mcldef]\nalpha = 2\n")
+    walk(changed)
+    assert stage.started == [NAMES[1], NAMES[2], NAMES[5]]
+
+
+def test_cells_that_would_make_the_same_thing_are_not_started_together(tmp_path: Path) -> None:
+    """Three jobs, but each data set and each undefended model is made by one cell."""
+    run, stage, _ = run_of(tmp_path, jobs=3, script={name: [None] for name in NAMES})
+    steps = run.steps()
+    next(steps)
+    assert stage.started == [NAMES[0], NAMES[3]]
+    stage.end(stage.playing[0], worker.DONE)
+    next(steps)
+    assert stage.started[2:] == [NAMES[1], NAMES[2]]
+    for played in stage.playing:
+        stage.end(played, worker.DONE)
+    next(steps)
+    for played in stage.playing:
+        stage.end(played, worker.DONE)
+    walk_on(steps)
+    assert Counter(stage.started) == Counter(NAMES)
+
+
+def walk_on(steps: Any) -> None:
+    for _ in steps:
+        pass
+
+
+def test_a_failed_cell_is_named_with_its_reason_and_the_others_go_on(tmp_path: Path) -> None:
+    run, stage, said = run_of(tmp_path, script={NAMES[1]: [worker.FAILED]})
+    walk(run)
+    assert stage.started == NAMES
+    assert states_of(run)[NAMES[1]] == "failed"
+    assert f"failed  {NAMES[1]}: the loss is nan" in said[1]
+    assert f"{NAMES[1]}.log" in said[1]
+    # It stays failed until somebody asks for it.
+    later, stage, _ = run_of(tmp_path)
+    walk(later)
+    assert stage.started == []
+    retried, stage, _ = run_of(tmp_path, retry=True)
+    walk(retried)
+    assert stage.started == [NAMES[1]]
+    assert set(states_of(retried).values()) == {"done"}
+
+
+def test_fail_fast_starts_nothing_more(tmp_path: Path) -> None:
+    run, stage, _ = run_of(tmp_path, script={NAMES[1]: [worker.FAILED]}, fail_fast=True)
+    walk(run)
+    assert stage.started == NAMES[:2]
+    assert list(states_of(run).values()).count("waiting") == 4
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(-9, r"killed by signal 9 \(out of memory\?\)"), (-11, "killed by signal 11$"), (7, "ended with code 7")],
+)
+def test_a_worker_that_dies_fails_its_cell_and_is_remembered(tmp_path: Path, code: int, reason: str) -> None:
+    import re
+
+    run, _, said = run_of(tmp_path, script={NAMES[0]: [code]})
+    walk(run)
+    assert re.search(reason, said[0].splitlines()[0])
+    assert read_records(tmp_path / "out")[NAMES[0]]["state"] == "failed"
+
+
+def test_a_cell_that_another_sweep_makes_is_asked_for_again(tmp_path: Path) -> None:
+    run, stage, _ = run_of(tmp_path, script={NAMES[0]: [worker.BUSY, worker.BUSY]})
+    walk(run)
+    assert stage.started.count(NAMES[0]) == 3
+    assert set(states_of(run).values()) == {"done"}
+
+
+def test_a_full_disk_pauses_the_sweep_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [10 * 2**20]
+    monkeypatch.setattr(sweep.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    run, stage, said = run_of(tmp_path, script={NAMES[1]: [worker.FULL]})
+    steps = run.steps()
+    for _ in range(20):
+        next(steps)
+    assert stage.started == NAMES[:2]
+    assert "10 MiB free" in run.paused
+    assert "256 MiB" in said[-1]
+    free[0] += 256 * 2**20
+    walk_on(steps)
+    assert stage.started == [NAMES[0], NAMES[1], *NAMES[1:]]
+    assert run.paused == ""
+
+
+def test_ctrl_c_stops_the_workers(tmp_path: Path) -> None:
+    run, stage, _ = run_of(tmp_path, jobs=2, script={name: [None] for name in NAMES})
+    steps = run.steps()
+    next(steps)
+    steps.close()
+    assert [played.stopped for played in stage.playing] == [True, True]
+
+
+def test_a_record_that_says_running_without_a_worker_is_interrupted(tmp_path: Path) -> None:
+    run, stage, _ = run_of(tmp_path, script={NAMES[0]: [None]})
+    steps = run.steps()
+    next(steps)
+    stage.end(stage.playing[0], worker.INTERRUPTED)
+    folder = tmp_path / "out"
+    assert read_records(folder)[NAMES[0]]["state"] == "interrupted"
+    with FileLock(store.sweep_file(folder, "locks", f"{NAMES[0]}.lock")):
+        assert read_records(folder)[NAMES[0]]["state"] == "running"
+    steps.close()
+
+
+def test_a_damaged_record_means_that_the_cell_is_made_again(tmp_path: Path) -> None:
+    walk(run_of(tmp_path)[0])
+    (tmp_path / "out" / store.SWEEP / "cells" / f"{NAMES[0]}.json").write_text("{")
+    run, stage, _ = run_of(tmp_path)
+    walk(run)
+    assert stage.started == [NAMES[0]]
+
+
+def test_shards_keep_data_sets_whole_and_cover_all(tmp_path: Path) -> None:
+    cells = grid_of(tmp_path, 'seeds = [0, 1, 2]\nattacks = ["badnets", "sig"]\n').cells
+    parts = [shard(cells, f"{number}/4") for number in (1, 2, 3, 4)]
+    assert sorted(cell for part in parts for cell in part) == sorted(cells)
+    groups = [{(cell.attack, cell.seed) for cell in part} for part in parts]
+    assert [len(group) for group in groups] == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_a_shard_that_is_none_is_refused(tmp_path: Path, part: str) -> None:
+    with pytest.raises(OptionError, match="must be N/M"):
+        shard(grid_of(tmp_path).cells, part)
+
+
+def test_the_time_left_comes_from_the_cells_most_alike(tmp_path: Path) -> None:
+    def state(name: str, seconds: float) -> State:
+        return State(name, {"seconds": seconds, "started": time.time()})
+
+    first, second = Cell("a", "x", "m", "cbd", 0), Cell("a", "x", "m", "abl", 0)
+    states = {
+        first: state("done", 10), second: state("done", 20), first._replace(attack="y"): State("waiting", {}),
+        second._replace(dataset="b"): State("interrupted", {}), Cell("b", "y", "n", "dbd", 0): state("running", 0),
+        Cell("b", "z", "n", "dbd", 0): State("failed", {}),
+    }  # fmt: skip
+    assert seconds_left(states, 1) == pytest.approx(10 + 20 + 15, abs=0.1)
+    assert seconds_left(states, 3) == pytest.approx(15, abs=0.1)
+    assert seconds_left({first: State("waiting", {})}, 1) is None
+
+
+def test_jobs_are_bounded_by_memory_and_a_gpu_is_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"SC_PHYS_PAGES": 3 * 10**9 // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(sweep.os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(sweep.os, "cpu_count", lambda: 8)
+    assert sweep.usual_jobs(0) == 1
+    sizes["SC_PHYS_PAGES"] *= 100
+    assert sweep.usual_jobs(0) == 8
+    assert sweep.usual_jobs(4) == 4
+
+
+# the worker
+
+
+def test_a_worker_waits_for_what_another_process_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.0)
+    tries: list[int] = []
+
+    def make() -> str:
+        tries.append(1)
+        if len(tries) < 3:
+            raise BusyError("another process")
+        return "made"
+
+    assert worker.when_free(make) == "made"
+    assert len(tries) == 3
+
+
+def test_a_full_disk_is_told_from_other_errors() -> None:
+    def caused(error: Exception) -> Exception:
+        outer = ArtifactError("cannot write")
+        outer.__cause__ = error
+        return outer
+
+    assert worker.is_full(caused(OSError(errno.ENOSPC, "No space left on device")))
+    assert worker.is_full(caused(OSError("I/O error: No space left on device (os error 28)")))
+    assert not worker.is_full(caused(OSError(errno.EACCES, "Permission denied")))
+
+
+TINY = """
+datasets = ["tiny"]
+attacks = ["badnets", "blended"]
+defenses = ["none", "abl"]
+
+[recipe]
+epochs = 6
+batch_size = 16
+
+[dataset.tiny]
+use = "tiny.npz"
+
+[defense.abl]
+isolation_epochs = 2
+unlearn_steps = 2
+"""
+
+
+def tiny_folder(folder: Path) -> Path:
+    """A folder with a grid of four cells that take moments, on 80 tiny images."""
+    rng = np.random.default_rng(0)
+    splits = {"train": 80, "test": 40}
+    arrays: dict[str, Any] = {}
+    for split, count in splits.items():
+        arrays[f"y_{split}"] = np.arange(count) % 4
+        arrays[f"x_{split}"] = rng.integers(0, 255, (count, 8, 8, 3)).astype(np.uint8)
+    np.savez(folder / "tiny.npz", **arrays)
+    (folder / "grid.toml").write_text(TINY)
+    return folder
+
+
+def bdbench(folder: Path, *arguments: str, **settings: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BDBENCH_CACHE": str(folder / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "bdbench", *arguments], cwd=folder, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
+    )  # fmt: skip
+
+
+def numbers(folder: Path) -> list[tuple[Any, ...]]:
+    rows = tables.read_rows([folder / "runs" / "grid"])
+    return sorted((row["attack"], row["defense"], row["ba"], row["asr"], row["evaluation_id"]) for row in rows)
+
+
+def killed_again_and_again(folder: Path, times: int, victims: Callable[[int], Sequence[int]]) -> int:
+    """Start a sweep and kill it at a random moment, so often; then let it end. Return how often it was killed."""
+    rng, kills = random.Random(0), 0
+    for _ in range(times):
+        process = bdbench(folder, "sweep", "--jobs", "2", start_new_session=True)
+        try:
+            process.wait(rng.uniform(1, 6))
+        except subprocess.TimeoutExpired:
+            for pid in victims(process.pid):
+                os.kill(pid, signal.SIGKILL)
+                kills += 1
+            process.kill()
+        process.communicate()
+        for path in store.find_artifacts(folder / "runs"):
+            artifacts.verify(path[0])
+    return kills
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
+    return [int(child) for child in found]
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="needs pgrep")
+def test_a_sweep_killed_20_times_ends_with_the_table_of_an_undisturbed_one(tmp_path: Path) -> None:
+    for name in ("quiet", "killed"):
+        (tmp_path / name).mkdir()
+        tiny_folder(tmp_path / name)
+    quiet = bdbench(tmp_path / "quiet", "sweep")
+    assert quiet.wait(300) == 0, quiet.communicate()[1]
+    folder = tmp_path / "killed"
+    kills = killed_again_and_again(folder, 10, lambda pid: [pid])  # the sweep
+    kills += killed_again_and_again(folder, 10, workers_of)  # its workers
+    done = bdbench(folder, "sweep", "--retry")
+    assert done.wait(300) == 0, done.communicate()[1]
+    assert numbers(folder) == numbers(tmp_path / "quiet")
+    assert len(numbers(folder)) == 4
+    # Every artifact was sealed once: what is there was made by one of the runs and reused by the others.
+    made = [manifest.ask.kind for _, manifest in store.find_artifacts(folder / "runs")]
+    assert Counter(made) == {"dataset": 2, "model": 4, "evaluation": 4}
+    assert kills > 0
+
+
+def test_a_cell_that_fails_is_recorded_with_its_log(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    (folder / "grid.toml").write_text(TINY.replace('attacks = ["badnets", "blended"]', 'attacks = ["badnets"]') +
+                                      '[attack.badnets]\nrate = 0.001\n')  # fmt: skip
+    done = bdbench(folder, "sweep", "--json")
+    out, said = done.communicate(timeout=300)
+    assert done.returncode == 1
+    assert json.loads(out)["failed"].keys() == {"tiny-badnets-s0-none", "tiny-badnets-s0-abl"}
+    assert "rate 0.001" in json.loads(out)["failed"]["tiny-badnets-s0-none"]
+    assert "--retry" in said
+    log = folder / "runs" / "grid" / store.SWEEP / "logs" / "tiny-badnets-s0-none.log"
+    assert "OptionError" in log.read_text()
+
+
+def test_options_are_checked_before_anything_runs(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path, 'attacks = ["badnets"]\ndefenses = ["abl"]\n[defense.abl]\nisolation_rat = 0.1\n')
+    with pytest.raises(OptionError, match=r"line 3, defense abl: unknown option 'isolation_rat'\. Did you mean"):
+        sweep.check(grid)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_check_finds_who_mends_a_model(tmp_path: Path) -> None:
+    assert sweep.check(grid_of(tmp_path)).suspects == ("mcldef",)
+
+
+# the commands
+
+
+def ran(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Run the command line here: exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as ended:
+        app.run(arguments)
+    shown = capsys.readouterr()
+    return int(ended.value.code or 0), shown.out, shown.err
+
+
+def test_init_writes_a_grid_that_dry_run_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ran(["sweep", "--init"], capsys)[0] == 0
+    code, _, said = ran(["sweep", "--init"], capsys)
+    assert code == 1
+    assert "exists" in said
+    code, shown, said = ran(["sweep", "--dry-run", "--shard", "1/6"], capsys)
+    assert code == 0
+    assert shown.split()[:2] == ["waiting", "digits-badnets-s0-none"]
+    assert "6 waiting" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_status_and_dry_run_say_how_far_a_sweep_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    walk(run_of(tmp_path, script={NAMES[1]: [worker.FAILED]})[0])
+    code, shown, said = ran(["status", str(tmp_path / "out")], capsys)
+    assert code == 0
+    assert "the loss is nan" in shown
+    assert "5 done, 1 failed" in said
+    code, shown, said = ran(["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--dry-run"], capsys)
+    assert shown.count("done") == 5
+    assert "about 0 s left" in said
+
+
+def test_status_of_no_sweep_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, said = ran(["status", str(tmp_path)], capsys)
+    assert code == 1
+    assert "holds no sweep; start one with: bdbench sweep" in said
+
+
+def test_gc_lists_and_removes_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leftover = tmp_path / ".gone.work"
+    leftover.mkdir()
+    (leftover / "point").write_bytes(bytes(3_000_000))
+    code, shown, said = ran(["gc", str(tmp_path)], capsys)
+    assert code == 0
+    assert "3.0 MB" in shown
+    assert "--remove" in said
+    assert leftover.exists()
+    assert json.loads(ran(["gc", str(tmp_path), "--remove", "--json"], capsys)[1])["removed"] is True
+    assert not leftover.exists()
+
+
+# what is not needed
+
+
+def test_gc_finds_what_no_result_was_made_from(tmp_path: Path) -> None:
+    data = stages.poison("digits", out=tmp_path / "data")
+    other = stages.poison("digits", seed=1, out=tmp_path / "other")
+    model = stages.defend(data.path, options={"epochs": 1}, out=tmp_path / "model")
+    stages.evaluate(model.path)
+    unused = stages.defend(data.path, options={"epochs": 1, "lr": 0.01}, out=tmp_path / "unused")
+    (tmp_path / ".gone.work").mkdir()
+    (tmp_path / ".busy.work").mkdir()
+    with FileLock(tmp_path / ".busy.work" / "lock"):
+        found = store.unneeded(tmp_path)
+    assert found == sorted([other.path, unused.path, tmp_path / ".gone.work"])
