@@ -1,0 +1,149 @@
+"""Rows of commands in processes of their own: how long they take, and the memory they need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import baseline
+import numpy as np
+import torch
+from measuring import Bench, Row, Rows, pixels_last, summarise, synthetic_images
+
+PYTHON = [sys.executable]
+BDBENCH = [*PYTHON, "-m", "bdbench"]
+IMPORT_TORCH = [*PYTHON, "-c", "import torch"]
+IMPORT_STAGES = [*PYTHON, "-c", "import bdbench.stages"]
+
+# A small process starts each command: Linux counts the memory of whoever starts a process as its own peak.
+LAUNCHER = """
+import json, subprocess, sys, time
+begun = time.perf_counter()
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+seconds = time.perf_counter() - begun
+try:
+    import resource
+    unit = 1024 ** 2 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
+except ImportError:
+    peak = None
+lines = (done.stderr or done.stdout).strip().splitlines() or [""]
+print(json.dumps({"code": done.returncode, "seconds": seconds, "peak_mb": peak, "said": lines[-1]}))
+"""
+
+
+class Ran(NamedTuple):
+    """What a command took; `code` is its exit status, `said` its last line."""
+
+    code: int
+    seconds: float
+    peak_mb: float | None
+    said: str
+
+
+def run_command(command: Sequence[str], folder: Path | None = None) -> Ran:
+    """Run a command in a folder, else in an empty one, with as many threads as torch has here; it may fail."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as empty:
+            return run_command(command, Path(empty))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    launched = [sys.executable, "-c", LAUNCHER, *command]
+    done = subprocess.run(launched, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return Ran(**json.loads(done.stdout))
+
+
+def compare_commands(
+    commands: Mapping[str, Sequence[str]], plainly: Sequence[str], bench: Bench, note: str
+) -> Iterator[Row]:
+    """Measure commands, by the names of their rows, against one that all of them take turns with."""
+    every = [plainly, *commands.values()]
+    rounds = [[run_command(command) for command in every] for _ in range(1 + bench.sizes.rounds)][1:]
+    theirs, *own = zip(*rounds, strict=True)
+    for name, ours in zip(commands, own, strict=True):
+        yield command_row(name, theirs, ours, note)
+
+
+def command_row(name: str, theirs: Sequence[Ran], ours: Sequence[Ran], note: str) -> Row:
+    """Make a row; a command that failed leaves its columns empty, and the note says why."""
+    for failed in (run for run in (*theirs, *ours) if run.code):
+        return empty_row(name, "s", failed)
+    row = summarise(name, [run.seconds for run in theirs], [run.seconds for run in ours], "s", note=note)
+    if any(run.peak_mb is None for run in (*theirs, *ours)):
+        return row
+    sides = {"baseline": theirs, "bdbench": ours}
+    return row._replace(peak_memory_mb={side: max(run.peak_mb or 0 for run in runs) for side, runs in sides.items()})
+
+
+def empty_row(name: str, unit: str, failed: Ran) -> Row:
+    """Make the row of a command that failed, or that says nothing of its memory."""
+    why = f"failed ({failed.code}): {failed.said[:60]}" if failed.code else "this system does not say"
+    return Row(name, None, None, None, unit, None, {}, note=why)
+
+
+def command_rows(bench: Bench) -> Iterator[Row]:
+    """Start-up, and whole poison commands."""
+    started = {"help-seconds": [*BDBENCH, "--help"], "list-seconds": [*BDBENCH, "list", "attacks"]}
+    yield from compare_commands(
+        started | {"stage-seconds": IMPORT_STAGES}, IMPORT_TORCH, bench, "baseline: import torch"
+    )
+    digits = {"poison-command-seconds": [*BDBENCH, "poison", "--out", "data"]}
+    yield from compare_commands(digits, [*PYTHON, baseline.__file__, "png"], bench, "digits")
+    with tempfile.TemporaryDirectory() as folder:
+        archive = write_archive(Path(folder), bench.sizes.poison)
+        poisoning = {
+            f"poison-command-{attack}-seconds": [*BDBENCH, *poison_flags(archive, attack)]
+            for attack in ("badnets", "wanet")
+        }
+        note = f"{bench.sizes.poison:,} decoded images; baseline: imports alone"
+        yield from compare_commands(poisoning, IMPORT_STAGES, bench, note)
+
+
+def memory_rows(bench: Bench) -> Iterator[Row]:
+    """The largest memory of each stage as a process, at the size of CIFAR-10; the baseline is what imports need."""
+    count = bench.sizes.cifar
+    place = ["--device", str(bench.device), "--precision", "bf16" if bench.bf16 else "fp32"]
+    with tempfile.TemporaryDirectory() as folder:
+        archive = write_archive(Path(folder), count)
+        stages = {
+            "memory-poison": poison_flags(archive, "badnets"),
+            "memory-train": ["train", "data", "--epochs", "1", "--preset", "fast", "--out", "model", *place],
+            "memory-evaluate": ["evaluate", "model", *place],
+        }
+        imports = run_command(IMPORT_STAGES)
+        for name, arguments in stages.items():
+            ran = run_command([*BDBENCH, *arguments], Path(folder))
+            yield memory_row(name, imports, ran, f"{count:,} images, {ran.seconds:.0f} s; baseline: imports alone")
+
+
+def memory_row(name: str, imports: Ran, ran: Ran, note: str) -> Row:
+    """Make a row of the memory of two processes."""
+    if ran.code or ran.peak_mb is None or imports.peak_mb is None:
+        return empty_row(name, "MB", ran)
+    sides = {"baseline": imports.peak_mb, "bdbench": ran.peak_mb}
+    spread = {side: (peak, peak) for side, peak in sides.items()}
+    return Row(name, imports.peak_mb, ran.peak_mb, None, "MB", None, spread, sides, note)
+
+
+def poison_flags(archive: Path, attack: str) -> list[str]:
+    """Return the arguments that poison an archive."""
+    return ["poison", "--dataset", str(archive), "--attack", attack, "--out", "data"]
+
+
+def write_archive(folder: Path, count: int) -> Path:
+    """Write decoded images, and a fifth as many to test, as an .npz file."""
+    arrays: dict[str, Any] = {}
+    for split, size in (("train", count), ("test", count // 5)):
+        data = synthetic_images(size, split)
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = pixels_last(data.images), data.labels.numpy()
+    file = folder / "speed.npz"
+    np.savez(file, **arrays)
+    return file
+
+
+ROWS: dict[str, Rows] = {"commands": command_rows, "memory": memory_rows}
