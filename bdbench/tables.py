@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bdbench.artifacts import EvaluationArtifact
 from bdbench.metrics import defence_effectiveness, mean_interval
+from bdbench.ranking import rank
 from bdbench.store import find_artifacts
 
 Format = Literal["rich", "markdown", "csv", "latex", "json"]
@@ -83,8 +84,7 @@ def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
     """Return one evaluation as a flat row of JSON values; what does not apply is None."""
     facts = evaluation.manifest.facts
     row: dict[str, Any] = {**facts, "evaluation_id": evaluation.id, "path": str(evaluation.path)}
-    records: list[Any] = evaluation.metrics.to_dict("records")
-    entries: dict[str, dict[str, Any]] = {entry["metric"]: entry for entry in records}
+    entries = {entry["metric"]: entry for entry in evaluation.records("metrics.parquet")}
     for name in (*RATES, *SCORES):
         entry = entries.get(name, {"value": None, "denominator": None, "low": None, "high": None})
         row[name] = _finite(entry["value"])
@@ -146,6 +146,17 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return merged
 
 
+def merge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return `over_seeds` with attacks and defences named so that rows of different options are told apart."""
+    merged = over_seeds(rows)
+    attacks = _tell_apart(merged, "attack", ("dataset",))
+    defenses = _tell_apart(merged, "defense", ("dataset", "model", "preset"))
+    return [
+        row | {"attack": attack, "defense": defense}
+        for row, attack, defense in zip(merged, attacks, defenses, strict=True)
+    ]
+
+
 def _tell_apart(rows: list[dict[str, Any]], name: str, among: Sequence[str]) -> list[str]:
     """Return the name of each row's attack or defence, with the options that differ among rows of equal `among`."""
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -156,6 +167,7 @@ def _tell_apart(rows: list[dict[str, Any]], name: str, among: Sequence[str]) -> 
         own = row[f"{name}_options"]
         others = [it[f"{name}_options"] for it in alike[tuple(row[key] for key in (*among, name))]]
         differing = [key for key, value in own.items() if any(other.get(key) != value for other in others)]
+        differing = [key for key in differing if own[key] is not None]
         told.append(" ".join([row[name], *(f"{key}={own[key]}" for key in differing)]))
     return told
 
@@ -174,19 +186,57 @@ def render(rows: Sequence[dict[str, Any]], style: Format) -> Table | str:
             {key: json.dumps(item) if isinstance(item, dict) else item for key, item in row.items()} for row in rows
         ]
         return pd.DataFrame(flat).to_csv(index=False)
-    merged = over_seeds(rows)
-    attacks = _tell_apart(merged, "attack", ("dataset",))
-    defenses = _tell_apart(merged, "defense", ("dataset", "model", "preset"))
-    merged = [
-        row | {"attack": attack, "defense": defense}
-        for row, attack, defense in zip(merged, attacks, defenses, strict=True)
-    ]
+    merged = merge(rows)
     columns = [column for column in COLUMNS if any(_cell(row, column) for row in merged)]
     cells = [[_cell(row, column) for column in columns] for row in merged]
     notes = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in row["marks"] for row in merged)]
     if style == "rich":
         return _rich(columns, cells, merged, notes)
     return _markdown(columns, cells, notes) if style == "markdown" else _latex(columns, cells, notes)
+
+
+RANKING = (
+    Column("defense", "defence", False), Column("preset", "preset", False), Column("rank", "average rank"),
+    Column("mean", "mean"),
+)  # fmt: skip
+
+
+def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -> Table | str:
+    """Return the defences by their average ranks over attacks, with Friedman's test, in one of the formats.
+
+    Args:
+        rows: from `read_rows`.
+        metric: der, ba or asr.
+        style: as in `render`; CSV and JSON hold the same lines.
+    """
+    found = rank(merge(rows), metric)
+    lines = [
+        {"defense": name.rpartition(" ")[0], "preset": name.rpartition(" ")[2], "rank": own, "mean": mean}
+        for name, own, mean in zip(found.defenses, found.ranks, found.means, strict=True)
+    ]
+    if style == "json":
+        return json.dumps({name: _finite(value) if isinstance(value, float) else value
+                           for name, value in found._asdict().items()}, indent=1)  # fmt: skip
+    if style == "csv":
+        return pd.DataFrame(lines).to_csv(index=False)
+    notes = [f"ranked by {metric.upper()} over {found.blocks} settings of data set, model and attack"]
+    if not math.isnan(found.p):
+        notes.append(
+            f"Friedman: chi-squared {found.statistic:.2f}, p {found.p:.3g}; critical difference of ranks "
+            f"{found.critical_difference:.2f} (Nemenyi, 5 %)"
+        )
+    else:
+        notes.append("no test: it needs at least 3 defences and 2 settings")
+    if found.failed:
+        notes.append(f"left out, the attack failed or its strength is not known: {'; '.join(found.failed)}")
+    if found.incomplete:
+        notes.append(f"left out, a defence is missing: {'; '.join(found.incomplete)}")
+    cells = [
+        [f"{line[column.key]:.3f}" if column.is_rate else str(line[column.key]) for column in RANKING] for line in lines
+    ]
+    if style == "rich":
+        return _rich(list(RANKING), cells, [line | {"marks": ""} for line in lines], notes)
+    return (_markdown if style == "markdown" else _latex)(list(RANKING), cells, notes)
 
 
 def _cell(row: dict[str, Any], column: Column) -> str:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,23 @@ def test_evaluate_says_which_rows_break_an_assertion_and_exits_with_3(in_walk: P
     assert "asr" in result.err
     assert len(result.json["rows"]) == 3
     assert bdbench("evaluate", "--assert", "ba>=0").code == 0
+
+
+def test_conditions_are_written_as_junit(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    file = tmp_path / "junit.xml"
+    assert bdbench("table", "--assert", "ba>=0", "--assert", "asr<=-1", "--junit", str(file)).code == 3
+    suite = ET.parse(file).getroot()
+    cases = suite.findall("testcase")
+    assert int(suite.attrib["tests"]) == len(cases) == 2 * int(suite.attrib["failures"])
+    assert all(("failure" in [part.tag for part in case]) == (case.attrib["name"] == "asr<=-1") for case in cases)
+    assert "there is none" in bdbench("table", "--junit", str(file)).err
+
+
+def test_defences_are_ranked(in_walk: Path, bdbench: Any) -> None:
+    shown = bdbench("table", "--ranks", "asr", "--format", "markdown").out
+    assert "average rank" in shown
+    assert "no test: it needs" in shown
+    assert "Did you mean 'asr'" in bdbench("table", "--ranks", "as").err
 
 
 @pytest.mark.parametrize(

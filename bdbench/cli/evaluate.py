@@ -22,6 +22,10 @@ Assertions = Annotated[
         "--assert", help='Condition on every row, such as "asr<=0.05"; exit code 3 where one fails. Repeatable.'
     ),
 ]
+Junit = Annotated[
+    Path | None,
+    typer.Option(help="Also write the conditions of --assert as JUnit XML, for dashboards.", show_default=False),
+]
 FormatName = Annotated[str, typer.Option("--format", help="rich, markdown, csv, latex or json.")]
 
 
@@ -34,6 +38,7 @@ def evaluate(
     ] = None,
     data: Annotated[str | None, typer.Option(help="The data set artifact, where it is not found by its id.")] = None,
     assertions: Assertions = None,
+    junit: Junit = None,
     device: Device = "auto",
     precision: PrecisionName = "auto",
     force: Force = False,
@@ -53,7 +58,7 @@ def evaluate(
     from bdbench import stages, tables
     from bdbench.devices import Precision
 
-    checks = [parse_assertion(text) for text in assertions or []]
+    checks = read_checks(assertions, junit)
     rows = []
     with console.live_progress() as progress:
         for model in models or _models_of_newest():
@@ -64,7 +69,7 @@ def evaluate(
     marked = tables.mark_rows(rows)
     console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich"))
     console.say(f"next: [cyan]bdbench table {Path(marked[0]['path']).parent} --format markdown[/cyan]")
-    _check(marked, checks)
+    _check(marked, checks, junit)
 
 
 def table(
@@ -72,7 +77,16 @@ def table(
         list[Path] | None, typer.Argument(help="Folders that hold evaluations, at any depth; default: runs/.")
     ] = None,
     style: FormatName = "rich",
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC",
+            help="Rank the defences over attacks by der, ba or asr, with Friedman's test, instead.",
+            show_default=False,
+        ),
+    ] = None,
     assertions: Assertions = None,
+    junit: Junit = None,
     out: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
     config: Config = None,  # read before the command runs
     json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
@@ -85,15 +99,20 @@ def table(
       bdbench table
 
       bdbench table runs/ --format latex --out table.tex
+
+      bdbench table runs/grid --ranks der
     """
     from bdbench import tables
     from bdbench.errors import unknown_name
+    from bdbench.ranking import METRICS
 
     formats = ("rich", "markdown", "csv", "latex", "json")
     style = "json" if json else style
     if style not in formats:
         raise unknown_name("format", style, formats)
-    checks = [parse_assertion(text) for text in assertions or []]
+    if ranks is not None and ranks not in METRICS:
+        raise unknown_name("metric to rank by", ranks, METRICS)
+    checks = read_checks(assertions, junit)
     folders = places or [ROOT]
     for folder in folders:
         if not folder.is_dir():
@@ -101,7 +120,8 @@ def table(
     rows = tables.read_rows(folders)
     if not rows:
         raise ArtifactError(f"no evaluation under {', '.join(map(str, folders))}; make one with: bdbench evaluate")
-    rendered = tables.render(rows, cast("tables.Format", style))
+    written = cast("tables.Format", style)
+    rendered = tables.render_ranking(rows, ranks, written) if ranks else tables.render(rows, written)
     if out is None:
         console.show(rendered)
     elif isinstance(rendered, str):
@@ -112,7 +132,18 @@ def table(
         console.say(f"wrote [bold]{out}[/bold]")
     else:
         raise OptionError("--out needs a format for files: markdown, csv, latex or json")
-    _check(rows, checks)
+    _check(rows, checks, junit)
+
+
+def read_checks(assertions: list[str] | None, junit: Path | None) -> list[tuple[str, str, float]]:
+    """Return the conditions.
+
+    Raises:
+        OptionError: one has another form, or a JUnit file is asked for without any.
+    """
+    if junit is not None and not assertions:
+        raise OptionError('--junit writes conditions, and there is none; add one, such as --assert "asr<=0.05"')
+    return [parse_assertion(text) for text in assertions or []]
 
 
 def parse_assertion(text: str) -> tuple[str, str, float]:
@@ -135,18 +166,38 @@ def parse_assertion(text: str) -> tuple[str, str, float]:
         raise OptionError(f"assertion '{text}': '{found[3]}' is not a number") from error
 
 
-def _check(rows: list[dict[str, Any]], checks: list[tuple[str, str, float]]) -> None:
+def _check(rows: list[dict[str, Any]], checks: list[tuple[str, str, float]], junit: Path | None) -> None:
     """Exit with code 3 if a row fails a condition; a metric that a row lacks fails."""
-    failed = [
-        f"{row['path']}: {metric} {row[metric]} is not {sign} {limit}"
-        for row in rows
-        for metric, sign, limit in checks
-        if row[metric] is None or not COMPARISONS[sign](row[metric], limit)
-    ]
+    outcomes: list[tuple[str, str, str]] = []
+    for row in rows:
+        for metric, sign, limit in checks:
+            holds = row[metric] is not None and COMPARISONS[sign](row[metric], limit)
+            reason = "" if holds else f"{metric} {row[metric]} is not {sign} {limit}"
+            outcomes.append((row["path"], f"{metric}{sign}{limit:g}", reason))
+    if junit is not None:
+        _write_junit(outcomes, junit)
+    failed = [f"{path}: {reason}" for path, _, reason in outcomes if reason]
     for line in failed:
         console.say_error(line)
     if failed:
         raise typer.Exit(3)
+
+
+def _write_junit(outcomes: list[tuple[str, str, str]], path: Path) -> None:
+    """Write conditions, with the reasons of those that fail, as one suite of JUnit's XML."""
+    import xml.etree.ElementTree as ET
+
+    failures = sum(bool(reason) for _, _, reason in outcomes)
+    suite = ET.Element("testsuite", name="bdbench", tests=str(len(outcomes)), failures=str(failures))
+    for place, name, reason in outcomes:
+        case = ET.SubElement(suite, "testcase", classname=place, name=name)
+        if reason:
+            ET.SubElement(case, "failure", message=reason)
+    try:
+        ET.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    console.say(f"wrote [bold]{path}[/bold]")
 
 
 def _models_of_newest() -> list[Path]:
