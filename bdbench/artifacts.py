@@ -22,11 +22,13 @@ from torch import Tensor
 import bdbench
 from bdbench import store
 from bdbench.checkpoints import save_tensors
-from bdbench.data import ImageDataset, MappedFile, PoisonedDataset, Role
+from bdbench.data import ImageDataset, MappedFile, PoisonedDataset, Role, SourceData
 from bdbench.devices import peak_memory_bytes
-from bdbench.errors import ArtifactError, DataError
+from bdbench.errors import ArtifactError, BdbenchError, DataError
 from bdbench.models.classifier import Classifier, build_classifier
+from bdbench.progress import Silent
 from bdbench.registry import MODELS
+from bdbench.sources import open_source
 from bdbench.store import Draft, Kind, Manifest
 
 
@@ -129,7 +131,12 @@ class DatasetArtifact(Artifact):
     @property
     def unpoisoned(self) -> ImageDataset:
         """The training split as it was before the attack: for reference rows and inspection only."""
-        truth, images = self.truth, self.train.images.clone()
+        truth = self.truth
+        labels = torch.from_numpy(truth["clean_label"].to_numpy(copy=True))
+        if "origin" in self.manifest.facts:
+            rows = torch.from_numpy(truth["source_row"].to_numpy(copy=True))
+            return ImageDataset(self._origin.train.images[rows], labels, self.class_names)
+        images = self.train.images.clone()
         changed = torch.from_numpy(truth["role"].to_numpy(copy=True)) != Role.CLEAN
         originals = self.tensors("originals.safetensors").get("images")
         if originals is None or originals.shape != (int(changed.sum()), *self.image_shape):
@@ -137,7 +144,7 @@ class DatasetArtifact(Artifact):
                 f"{self.path / 'originals.safetensors'} does not hold the images that the attack changed; make it again"
             )
         images[changed] = originals
-        return ImageDataset(images, torch.from_numpy(truth["clean_label"].to_numpy(copy=True)), self.class_names)
+        return ImageDataset(images, labels, self.class_names)
 
     @property
     def is_poison(self) -> Tensor:
@@ -165,15 +172,50 @@ class DatasetArtifact(Artifact):
         channels, height, width = self.manifest.facts["image_shape"]
         return channels, height, width
 
+    @cached_property
+    def _origin(self) -> SourceData:
+        """The clean source of a data set that holds differences only."""
+        origin = self.manifest.facts["origin"]
+        try:
+            source = open_source(origin["dataset"], origin["options"]).open(Silent())
+        except BdbenchError as error:
+            raise ArtifactError(
+                f"{self.path} holds only what differs from {origin['dataset']}, which cannot be opened: {error}; put "
+                "it back, or poison again without --delta"
+            ) from error
+        if source.fingerprint != origin["fingerprint"]:
+            raise ArtifactError(
+                f"{self.path} holds only what differs from {origin['dataset']}, and that has other images now; put the "
+                "old ones back, or poison again"
+            )
+        return source
+
+    def _from_origin(self, name: str) -> Tensor:
+        """Return the images of a split from the source and the differences."""
+        source = self._origin
+        if name == "test":
+            return source.test.images
+        stored = self.tensors("delta.safetensors")
+        if name == "trusted":
+            return source.train.images[stored["trusted_rows"]]
+        images = source.train.images[stored["source_rows"]]
+        images[stored["rows"]] = stored["images"]
+        return images
+
     def _split(self, name: str) -> ImageDataset:
-        images = self.tensors(f"{name}.safetensors").get("images")
+        images: Tensor | None
+        file: MappedFile | None = None
+        if "origin" in self.manifest.facts and name != "triggered":
+            images = self._from_origin(name)
+        else:
+            images = self.tensors(f"{name}.safetensors").get("images")
+            file = MappedFile.of(self.path / f"{name}.safetensors")
         labels = torch.from_numpy(self.frame(f"{name}.parquet")["label"].to_numpy(copy=True))
         if images is None or tuple(images.shape[1:]) != self.image_shape:
             raise ArtifactError(
                 f"{self.path / name}.safetensors does not hold images of {self.image_shape}; make it again"
             )
         try:
-            file = MappedFile.of(self.path / f"{name}.safetensors")
             return ImageDataset(images, labels, self.class_names, file)
         except DataError as error:
             raise ArtifactError(f"{self.path}, split {name}: {error}; make the artifact again") from error
@@ -206,6 +248,38 @@ def write_dataset(draft: Draft, data: PoisonedDataset, *, name: str, augment: st
         "class_names": list(data.visible.class_names),
         "image_shape": list(data.visible.image_shape),
         "counts": {split: len(content) for split, content in splits.items()},
+    }
+
+
+def keep_differences(
+    draft: Draft, data: PoisonedDataset, dataset: str, options: Mapping[str, Any], fingerprint: str
+) -> None:
+    """Replace images in a draft that the clean source has by the rows where they are found.
+
+    Args:
+        draft: after `write_dataset`.
+        data: what was written.
+        dataset, options: of the source, for `bdbench.sources.open_source`.
+        fingerprint: of both its splits.
+    """
+    for name in ("train", "test", "trusted", "originals"):
+        (draft.folder / f"{name}.safetensors").unlink(missing_ok=True)
+    changed = torch.nonzero(data.roles != Role.CLEAN).flatten()
+    kept = torch.zeros(len(data.source_rows) + len(data.trusted), dtype=torch.bool)
+    kept[data.source_rows] = True
+    differences = {
+        "images": data.visible.images[changed],
+        "rows": changed,
+        "source_rows": data.source_rows.contiguous(),
+        "trusted_rows": torch.nonzero(~kept).flatten(),
+    }
+    save_tensors(differences, draft.folder / "delta.safetensors")
+    path = Path(dataset).expanduser()
+    places = {key: str(Path(value).expanduser().resolve()) for key, value in options.items() if isinstance(value, Path)}
+    draft.facts["origin"] = {
+        "dataset": str(path.resolve()) if path.exists() and "path" in options else dataset,
+        "options": {key: value for key, value in {**options, **places}.items() if key != "path"},
+        "fingerprint": fingerprint,
     }
 
 

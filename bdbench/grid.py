@@ -31,6 +31,7 @@ AXES = {"dataset": "datasets", "attack": "attacks", "model": "models", "defense"
 DEFAULTS: Mapping[str, Any] = {
     "datasets": ["digits"], "attacks": ["badnets"], "models": ["auto"],
     "defenses": ["none", "oracle", "cbd", "abl", "dbd", "mcldef"], "seeds": [0], "preset": "auto", "trusted": 0.05,
+    "delta": False,
 }  # fmt: skip
 TABLES: Mapping[str, Registry] = {"dataset": DATASETS, "attack": ATTACKS, "defense": DEFENSES}
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -46,6 +47,8 @@ models = ["auto"]                  # bdbench list models
 defenses = ["none", "oracle", "cbd", "abl", "dbd", "mcldef"]
 preset = "auto"                    # budget: paper, fast, tiny, or auto by the size of the data
 trusted = 0.05                     # share of the training split that is reserved, clean
+
+delta = false                      # true: data sets store only what differs from the source
 
 # [recipe]                         # for every defence
 # epochs = 20
@@ -99,7 +102,7 @@ class Grid:
         named: from axis and label to what it stands for.
         recipe: options of every defence.
         preset: budget of the defences that name none.
-        trusted: see `bdbench.stages.poison`.
+        trusted, delta: see `bdbench.stages.poison`.
     """
 
     path: Path
@@ -108,6 +111,7 @@ class Grid:
     recipe: Mapping[str, Any]
     preset: str
     trusted: float
+    delta: bool
 
     def data_name(self, cell: Cell) -> str:
         """Return the folder name of a cell's data set."""
@@ -210,6 +214,7 @@ class _Reader:
         return Grid(
             self.path, tuple(cells), named, self._table("recipe"), self._value("preset", str),
             self._value("trusted", (int, float)),
+            self._value("delta", bool),
         )  # fmt: skip
 
     def _list(self, axis: str) -> list[Any]:
@@ -224,7 +229,7 @@ class _Reader:
 
     def _value(self, key: str, kind: Any) -> Any:  # noqa: ANN401 - what TOML holds
         value = self.raw.get(key, DEFAULTS[key])
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self._wrong(f"`{key}` cannot be {value!r}", key)
         return value
 

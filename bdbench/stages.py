@@ -14,7 +14,6 @@ underscores. A defence gets the visible training images and nothing that tells w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +27,7 @@ from bdbench.artifacts import (
     EvaluationArtifact,
     ModelArtifact,
     Stopwatch,
+    keep_differences,
     plain,
     write_dataset,
     write_model,
@@ -44,8 +44,9 @@ from bdbench.models.classifier import Classifier, build_classifier
 from bdbench.options import Options
 from bdbench.poisoning import poison_source
 from bdbench.progress import Progress, Silent
-from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
+from bdbench.registry import ATTACKS, DEFENSES, MODELS
 from bdbench.seeds import scoped
+from bdbench.sources import open_source
 from bdbench.store import Ask
 
 TINY_IMAGES = 10_000
@@ -65,6 +66,7 @@ def poison(
     out: Path | None = None,
     device: str = "auto",
     precision: Precision = "auto",
+    delta: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> DatasetArtifact:
@@ -82,6 +84,7 @@ def poison(
         out: folder of the artifact; default ``runs/<dataset>-<attack>-s<seed>``.
         device: auto, cpu, cuda, cuda:N or mps, for attacks that train networks.
         precision: auto, fp32 or bf16, for the same.
+        delta: store what differs from the source only, a fifth of the space; it can be opened only where the source is.
         force: make it again even if it is there, and replace another data set that is at `out`.
         progress: who is told how far it is.
 
@@ -94,7 +97,8 @@ def poison(
     if not 0 <= trusted < 1:
         raise OptionError(f"trusted {trusted} must be at least 0 and less than 1")
     method = cast("type[Attack]", ATTACKS.load(attack)).parse(options or {})
-    source = _open_source(dataset, source_options or {}).open(progress)
+    origin = open_source(dataset, source_options or {})
+    source = origin.open(progress)
     config = {"dataset": source.name, "trusted": trusted, **plain(method.model_dump())}
     inputs = {"source": source.fingerprint[:16]}
     inputs |= {path.name: store.file_sha256(path)[:16] for path in method.files() if path.is_file()}
@@ -116,6 +120,10 @@ def poison(
             if wanted is not ask:
                 _write_victim(path, wanted, poisoned, engine, watch.made(place, bf16=bf16))
         write_dataset(draft, poisoned, name=source.name, augment=source.augment)
+        if delta:
+            keep_differences(
+                draft, poisoned, str(dataset), origin.model_dump(exclude_defaults=True), source.fingerprint
+            )
         draft.facts["replay"] = isinstance(method, TrainingAttack)
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
     few = int((poisoned.roles == Role.POISON).sum())
@@ -130,21 +138,6 @@ def _write_victim(path: Path, ask: Ask, data: PoisonedDataset, engine: Engine, m
         model = cast("Classifier", data.victim)
         write_model(draft, ask.config["model"], model, data.visible, engine.history)
         draft.made |= made
-
-
-def _open_source(dataset: str | Path, options: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a Source
-    """Return the source of a registered name, or of a path."""
-    from bdbench.datasets.paths import PathSource
-
-    if str(dataset) in DATASETS.rows:
-        return DATASETS.load(str(dataset)).parse(options)
-    path = Path(dataset).expanduser()
-    if not path.exists() and not re.search(r"[/\\.]", str(dataset)):
-        raise OptionError(
-            f"unknown data set '{dataset}'.{did_you_mean(str(dataset), DATASETS.rows)} Known: "
-            f"{', '.join(DATASETS.names())}; or give the path of an image folder, a Parquet or an .npz file"
-        )
-    return PathSource.parse({"path": path, **options})
 
 
 def defend(

@@ -1,0 +1,30 @@
+"""From a registered name or a path to a source of images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from bdbench.datasets.base import Source
+from bdbench.datasets.paths import PathSource
+from bdbench.errors import OptionError, did_you_mean
+from bdbench.registry import DATASETS
+
+
+def open_source(dataset: str | Path, options: Mapping[str, Any]) -> Source:
+    """Return the source of a registered name, or of a path.
+
+    Raises:
+        OptionError: neither is known, or an option does not fit.
+    """
+    if str(dataset) in DATASETS.rows:
+        return cast("Source", DATASETS.load(str(dataset)).parse(options))
+    path = Path(dataset).expanduser()
+    if not path.exists() and not re.search(r"[/\\.]", str(dataset)):
+        raise OptionError(
+            f"unknown data set '{dataset}'.{did_you_mean(str(dataset), DATASETS.rows)} Known: "
+            f"{', '.join(DATASETS.names())}; or give the path of an image folder, a Parquet or an .npz file"
+        )
+    return PathSource.parse({"path": path, **options})
