@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -15,6 +14,9 @@ from bdbench import metrics
 from bdbench.artifacts import DatasetArtifact, ModelArtifact
 from bdbench.engine import Engine
 from bdbench.models.classifier import Classifier
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MEASURED_PAIRS = 1000
 
@@ -28,6 +30,8 @@ def trigger_distances(source: DatasetArtifact) -> dict[str, float]:
 
 def predict(engine: Engine, model: Classifier, source: DatasetArtifact) -> pd.DataFrame:
     """Return a row per clean and per triggered test image: split, row, label, clean_label, prediction, confidence."""
+    import pandas as pd
+
     test, triggered, test_rows = source.test, source.triggered, source.triggered_rows
     frames = []
     splits = [("test", test, torch.arange(len(test))), ("triggered", triggered, test_rows)]
@@ -88,6 +92,8 @@ def measure(
 
 def metrics_frame(rates: Mapping[str, metrics.Rate], values: Mapping[str, float]) -> pd.DataFrame:
     """Return metric, value, low, high, numerator, denominator; what is no rate has a value only."""
+    import pandas as pd
+
     rows: list[dict[str, Any]] = [
         {
             "metric": name,

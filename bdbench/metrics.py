@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 Z95 = 1.959963984540054
@@ -96,6 +95,8 @@ def score_metrics(scores: Tensor, is_poison: Tensor) -> dict[str, float]:
     """
     if is_poison.all() or not is_poison.any():
         return dict.fromkeys(("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr"), math.nan)
+    from sklearn.metrics import roc_auc_score, roc_curve
+
     truth, values = is_poison.numpy(), scores.double().numpy()
     false_positive, true_positive, _ = roc_curve(truth, values, drop_intermediate=False)
     at = {f"tpr_at_{percent}_fpr": float(true_positive[false_positive <= percent / 100].max()) for percent in (1, 5)}

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import pandas as pd
 from rich.table import Table
 
 from bdbench.artifacts import EvaluationArtifact
@@ -131,11 +130,8 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     `<metric>_sd` is the sample standard deviation, `<metric>_half` half of the 95 % t interval; both None for one seed.
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(json.dumps([row[key] for key in KEYS], sort_keys=True), []).append(row)
     merged = []
-    for group in groups.values():
+    for group in by_setting(rows):
         seeds = sorted({row["seed"] for row in group})
         out: dict[str, Any] = {key: group[0][key] for key in KEYS}
         out |= {"seeds": seeds, "marks": "".join(sorted({mark for row in group for mark in row["marks"]}))}
@@ -155,6 +151,14 @@ def merge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row | {"attack": attack, "defense": defense}
         for row, attack, defense in zip(merged, attacks, defenses, strict=True)
     ]
+
+
+def by_setting(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return rows in groups that differ in seeds only, both in the order of the rows."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps([row[key] for key in KEYS], sort_keys=True), []).append(row)
+    return list(groups.values())
 
 
 def _tell_apart(rows: list[dict[str, Any]], name: str, among: Sequence[str]) -> list[str]:
@@ -182,6 +186,8 @@ def render(rows: Sequence[dict[str, Any]], style: Format) -> Table | str:
     if style == "json":
         return json.dumps({"rows": list(rows)}, indent=1)
     if style == "csv":
+        import pandas as pd
+
         flat = [
             {key: json.dumps(item) if isinstance(item, dict) else item for key, item in row.items()} for row in rows
         ]
@@ -218,6 +224,8 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
         return json.dumps({name: _finite(value) if isinstance(value, float) else value
                            for name, value in found._asdict().items()}, indent=1)  # fmt: skip
     if style == "csv":
+        import pandas as pd
+
         return pd.DataFrame(lines).to_csv(index=False)
     notes = [f"ranked by {metric.upper()} over {found.blocks} settings of data set, model and attack"]
     if not math.isnan(found.p):

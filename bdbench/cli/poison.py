@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -69,7 +70,7 @@ def poison(
             precision=cast("Precision", precision), delta=delta, force=force, progress=progress,
         )  # fmt: skip
     facts = made.manifest.facts
-    counts, roles = facts["counts"], made.truth["role"].value_counts().to_dict()
+    counts, roles = facts["counts"], Counter(made.roles.tolist())
     console.say(
         f"{facts['name']}: {counts['train']:,} training images, {roles.get(1, 0):,} poisoned by {attack}, "
         f"{roles.get(2, 0):,} cover; {counts['trusted']:,} trusted; {counts['test']:,} test images, "
