@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import baseline
 import torch
@@ -25,14 +28,16 @@ from measuring import (
     take_turns,
     workers_note,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bdbench.augment import augmented
-from bdbench.data import ImageDataset
+from bdbench.data import ImageDataset, MappedFile
 from bdbench.defenses.base import lowest, mean_cross_entropy
 from bdbench.defenses.dbd import ranked_groups
 from bdbench.engine import Recipe
+from bdbench.feeding import AHEAD
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator
 
@@ -59,10 +64,29 @@ def training_rows(network: str, bench: Bench) -> Iterator[Row]:
     yield compare_workers(f"train-{network}", loaders, by_hand, own, bench, limit=limit)
 
 
-def train_epoch(bench: Bench, model: Classifier, data: ImageDataset) -> None:
+def train_epoch(bench: Bench, model: Classifier, data: ImageDataset, image_memory: int | None = None) -> None:
     """Train a model for an epoch with bdbench's engine."""
     recipe = Recipe(epochs=1, batch_size=min(BATCH, len(data)), augment=",".join(AUGMENT))
-    bench.engine().fit(model, data, mean_cross_entropy, recipe, phase="train")
+    engine = replace(bench.engine(), image_memory=image_memory)
+    engine.fit(model, data, mean_cross_entropy, recipe, phase="train")
+
+
+def streaming_rows(bench: Bench) -> Iterator[Row]:
+    """An epoch on images that lie in a file and may not stay on the device, beside one on images that do."""
+    held = first(bench.train, bench.sizes.train)
+    model, cap = bench.model("model"), (AHEAD + 1) * BATCH * held.images[0].nbytes
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "images.safetensors"
+        save_file({"images": held.images}, file)
+        mapped = ImageDataset(load_file(file)["images"], held.labels, held.class_names, MappedFile.of(file))
+        turns = (
+            per_second(len(held), lambda: train_epoch(bench, model, held)),
+            per_second(len(held), lambda: train_epoch(bench, model, mapped, cap)),
+        )
+        note = (
+            f"baseline: images in memory; streamed: {held.images.nbytes / cap:.0f} times the cap of {cap / 1e6:.1f} MB"
+        )
+        yield compare("train-streamed", turns, "images/s", bench, note=note)
 
 
 def training_flops(bench: Bench, network: str) -> float:
@@ -80,7 +104,7 @@ def data_path_rows(bench: Bench) -> Iterator[Row]:
     def batches() -> None:
         rng = generator(SEED, "data-path")
         for taken in feed.batches(torch.randperm(len(data), generator=rng), BATCH):
-            (augmented(taken, AUGMENT, rng) - mean) / std
+            ((augmented(taken, AUGMENT, rng) - mean) / std).contiguous(memory_format=torch.channels_last)
         bench.wait()
 
     def by_hand(loader: baseline.Loader) -> Turn:
@@ -183,6 +207,7 @@ ROWS: dict[str, Rows] = {
     "train-wrn-16-1": partial(training_rows, "wrn-16-1"),
     "train-preact-resnet-18": partial(training_rows, "preact-resnet-18"),
     "train-resnet-18": partial(training_rows, "resnet-18"),
+    "train-streamed": streaming_rows,
     "data-path": data_path_rows,
     "sample-losses": sample_loss_rows,
     "isolation-pass": isolation_rows,

@@ -24,6 +24,7 @@ import rows_defenses
 import rows_growth
 import rows_networks
 import rows_processes
+import rows_sharing
 import torch
 from limits import machine_facts
 from measuring import FULL, QUICK, Bench, Row, Rows, cache_in
@@ -37,6 +38,7 @@ from bdbench.errors import DeviceError
 GROUPS: Mapping[str, Rows] = {
     **rows_processes.ROWS,
     **rows_networks.ROWS,
+    **rows_sharing.ROWS,
     **rows_defenses.ROWS,
     **rows_data.ROWS,
     **rows_growth.ROWS,
