@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ import typer
 
 from bdbench.cli import console
 from bdbench.cli.parameters import Device, Json, PrecisionName
-from bdbench.errors import OptionError
+from bdbench.errors import OptionError, unknown_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 STATES = ("done", "running", "failed", "interrupted", "waiting")
 REFRESH_SECONDS = 0.5
 SHOWN = 20
+ENGINES = ("local", "ray")
 
 
 def sweep(
@@ -41,6 +43,11 @@ def sweep(
     retry: Annotated[bool, typer.Option("--retry", help="Make cells again that failed before.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start nothing more after a failure.")] = False,
     shard: Annotated[str | None, typer.Option(help="One part of the grid, such as 2/8, for batch schedulers.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: cells as tasks of a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster, HOST:PORT; default: one on this machine.", show_default=False),
+    ] = None,
     device: Device = "auto",
     precision: PrecisionName = "auto",
     json: Json = False,
@@ -57,11 +64,17 @@ def sweep(
       bdbench sweep grid.toml --dry-run
 
       bdbench sweep grid.toml --jobs 2
+
+      bdbench sweep grid.toml --out /shared/grid --engine ray --address head:6379
     """
     from bdbench import grid as grids
     from bdbench.sweep import Run, Sweep, check, local, usual_jobs
     from bdbench.sweep import shard as part_of
 
+    if engine not in ENGINES:
+        raise unknown_name("engine", engine, ENGINES)
+    if address is not None and engine != "ray":
+        raise OptionError("--address belongs to --engine ray")
     if init:
         write_example(grid, grids.EXAMPLE)
         return
@@ -72,12 +85,21 @@ def sweep(
         show_plan(Sweep(read, folder), cells, jobs or usual_jobs(0), as_json=json)
         return
     checked = check(read)
-    jobs = jobs or usual_jobs(checked.gpus)
-    job = Sweep(read, folder, device, precision, checked.suspects)
-    run = Run(job, cells, local(folder, jobs, checked.gpus), jobs, retry, fail_fast)
-    there = sum(state.state == "done" for state in run.states.values())
-    console.say(f"{len(cells):,} cells in {folder}, {there:,} of them there; {jobs} at once")
-    watch(run)
+    job = Sweep(read, folder.absolute(), device, precision, checked.suspects)
+    with ExitStack() as ending:
+        if engine == "ray":
+            from bdbench.cluster import connect
+
+            cluster = connect(address, jobs)
+            ending.callback(cluster.leave)
+            jobs, launch = cluster.jobs, cluster.launch(job.folder)
+        else:
+            jobs = jobs or usual_jobs(checked.gpus)
+            launch = local(job.folder, jobs, checked.gpus)
+        run = Run(job, cells, launch, jobs, retry, fail_fast)
+        there = sum(state.state == "done" for state in run.states.values())
+        console.say(f"{len(cells):,} cells in {folder}, {there:,} of them there; {jobs} at once")
+        watch(run)
     finish(run, as_json=json)
 
 

@@ -1,0 +1,145 @@
+"""The cells of a sweep as Ray tasks, on one machine or many; artifacts go to a folder that all of them see."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bdbench import store, worker
+from bdbench.errors import DeviceError, OptionError
+from bdbench.sweep import Launch, Order
+
+CONNECT_SECONDS = 5.0
+RETRIES = 3
+"""How often Ray starts a cell again whose node or worker is gone."""
+
+
+@dataclass
+class Cluster:
+    """A connection to Ray.
+
+    Attributes:
+        ray: the package.
+        gpus: of the whole cluster; with any, a cell takes one.
+        jobs: cells that fit at once.
+        threads: CPUs of a cell.
+    """
+
+    ray: Any
+    gpus: int
+    jobs: int
+    threads: int
+
+    def launch(self, folder: Path) -> Launch:
+        """Return what hands a cell to Ray, which starts it where there is room."""
+        made = self.ray.remote(make).options(
+            num_cpus=self.threads, num_gpus=1 if self.gpus else 0, max_retries=RETRIES, retry_exceptions=False
+        )
+
+        def launch(order: Order, _: int) -> RayJob:
+            return RayJob(self.ray, made.remote(order.text, order.name, str(folder), str(Path.cwd()), self.threads))
+
+        return launch
+
+    def leave(self) -> None:
+        """Disconnect; a cluster that was started here ends."""
+        self.ray.shutdown()
+
+
+def connect(address: str | None, jobs: int | None) -> Cluster:
+    """Connect to a Ray cluster, or start one on this machine.
+
+    Args:
+        address: HOST:PORT, ray://HOST:PORT, or None for this machine.
+        jobs: cells at once on this machine; default: one a core.
+
+    Raises:
+        OptionError: Ray is not installed, or the address has another form.
+        DeviceError: nothing answers at the address.
+    """
+    try:
+        import ray
+
+        found: Any = ray
+    except ImportError as error:
+        raise OptionError("--engine ray needs Ray; install it with: pip install 'bdbench[ray]'") from error
+    if address is not None:
+        _knock(address)
+    else:
+        jobs = jobs or os.cpu_count() or 1
+    try:
+        ray.init(
+            address=address, num_cpus=None if address else jobs, include_dashboard=None if address else False,
+            configure_logging=False, log_to_driver=False,
+        )  # fmt: skip
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise DeviceError(f"cannot use the Ray cluster at {address or 'this machine'}: {error}") from error
+    known = found.cluster_resources()
+    gpus, cpus = int(known.get("GPU", 0)), max(1, int(known.get("CPU", 1)))
+    return Cluster(found, gpus, jobs or gpus or cpus, max(1, cpus // gpus) if gpus else 1)
+
+
+def _knock(address: str) -> None:
+    """See whether anything answers, in seconds: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise OptionError(f"address '{address}' must be HOST:PORT or ray://HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise DeviceError(
+            f"nothing answers at {address} ({error.strerror or error}); start a cluster there with `ray start "
+            "--head`, or leave --address out"
+        ) from error
+
+
+def make(text: str, name: str, folder: str, place: str, threads: int) -> int:
+    """Make one cell in a process of its own on whatever node this runs; return the worker's exit code."""
+    with store.sweep_file(Path(folder), "logs", f"{name}.log").open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bdbench.worker"], stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
+            cwd=place, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+        assert process.stdin is not None
+        process.stdin.write(text + "\n")
+        process.stdin.flush()
+        try:
+            return process.wait()
+        except BaseException:  # cancelled
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise
+
+
+@dataclass
+class RayJob:
+    """A cell that Ray makes: see `bdbench.sweep.Handle`."""
+
+    ray: Any
+    task: Any
+
+    def poll(self) -> int | None:
+        """Return the exit code of the worker, that of an interrupted one where Ray gave up, or None."""
+        ready, _ = self.ray.wait([self.task], timeout=0)
+        if not ready:
+            return None
+        try:
+            return int(self.ray.get(self.task))
+        except self.ray.exceptions.RayError:
+            return worker.INTERRUPTED
+
+    def stop(self) -> None:
+        """Ask it to end."""
+        self.ray.cancel(self.task)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for its end, and end it by force when the time is up."""
+        ready, _ = self.ray.wait([self.task], timeout=seconds)
+        if not ready:
+            self.ray.cancel(self.task, force=True)

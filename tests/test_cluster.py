@@ -1,0 +1,77 @@
+"""Sweeps on Ray: a real local cluster of several nodes, one of which dies in the middle."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_sweep import numbers, tiny_folder
+
+from bdbench import cluster, store
+from bdbench.errors import DeviceError, OptionError
+from bdbench.grid import read_grid
+from bdbench.sweep import Run, Sweep
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_without_ray_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(OptionError, match=r"pip install 'bdbench\[ray\]'"):
+        cluster.connect(None, None)
+
+
+def test_an_address_that_does_not_answer_is_said_in_seconds() -> None:
+    pytest.importorskip("ray")
+    begun = time.monotonic()
+    with pytest.raises(DeviceError, match=r"nothing answers at 127\.0\.0\.1:\d+ .*ray start"):
+        cluster.connect(f"127.0.0.1:{free_port()}", None)
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("address", ["somewhere", "host:", ":", "ray://host:port"])
+def test_an_address_of_another_form_is_refused(address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(OptionError, match="must be HOST:PORT"):
+        cluster.connect(address, None)
+
+
+def test_a_sweep_survives_the_death_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster as Nodes
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("BDBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tiny_folder(tmp_path))
+    nodes: Any = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        first, _ = (nodes.add_node(num_cpus=1) for _ in range(2))
+        nodes.wait_for_nodes()
+        connected = cluster.connect(nodes.address, None)
+        assert connected.jobs == 2
+        folder = tmp_path / "runs" / "grid"
+        sweep = Sweep(read_grid(tmp_path / "grid.toml"), folder)
+        run = Run(sweep, sweep.grid.cells, connected.launch(folder), connected.jobs, say=lambda _: None)
+        killed = False
+        for _ in run.steps():
+            at_work = [path.name for path in folder.glob(".*.work")]
+            if not killed and len(at_work) == 2:  # both nodes are in the middle of a cell
+                nodes.remove_node(first, allow_graceful=False)
+                killed = True
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+    assert killed
+    assert {state.state for state in run.states.values()} == {"done"}
+    assert len(numbers(tmp_path)) == 4
+    made = Counter(manifest.ask.kind for _, manifest in store.find_artifacts(tmp_path / "runs"))
+    assert made == {"dataset": 2, "model": 4, "evaluation": 4}
