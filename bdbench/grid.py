@@ -188,9 +188,8 @@ class _Reader:
         cells = list(dict.fromkeys(kept))
         if not cells:
             raise OptionError(f"{self.path} has no cell: a list is empty, or the excludes take out all of them")
-        named = {
-            (axis, getattr(cell, axis)): self._named(axis, getattr(cell, axis)) for cell in cells for axis in TABLES
-        }
+        labels = dict.fromkeys((axis, getattr(cell, axis)) for cell in cells for axis in TABLES)
+        named = {(axis, label): self._named(axis, label) for axis, label in labels}
         for axis in TABLES:
             for label in self.raw.get(axis, {}):
                 if (axis, label) not in named:

@@ -125,7 +125,8 @@ def show_plan(job: object, cells: Sequence[Cell], jobs: int, *, as_json: bool) -
     from bdbench.sweep import Sweep, seconds_left
 
     assert isinstance(job, Sweep)
-    states = {cell: state for cell, state in job.states().items() if cell in set(cells)}
+    found = job.states()
+    states = {cell: found[cell] for cell in cells}
     left = seconds_left(states, jobs)
     if as_json:
         rows = [{**cell._asdict(), "name": job.grid.name(cell), "state": state.state} for cell, state in states.items()]
