@@ -80,11 +80,13 @@ def _crop_and_flip(
         batch = F.pad(batch, (pad_x, pad_x, pad_y, pad_y))
     both = torch.stack([batch, batch.flip(3)] if flip else [batch], 1)
     windows = both.unfold(3, height, 1).unfold(4, width, 1)
-    index = torch.arange(count), mirrored, pad_y + down, pad_x + torch.where(mirrored > 0, -right, right)
-    image, side, top, left = (part.to(windows.device) for part in index)
+    places = torch.stack(
+        [torch.arange(count), mirrored, pad_y + down, pad_x + torch.where(mirrored > 0, -right, right)]
+    )
     if windows.device.type == "cpu":  # numpy copies whole windows, torch value by value
-        chosen = windows.numpy()[image.numpy(), side.numpy(), :, top.numpy(), left.numpy()]
-        return torch.from_numpy(chosen)
+        image, side, top, left = places.numpy()
+        return torch.from_numpy(windows.numpy()[image, side, :, top, left])
+    image, side, top, left = places.to(windows.device)
     return windows[image, side, :, top, left]
 
 
