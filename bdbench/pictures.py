@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -56,17 +57,8 @@ def gallery(sources: Sequence[DatasetArtifact], path: Path) -> None:
     Raises:
         ArtifactError: their test images differ, or no test image is triggered in all of them.
     """
-    first = sources[0]
-    if any(not torch.equal(it.test.images, first.test.images) for it in sources[1:]):
-        raise ArtifactError("the data sets do not have the same test images; poison one source with each attack")
-    shared = set.intersection(*({int(row) for row in it.triggered_rows} for it in sources))
-    if not shared:
-        raise ArtifactError("no test image is triggered in all of the data sets; their targets leave none")
-    # Of the images that all trigger, one of middle contrast shows faint and strong triggers alike.
-    rows = sorted(shared)[:SHOWN]
-    contrast = first.test.images[rows].float().flatten(1).std(1)
-    row = rows[int(contrast.argsort()[len(rows) // 2])]
-    before = first.test.images[row].float()
+    row = shared_row(sources)
+    before = sources[0].test.images[row].float()
     columns = min(GALLERY_COLUMNS, len(sources) + 1)
     bands = math.ceil((len(sources) + 1) / columns)
     figure = Figure(figsize=(1.25 * columns, 2.7 * bands), layout="constrained")
@@ -76,12 +68,46 @@ def gallery(sources: Sequence[DatasetArtifact], path: Path) -> None:
     _show(axes[0, 0], before, "clean")
     for place, source in enumerate(sources, 1):
         band, column = divmod(place, columns)
-        after = source.triggered.images[source.triggered_rows.tolist().index(row)].float()
-        change = after - before
-        largest = max(1.0, float(change.abs().max()))
-        _show(axes[2 * band, column], after, source.manifest.ask.method)
-        _show(axes[2 * band + 1, column], 127.5 + 127.5 * change / largest, f"x {127.5 / largest:.1f}")
+        shown = triggered_example(source, row)
+        _show(axes[2 * band, column], shown.triggered, source.manifest.ask.method)
+        _show(axes[2 * band + 1, column], shown.change, f"x {shown.gain:.1f}")
     _save(figure, path)
+
+
+def shared_row(sources: Sequence[DatasetArtifact]) -> int:
+    """Return the test row of an image that all data sets trigger, of middle contrast among the first.
+
+    Raises:
+        ArtifactError: their test images differ, or no test image is triggered in all of them.
+    """
+    first = sources[0].test.images
+    if any(not torch.equal(it.test.images, first) for it in sources[1:]):
+        raise ArtifactError("the data sets do not have the same test images; poison one source with each attack")
+    shared = set.intersection(*({int(row) for row in it.triggered_rows} for it in sources))
+    if not shared:
+        raise ArtifactError("no test image is triggered in all of the data sets; their targets leave none")
+    # Of the images that all trigger, one of middle contrast shows faint and strong triggers alike.
+    rows = sorted(shared)[:SHOWN]
+    contrast = first[rows].float().flatten(1).std(1)
+    return rows[int(contrast.argsort()[len(rows) // 2])]
+
+
+class Example(NamedTuple):
+    """One test image (C, H, W) float in [0, 255]: clean, triggered, and the change times `gain` around gray."""
+
+    clean: Tensor
+    triggered: Tensor
+    change: Tensor
+    gain: float
+
+
+def triggered_example(source: DatasetArtifact, row: int) -> Example:
+    """Return a test row of a data set with and without the trigger, and the change, amplified to the full range."""
+    before = source.test.images[row].float()
+    after = source.triggered.images[source.triggered_rows.tolist().index(row)].float()
+    change = after - before
+    gain = 127.5 / max(1.0, float(change.abs().max()))
+    return Example(before, after, 127.5 + gain * change, gain)
 
 
 def _show(axis: Axes, pixels: Tensor, title: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdbench import __version__
-from bdbench.cli import console, evaluate, explain, inspection, quickstart, sweep, train, verify
+from bdbench.cli import console, evaluate, explain, inspection, quickstart, report, sweep, train, verify
 from bdbench.cli import poison as poison_command
 from bdbench.cli.flags import expand_config, read_toml, value_of, with_options
 from bdbench.errors import BdbenchError, OptionError
@@ -57,6 +57,7 @@ def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:
         "defend": train.defend,
         "evaluate": evaluate.evaluate,
         "table": evaluate.table,
+        "report": report.report,
         "sweep": sweep.sweep,
         "status": sweep.status,
         "gc": sweep.gc,

@@ -1,0 +1,41 @@
+"""bdbench report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bdbench.cli import console
+from bdbench.cli.parameters import Config, Json
+from bdbench.store import ROOT
+
+
+def report(
+    places: Annotated[
+        list[Path] | None, typer.Argument(help="Folders that hold evaluations, at any depth; default: runs/.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    config: Config = None,  # read before the command runs
+    json: Json = False,
+) -> None:
+    """Write one page to look at: a heat map of attacks against defences, and what is behind each cell.
+
+    The page is one file without any network: BA, ASR and floor with their spread over seeds, the runs of a cell with
+    curves and the commands that reproduce them, cost, detection curves, triggers, CSV. The same numbers as in
+    `bdbench table`.
+
+    Examples:
+      bdbench report
+
+      bdbench report runs/grid --out grid.html
+    """
+    from bdbench.report.page import write_report
+
+    written = write_report(places or [ROOT], out)
+    size = f"{written.bytes / 1e6:.2f} MB"
+    console.say(f"wrote [bold]{out}[/bold]  {written.evaluations:,} evaluations in {written.cells:,} cells, {size}")
+    console.say("next: open it in a browser")
+    if json:
+        console.show_json({"path": out, **written._asdict()})

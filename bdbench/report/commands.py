@@ -1,0 +1,132 @@
+"""From manifests to the commands that make the artifacts again, with the options that differ from the defaults."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from bdbench import stages
+from bdbench.artifacts import DatasetArtifact, ModelArtifact, plain
+from bdbench.attacks.base import Attack
+from bdbench.errors import OptionError
+from bdbench.registry import ATTACKS, DATASETS
+from bdbench.store import Manifest
+
+FOLDER = "again"
+"""Where the commands write, so that they make things again instead of finding them."""
+
+
+def poison_command(data: DatasetArtifact) -> str:
+    """Return the command that makes a data set; options of the source that its manifest lacks cannot be in it."""
+    asked = data.manifest.ask
+    config = dict(asked.config)
+    name, trusted = config.pop("dataset"), config.pop("trusted")
+    origin = data.manifest.facts.get("origin")
+    source = ["--dataset", origin["dataset"], *_flags(origin["options"])] if origin else _source(name)
+    words = ["bdbench", "poison", *source, "--attack", asked.method]
+    words += ["--seed", str(asked.seed)] if asked.seed else []
+    words += ["--trusted", str(trusted)] if trusted != stages_default("trusted") else []
+
+    def complete(options: Mapping[str, Any]) -> dict[str, Any]:
+        attack = cast("type[Attack]", ATTACKS.load(asked.method)).parse(options)
+        return cast("dict[str, Any]", plain(attack.model_dump()))
+
+    return _line([*words, *_flags(_differing(config, complete)), "--out", _place(data.path.name)])
+
+
+def stages_default(parameter: str) -> object:
+    """Return a default of `stages.poison`."""
+    return (stages.poison.__kwdefaults__ or {})[parameter]
+
+
+def _source(name: str) -> list[str]:
+    """Return the flags of a source; its name tells how many images were kept, but not where a path was."""
+    if name in DATASETS.rows:
+        return ["--dataset", name]
+    part = re.fullmatch(r"(.+)-(\d+)", name)
+    if part is not None and part[1] in DATASETS.rows:
+        return ["--dataset", part[1], "--images", part[2]]
+    return ["--dataset", f"path/to/{name}"]
+
+
+def model_command(model: ModelArtifact, data: DatasetArtifact, suspect: str | None = None) -> str | None:
+    """Return the command that trains a model, or None where making the data set makes it too.
+
+    Args:
+        model: what to make.
+        data: the data set it was trained on.
+        suspect: folder name of the undefended model that it mends, if it mends one.
+    """
+    asked = model.manifest.ask
+    if asked.method == "victim":
+        return None
+    config = dict(asked.config)
+    name, preset = config.pop("model"), config.pop("preset")
+    words = ["bdbench", *(["train"] if asked.method == "none" else ["defend"]), _place(data.path.name)]
+    words += [] if asked.method == "none" else ["--method", asked.method]
+    words += ["--model", name] if name != stages.model_name("auto", data.image_shape) and suspect is None else []
+    words += ["--preset", preset] if preset != _usual_preset(asked.method, data) else []
+    words += ["--suspect", _place(suspect)] if suspect is not None else []
+    words += ["--seed", str(asked.seed)] if asked.seed != data.manifest.ask.seed else []
+
+    def complete(options: Mapping[str, Any]) -> dict[str, Any]:
+        _, defense, recipe = stages.resolve_budget(asked.method, preset, options, data)
+        return {**plain(recipe.model_dump()), **plain(defense.model_dump())}
+
+    options = _flags(_differing(config, complete))
+    return _line([*words, *options, *_precision(model.manifest), "--out", _place(model.path.name)])
+
+
+def evaluate_command(model: ModelArtifact, evaluation: Manifest | None) -> str:
+    """Return the command that judges a model."""
+    words = ["bdbench", "evaluate", _place(model.path.name)]
+    return _line([*words, *(_precision(evaluation) if evaluation else [])])
+
+
+def _precision(manifest: Manifest) -> list[str]:
+    """Return the precision that was used: its default depends on the machine, and numbers depend on it."""
+    return ["--precision", str(manifest.made["precision"])]
+
+
+def _usual_preset(method: str, data: DatasetArtifact) -> str | None:
+    try:
+        return stages.resolve_budget(method, "auto", {}, data)[0]
+    except OptionError:
+        return None
+
+
+def _differing(config: Mapping[str, Any], complete: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Return the settings that have to be given to get `config`; all of them where the method is not installed.
+
+    Args:
+        config: every setting with its value.
+        complete: from given settings to all of them.
+    """
+    everything = {name: value for name, value in config.items() if value is not None}
+    try:
+        usual = complete({})
+        given = {name: value for name, value in everything.items() if value != usual.get(name)}
+        return given if complete(given) == dict(config) else everything
+    except OptionError:
+        return everything
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(str(part) for part in (value if isinstance(value, list) else [value]))]
+    return words
+
+
+def _place(name: str) -> str:
+    return f"{FOLDER}/{name}"
+
+
+def _line(words: list[str]) -> str:
+    return shlex.join(words)
