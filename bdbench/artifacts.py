@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
+import pandas as pd  # pyarrow would import it in the middle of its own work, where a Ctrl-C is lost
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -30,9 +31,6 @@ from bdbench.progress import Silent
 from bdbench.registry import MODELS
 from bdbench.sources import open_source
 from bdbench.store import Draft, Kind, Manifest
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class Artifact:
@@ -191,7 +189,7 @@ class DatasetArtifact(Artifact):
         except BdbenchError as error:
             raise ArtifactError(
                 f"{self.path} holds only what differs from {origin['dataset']}, which cannot be opened: {error}; put "
-                "it back, or poison again without --delta"
+                "it back, or poison again without --differences"
             ) from error
         if source.fingerprint != origin["fingerprint"]:
             raise ArtifactError(

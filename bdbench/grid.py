@@ -31,7 +31,7 @@ AXES = {"dataset": "datasets", "attack": "attacks", "model": "models", "defense"
 DEFAULTS: Mapping[str, Any] = {
     "datasets": ["digits"], "attacks": ["badnets"], "models": ["auto"],
     "defenses": ["none", "oracle", "cbd", "abl", "dbd", "mcldef"], "seeds": [0], "preset": "auto", "trusted": 0.05,
-    "delta": False,
+    "differences": False,
 }  # fmt: skip
 TABLES: Mapping[str, Registry] = {"dataset": DATASETS, "attack": ATTACKS, "defense": DEFENSES}
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -48,7 +48,7 @@ defenses = ["none", "oracle", "cbd", "abl", "dbd", "mcldef"]
 preset = "auto"                    # budget: paper, fast, tiny, or auto by the size of the data
 trusted = 0.05                     # share of the training split that is reserved, clean
 
-delta = false                      # true: data sets store only what differs from the source
+differences = false                # true: data sets store only what differs from the source
 
 # [recipe]                         # for every defence
 # epochs = 20
@@ -102,7 +102,7 @@ class Grid:
         named: from axis and label to what it stands for.
         recipe: options of every defence.
         preset: budget of the defences that name none.
-        trusted, delta: see `bdbench.stages.poison`.
+        trusted, differences: see `bdbench.stages.poison`.
     """
 
     path: Path
@@ -111,7 +111,7 @@ class Grid:
     recipe: Mapping[str, Any]
     preset: str
     trusted: float
-    delta: bool
+    differences: bool
 
     def data_name(self, cell: Cell) -> str:
         """Return the folder name of a cell's data set."""
@@ -213,7 +213,7 @@ class _Reader:
         return Grid(
             self.path, tuple(cells), named, self._table("recipe"), self._value("preset", str),
             self._value("trusted", (int, float)),
-            self._value("delta", bool),
+            self._value("differences", bool),
         )  # fmt: skip
 
     def _list(self, axis: str) -> list[Any]:

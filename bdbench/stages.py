@@ -66,7 +66,7 @@ def poison(
     out: Path | None = None,
     device: str = "auto",
     precision: Precision = "auto",
-    delta: bool = False,
+    differences: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> DatasetArtifact:
@@ -84,7 +84,7 @@ def poison(
         out: folder of the artifact; default ``runs/<dataset>-<attack>-s<seed>``.
         device: auto, cpu, cuda, cuda:N or mps, for attacks that train networks.
         precision: auto, fp32 or bf16, for the same.
-        delta: store what differs from the source only, a fifth of the space; it can be opened only where the source is.
+        differences: store only what differs from the source, a fifth of the space; it opens only where the source is.
         force: make it again even if it is there, and replace another data set that is at `out`.
         progress: who is told how far it is.
 
@@ -120,7 +120,7 @@ def poison(
             if wanted is not ask:
                 _write_victim(path, wanted, poisoned, engine, watch.made(place, bf16=bf16))
         write_dataset(draft, poisoned, name=source.name, augment=source.augment)
-        if delta:
+        if differences:
             keep_differences(
                 draft, poisoned, str(dataset), origin.model_dump(exclude_defaults=True), source.fingerprint
             )

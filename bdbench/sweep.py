@@ -87,7 +87,7 @@ class Sweep:
         order: dict[str, Any] = {
             "kind": "cell", "folder": str(self.folder), "name": name, "data_name": data_name,
             "cell": cell._asdict(), "settings": self.grid.settings(cell), "device": self.device,
-            "precision": self.precision, "delta": self.grid.delta,
+            "precision": self.precision, "differences": self.grid.differences,
         }  # fmt: skip
         makes = [name, data_name]
         if cell.defense in self.suspects:

@@ -127,7 +127,7 @@ def make(order: Mapping[str, Any], folder: Path, record: Record) -> str:
         lambda: stages.poison(
             settings["dataset"], settings["attack"], options=settings["attack_options"],
             source_options=settings["source_options"], trusted=settings["trusted"], seed=settings["seed"],
-            out=folder / order["data_name"], delta=order["delta"], **computing,
+            out=folder / order["data_name"], differences=order["differences"], **computing,
         )
     )  # fmt: skip
 

@@ -33,8 +33,8 @@ def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[DatasetArtifa
     monkeypatch.setenv("BDBENCH_CACHE", str(tmp_path / "cache"))
     source = archive(tmp_path)
     whole, small = (
-        stages.poison(source, "wanet", options={"rate": 0.1}, delta=delta, out=tmp_path / f"delta-{delta}")
-        for delta in (False, True)
+        stages.poison(source, "wanet", options={"rate": 0.1}, differences=small, out=tmp_path / f"small-{small}")
+        for small in (False, True)
     )
     return whole, small
 
@@ -68,7 +68,7 @@ def test_without_its_source_it_says_so(both: tuple[DatasetArtifact, DatasetArtif
     shutil.rmtree(tmp_path / "cache")
     data = DatasetArtifact.open(both[1].path)
     with pytest.raises(
-        ArtifactError, match=r"holds only what differs from .*some\.npz, which cannot be opened.*--delta"
+        ArtifactError, match=r"holds only what differs from .*some\.npz, which cannot be opened.*--differences"
     ):
         _ = data.train
     assert len(data.triggered)  # stored as a whole
@@ -90,5 +90,5 @@ def test_a_damaged_difference_is_noticed(both: tuple[DatasetArtifact, DatasetArt
 
 
 def test_a_part_of_a_registered_source_is_found_again(tmp_path: Path) -> None:
-    small = stages.poison("digits", source_options={"images": 200}, delta=True, out=tmp_path / "data")
+    small = stages.poison("digits", source_options={"images": 200}, differences=True, out=tmp_path / "data")
     assert len(DatasetArtifact.open(small.path).train) == 190

@@ -36,7 +36,8 @@ def load(name: str) -> ModuleType:
 
 baseline, limits, measuring = load("baseline"), load("limits"), load("measuring")
 rows_networks, rows_processes, rows_data = load("rows_networks"), load("rows_processes"), load("rows_data")
-rows_defenses, rows_growth, speed = load("rows_defenses"), load("rows_growth"), load("speed")
+rows_defenses, rows_growth, _ = load("rows_defenses"), load("rows_growth"), load("rows_sharing")
+speed = load("speed")
 
 SIZES = measuring.Sizes(
     rounds=1, train=4, train_large=4, data_path=4, epoch=4, inversion=4, forward=4, single=2, decode=4, png=4,

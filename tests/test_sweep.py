@@ -395,15 +395,17 @@ def workers_of(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="needs pgrep")
-def test_a_sweep_killed_20_times_ends_with_the_table_of_an_undisturbed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victims", [lambda pid: [pid], workers_of], ids=["sweep", "workers"])
+def test_a_sweep_killed_10_times_ends_with_the_table_of_an_undisturbed_one(
+    tmp_path: Path, victims: Callable[[int], Sequence[int]]
+) -> None:
     for name in ("quiet", "killed"):
         (tmp_path / name).mkdir()
         tiny_folder(tmp_path / name)
     quiet = bdbench(tmp_path / "quiet", "sweep")
     assert quiet.wait(300) == 0, quiet.communicate()[1]
     folder = tmp_path / "killed"
-    kills = killed_again_and_again(folder, 10, lambda pid: [pid])  # the sweep
-    kills += killed_again_and_again(folder, 10, workers_of)  # its workers
+    kills = killed_again_and_again(folder, 10, victims)
     done = bdbench(folder, "sweep", "--retry")
     assert done.wait(300) == 0, done.communicate()[1]
     assert numbers(folder) == numbers(tmp_path / "quiet")

@@ -34,9 +34,11 @@ def poison(
         typer.Option(help="Keep so many training images, chosen at random, the same for every seed.", min=20),
     ] = None,
     test_fraction: Annotated[float, typer.Option(help="Test share, where the source has no test split.")] = 0.2,
-    delta: Annotated[
+    differences: Annotated[
         bool,
-        typer.Option("--delta", help="Store what differs from the source only; it opens only where the source is."),
+        typer.Option(
+            "--differences", help="Store what differs from the source only; it opens only where the source is."
+        ),
     ] = False,
     out: Out = None,
     device: Device = "auto",
@@ -67,7 +69,7 @@ def poison(
     with console.live_progress() as progress:
         made = stages.poison(
             dataset, attack, options=options, source_options=given, trusted=trusted, seed=seed, out=out, device=device,
-            precision=cast("Precision", precision), delta=delta, force=force, progress=progress,
+            precision=cast("Precision", precision), differences=differences, force=force, progress=progress,
         )  # fmt: skip
     facts = made.manifest.facts
     counts, roles = facts["counts"], Counter(made.roles.tolist())
