@@ -269,7 +269,7 @@ def sweep_file(folder: Path, kind: str, name: str) -> Path:
 
     Args:
         folder: of the sweep.
-        kind: cells, logs or locks.
+        kind: cells, logs, locks or checks.
         name: of the file.
 
     Raises:

@@ -5,8 +5,10 @@ Imports nothing heavy: the process that hands out cells stays small, however man
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
+import bdbench
 from bdbench import store, worker
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.grid import Cell, Grid, Named, line_of
@@ -179,6 +182,25 @@ def check(grid: Grid) -> Checked:
         place = line_of(lines, f"{axis}.{label}") or line_of(lines, "recipe" if axis == "defense" else label)
         raise OptionError(f"{grid.path}{place}, {axis} {label}: {message}")
     return Checked(tuple(found["suspects"]), found["gpus"])
+
+
+def checked_once(grid: Grid, folder: Path) -> Checked:
+    """Return what `check` found for this grid, machine and version before, or check now and keep it in the folder.
+
+    Raises:
+        OptionError: see `check`.
+    """
+    machine = [bdbench.__version__, platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES", "")]
+    key = hashlib.sha256("\n".join([grid.path.read_text(encoding="utf-8"), *machine]).encode()).hexdigest()
+    file = store.sweep_file(folder, "checks", f"{key[:16]}.json")
+    try:
+        suspects, gpus = json.loads(file.read_text(encoding="utf-8"))
+        return Checked(tuple(suspects), int(gpus))
+    except (OSError, ValueError, TypeError):
+        found = check(grid)
+    with store.replace_file(file) as path:
+        path.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def _checked_named(grid: Grid, axis: str, named: Named) -> tuple[str, dict[str, Any]]:

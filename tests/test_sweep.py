@@ -376,7 +376,7 @@ def killed_again_and_again(folder: Path, times: int, victims: Callable[[int], Se
     for _ in range(times):
         process = bdbench(folder, "sweep", "--jobs", "2", start_new_session=True)
         try:
-            process.wait(rng.uniform(1, 6))
+            process.wait(rng.uniform(0.5, 5))
         except subprocess.TimeoutExpired:
             for pid in victims(process.pid):
                 os.kill(pid, signal.SIGKILL)
@@ -435,6 +435,20 @@ def test_options_are_checked_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"line 3, defense abl: unknown option 'isolation_rat'\. Did you mean"):
         sweep.check(grid)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_grid_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Grid] = []
+
+    def check(grid: Grid) -> sweep.Checked:
+        asked.append(grid)
+        return sweep.Checked(("mcldef",), 3)
+
+    monkeypatch.setattr(sweep, "check", check)
+    for text in (GRID, GRID, GRID + "preset = 'tiny'\n"):
+        found = sweep.checked_once(grid_of(tmp_path, text), tmp_path / "out")
+        assert found == (("mcldef",), 3)
+    assert len(asked) == 2
 
 
 def test_the_check_finds_who_mends_a_model(tmp_path: Path) -> None:

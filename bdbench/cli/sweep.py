@@ -68,7 +68,7 @@ def sweep(
       bdbench sweep grid.toml --out /shared/grid --engine ray --address head:6379
     """
     from bdbench import grid as grids
-    from bdbench.sweep import Run, Sweep, check, local, usual_jobs
+    from bdbench.sweep import Run, Sweep, checked_once, local, usual_jobs
     from bdbench.sweep import shard as part_of
 
     if engine not in ENGINES:
@@ -84,7 +84,7 @@ def sweep(
     if dry_run:
         show_plan(Sweep(read, folder), cells, jobs or usual_jobs(0), as_json=json)
         return
-    checked = check(read)
+    checked = checked_once(read, folder)
     job = Sweep(read, folder.absolute(), device, precision, checked.suspects)
     with ExitStack() as ending:
         if engine == "ray":
