@@ -376,7 +376,7 @@ def killed_again_and_again(folder: Path, times: int, victims: Callable[[int], Se
     for _ in range(times):
         process = bdbench(folder, "sweep", "--jobs", "2", start_new_session=True)
         try:
-            process.wait(rng.uniform(0.5, 3.5))
+            process.wait(rng.uniform(0.5, 5))
         except subprocess.TimeoutExpired:
             for pid in victims(process.pid):
                 os.kill(pid, signal.SIGKILL)
