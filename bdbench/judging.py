@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -14,9 +15,6 @@ from bdbench import metrics
 from bdbench.artifacts import DatasetArtifact, ModelArtifact
 from bdbench.engine import Engine
 from bdbench.models.classifier import Classifier
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MEASURED_PAIRS = 1000
 
@@ -30,8 +28,6 @@ def trigger_distances(source: DatasetArtifact) -> dict[str, float]:
 
 def predict(engine: Engine, model: Classifier, source: DatasetArtifact) -> pd.DataFrame:
     """Return a row per clean and per triggered test image: split, row, label, clean_label, prediction, confidence."""
-    import pandas as pd
-
     test, triggered, test_rows = source.test, source.triggered, source.triggered_rows
     frames = []
     splits = [("test", test, torch.arange(len(test))), ("triggered", triggered, test_rows)]
@@ -92,8 +88,6 @@ def measure(
 
 def metrics_frame(rates: Mapping[str, metrics.Rate], values: Mapping[str, float]) -> pd.DataFrame:
     """Return metric, value, low, high, numerator, denominator; what is no rate has a value only."""
-    import pandas as pd
-
     rows: list[dict[str, Any]] = [
         {
             "metric": name,

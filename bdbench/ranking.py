@@ -16,14 +16,21 @@ METRICS = {"der": True, "ba": True, "asr": False}
 """What defences can be ranked by, and whether more is better."""
 
 
+class Ranked(NamedTuple):
+    """A defence with one of its presets: its average rank, where 1 is the best of all in every block, and its mean."""
+
+    defense: str
+    preset: str
+    rank: float
+    mean: float
+
+
 class Ranking(NamedTuple):
     """Defences in the order of their average ranks.
 
     Attributes:
         metric: what was ranked.
-        defenses: names, best first.
-        ranks: average rank of each; 1 is the best of all in every block.
-        means: average of the metric over the blocks.
+        defenses: best first.
         blocks: how many settings (data set, model, attack) had a value of every defence.
         statistic, p: Friedman's; nan below 3 defences or 2 blocks.
         critical_difference: ranks further apart than this differ at the 5 % level; nan likewise.
@@ -31,9 +38,7 @@ class Ranking(NamedTuple):
     """
 
     metric: str
-    defenses: tuple[str, ...]
-    ranks: tuple[float, ...]
-    means: tuple[float, ...]
+    defenses: tuple[Ranked, ...]
     blocks: int
     statistic: float
     p: float
@@ -52,7 +57,7 @@ def rank(rows: Sequence[dict[str, Any]], metric: str = "der") -> Ranking:
         rows: from `bdbench.tables.over_seeds`.
         metric: der, ba or asr.
     """
-    blocks: dict[str, dict[str, float]] = {}
+    blocks: dict[str, dict[tuple[str, str], float]] = {}
     names: dict[str, str] = {}
     failed: set[str] = set()
     for row in rows:
@@ -63,7 +68,7 @@ def rank(rows: Sequence[dict[str, Any]], metric: str = "der") -> Ranking:
         if {"w", "?"} & set(row["marks"]):
             failed.add(block)
         elif row[metric] is not None:
-            blocks.setdefault(block, {})[f"{row['defense']} {row['preset']}"] = row[metric]
+            blocks.setdefault(block, {})[row["defense"], row["preset"]] = row[metric]
     defenses = sorted({name for values in blocks.values() for name in values})
     whole = {block: values for block, values in blocks.items() if len(values) == len(defenses)}
     table_BK = np.array([[values[name] for name in defenses] for values in whole.values()], dtype=float)
@@ -74,9 +79,7 @@ def rank(rows: Sequence[dict[str, Any]], metric: str = "der") -> Ranking:
     statistic, p, difference = _test(ranks_BK)
     return Ranking(
         metric,
-        tuple(defenses[place] for place in order),
-        tuple(float(average[place]) for place in order),
-        tuple(float(means[place]) for place in order),
+        tuple(Ranked(*defenses[place], float(average[place]), float(means[place])) for place in order),
         len(whole),
         statistic,
         p,

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pandas as pd
 from rich.table import Table
 
 from bdbench.artifacts import EvaluationArtifact
 from bdbench.metrics import defence_effectiveness, mean_interval
-from bdbench.ranking import rank
+from bdbench.ranking import Ranked, rank
 from bdbench.store import find_artifacts
 
 Format = Literal["rich", "markdown", "csv", "latex", "json"]
@@ -186,8 +187,6 @@ def render(rows: Sequence[dict[str, Any]], style: Format) -> Table | str:
     if style == "json":
         return json.dumps({"rows": list(rows)}, indent=1)
     if style == "csv":
-        import pandas as pd
-
         flat = [
             {key: json.dumps(item) if isinstance(item, dict) else item for key, item in row.items()} for row in rows
         ]
@@ -216,17 +215,12 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
         style: as in `render`; CSV and JSON hold the same lines.
     """
     found = rank(merge(rows), metric)
-    lines = [
-        {"defense": name.rpartition(" ")[0], "preset": name.rpartition(" ")[2], "rank": own, "mean": mean}
-        for name, own, mean in zip(found.defenses, found.ranks, found.means, strict=True)
-    ]
+    lines = [own._asdict() for own in found.defenses]
     if style == "json":
-        return json.dumps({name: _finite(value) if isinstance(value, float) else value
-                           for name, value in found._asdict().items()}, indent=1)  # fmt: skip
+        facts = {key: _finite(value) if isinstance(value, float) else value for key, value in found._asdict().items()}
+        return json.dumps({**facts, "defenses": lines}, indent=1)
     if style == "csv":
-        import pandas as pd
-
-        return pd.DataFrame(lines).to_csv(index=False)
+        return pd.DataFrame(lines, columns=Ranked._fields).to_csv(index=False)
     notes = [f"ranked by {metric.upper()} over {found.blocks} settings of data set, model and attack"]
     if not math.isnan(found.p):
         notes.append(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
+import compare
 import pytest
+import reproduce
 
 from bdbench import stages, tables
 from bdbench.attacks.base import TrainingAttack
@@ -21,21 +21,6 @@ from bdbench.errors import OptionError, TrainingError
 from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    """Import a script of benchmarks/ by its path."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-compare = load("compare")
-reproduce = load("reproduce")
 
 SUITES: dict[str, list[Any]] = reproduce.suites()
 CELLS = [cell for cells in SUITES.values() for cell in cells]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import baseline
+import limits
+import measuring
 import numpy as np
 import pytest
+import rows_data
+import rows_defenses
+import rows_growth
+import rows_networks
+import rows_processes
+import speed
 import torch
 from PIL import Image
 from torch import nn
@@ -19,25 +26,6 @@ from bdbench.datasets.paths import PathSource
 from bdbench.defenses.base import lowest
 from bdbench.defenses.plain import NoDefense
 from bdbench.progress import Silent
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    """Import a script of benchmarks/ by its path, so that the next one finds it."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-baseline, limits, measuring = load("baseline"), load("limits"), load("measuring")
-rows_networks, rows_processes, rows_data = load("rows_networks"), load("rows_processes"), load("rows_data")
-rows_defenses, rows_growth, _ = load("rows_defenses"), load("rows_growth"), load("rows_sharing")
-speed = load("speed")
 
 SIZES = measuring.Sizes(
     rounds=1, train=4, train_large=4, data_path=4, epoch=4, inversion=4, forward=4, single=2, decode=4, png=4,
