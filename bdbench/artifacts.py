@@ -229,7 +229,9 @@ class DatasetArtifact(Artifact):
             raise ArtifactError(f"{self.path}, split {name}: {error}; make the artifact again") from error
 
 
-def write_dataset(draft: Draft, data: PoisonedDataset, *, name: str, augment: str) -> None:
+def write_dataset(
+    draft: Draft, data: PoisonedDataset, *, name: str, augment: str, origin: Mapping[str, Any] | None = None
+) -> None:
     """Write the files and facts of a data set artifact.
 
     Args:
@@ -237,16 +239,23 @@ def write_dataset(draft: Draft, data: PoisonedDataset, *, name: str, augment: st
         data: what to write.
         name: of the source, for tables.
         augment: what `--augment auto` means for it.
+        origin: store only what differs from the clean source: its address (`bdbench.sources.address_of`) and
+            `fingerprint`. None stores every image.
     """
     splits = {"train": data.visible, "test": data.test, "triggered": data.triggered, "trusted": data.trusted}
     extra: dict[str, dict[str, Tensor]] = {"triggered": {"test_row": data.triggered_rows}}
     for split, content in splits.items():
         if len(content) or split != "trusted":
-            save_tensors({"images": content.images.contiguous()}, draft.folder / f"{split}.safetensors")
+            if origin is None or split == "triggered":
+                save_tensors({"images": content.images.contiguous()}, draft.folder / f"{split}.safetensors")
             _write_frame(draft, f"{split}.parquet", {"label": content.labels, **extra.get(split, {})})
     truth = {"clean_label": data.clean_labels, "role": data.roles, "source_row": data.source_rows}
     _write_frame(draft, "truth.parquet", truth)
-    save_tensors({"images": data.originals.contiguous()}, draft.folder / "originals.safetensors")
+    if origin is None:
+        save_tensors({"images": data.originals.contiguous()}, draft.folder / "originals.safetensors")
+    else:
+        save_tensors(_differences(data), draft.folder / "delta.safetensors")
+        draft.facts["origin"] = dict(origin)
     save_tensors(
         {key: value.contiguous() for key, value in data.trigger_state.items()}, draft.folder / "attack.safetensors"
     )
@@ -259,35 +268,16 @@ def write_dataset(draft: Draft, data: PoisonedDataset, *, name: str, augment: st
     }
 
 
-def keep_differences(
-    draft: Draft, data: PoisonedDataset, dataset: str, options: Mapping[str, Any], fingerprint: str
-) -> None:
-    """Replace images in a draft that the clean source has by the rows where they are found.
-
-    Args:
-        draft: after `write_dataset`.
-        data: what was written.
-        dataset, options: of the source, for `bdbench.sources.open_source`.
-        fingerprint: of both its splits.
-    """
-    for name in ("train", "test", "trusted", "originals"):
-        (draft.folder / f"{name}.safetensors").unlink(missing_ok=True)
+def _differences(data: PoisonedDataset) -> dict[str, Tensor]:
+    """Return the images that the attack changed, and the rows of the source where the others are."""
     changed = torch.nonzero(data.roles != Role.CLEAN).flatten()
     kept = torch.zeros(len(data.source_rows) + len(data.trusted), dtype=torch.bool)
     kept[data.source_rows] = True
-    differences = {
+    return {
         "images": data.visible.images[changed],
         "rows": changed,
         "source_rows": data.source_rows.contiguous(),
         "trusted_rows": torch.nonzero(~kept).flatten(),
-    }
-    save_tensors(differences, draft.folder / "delta.safetensors")
-    path = Path(dataset).expanduser()
-    places = {key: str(Path(value).expanduser().resolve()) for key, value in options.items() if isinstance(value, Path)}
-    draft.facts["origin"] = {
-        "dataset": str(path.resolve()) if path.exists() and "path" in options else dataset,
-        "options": {key: value for key, value in {**options, **places}.items() if key != "path"},
-        "fingerprint": fingerprint,
     }
 
 

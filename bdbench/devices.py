@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Literal
 import torch
 
 from bdbench.errors import DeviceError
+from bdbench.machine import memory_bytes
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -73,10 +73,7 @@ def memory_for_images(device: torch.device) -> int:
     """Return how many bytes of training images may lie on a device: half of what a GPU has free, half of all RAM."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, ValueError):  # Windows does not say
-        return sys.maxsize
+    return memory_bytes() // 2
 
 
 @contextmanager

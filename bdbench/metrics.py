@@ -88,19 +88,32 @@ def set_aside_rates(set_aside: Tensor, is_poison: Tensor) -> dict[str, Rate]:
     }
 
 
+def detection_curve(scores: Tensor, is_poison: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return false- and true-positive rates, rising, of scores (N,), higher is more suspect, at every threshold.
+
+    None where there is only poison or only clean.
+    """
+    from sklearn.metrics import roc_curve
+
+    if is_poison.all() or not is_poison.any():
+        return None
+    false_positive, true_positive, _ = roc_curve(is_poison.numpy(), scores.double().numpy(), drop_intermediate=False)
+    return false_positive, true_positive
+
+
 def score_metrics(scores: Tensor, is_poison: Tensor) -> dict[str, float]:
     """Return AUROC and the true-positive rate at 1 % and 5 % false positives of scores (N,), higher is more suspect.
 
     nan where there is only poison or only clean.
     """
-    if is_poison.all() or not is_poison.any():
-        return dict.fromkeys(("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr"), math.nan)
-    from sklearn.metrics import roc_auc_score, roc_curve
+    from sklearn.metrics import auc
 
-    truth, values = is_poison.numpy(), scores.double().numpy()
-    false_positive, true_positive, _ = roc_curve(truth, values, drop_intermediate=False)
+    curve = detection_curve(scores, is_poison)
+    if curve is None:
+        return dict.fromkeys(("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr"), math.nan)
+    false_positive, true_positive = curve
     at = {f"tpr_at_{percent}_fpr": float(true_positive[false_positive <= percent / 100].max()) for percent in (1, 5)}
-    return {"auroc": float(roc_auc_score(truth, values)), **at}
+    return {"auroc": float(auc(false_positive, true_positive)), **at}
 
 
 def image_distances(before: Tensor, after: Tensor) -> dict[str, float]:

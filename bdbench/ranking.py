@@ -79,7 +79,10 @@ def rank(rows: Sequence[dict[str, Any]], metric: str = "der") -> Ranking:
     statistic, p, difference = _test(ranks_BK)
     return Ranking(
         metric,
-        tuple(Ranked(*defenses[place], float(average[place]), float(means[place])) for place in order),
+        tuple(
+            Ranked(defense, preset, float(average[place]), float(means[place]))
+            for place, (defense, preset) in ((place, defenses[place]) for place in order)
+        ),
         len(whole),
         statistic,
         p,

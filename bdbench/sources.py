@@ -28,3 +28,11 @@ def open_source(dataset: str | Path, options: Mapping[str, Any]) -> Source:
             f"{', '.join(DATASETS.names())}; or give the path of an image folder, a Parquet or an .npz file"
         )
     return PathSource.parse({"path": path, **options})
+
+
+def address_of(dataset: str | Path, source: Source) -> dict[str, Any]:
+    """Return `dataset` and `options` that open a source again from any folder: places are absolute."""
+    options = source.model_dump(exclude_defaults=True)
+    places = {name: str(value.expanduser().resolve()) for name, value in options.items() if isinstance(value, Path)}
+    options |= places
+    return {"dataset": options.pop("path", str(dataset)), "options": options}

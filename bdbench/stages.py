@@ -27,7 +27,6 @@ from bdbench.artifacts import (
     EvaluationArtifact,
     ModelArtifact,
     Stopwatch,
-    keep_differences,
     plain,
     write_dataset,
     write_model,
@@ -46,7 +45,7 @@ from bdbench.poisoning import poison_source
 from bdbench.progress import Progress, Silent
 from bdbench.registry import ATTACKS, DEFENSES, MODELS
 from bdbench.seeds import scoped
-from bdbench.sources import open_source
+from bdbench.sources import address_of, open_source
 from bdbench.store import Ask
 
 TINY_IMAGES = 10_000
@@ -119,12 +118,9 @@ def poison(
         for path, wanted in asked.items():
             if wanted is not ask:
                 _write_victim(path, wanted, poisoned, engine, watch.made(place, bf16=bf16))
-        write_dataset(draft, poisoned, name=source.name, augment=source.augment)
-        if differences:
-            keep_differences(
-                draft, poisoned, str(dataset), origin.model_dump(exclude_defaults=True), source.fingerprint
-            )
-        draft.facts["replay"] = isinstance(method, TrainingAttack)
+        address = {**address_of(dataset, origin), "fingerprint": source.fingerprint} if differences else None
+        write_dataset(draft, poisoned, name=source.name, augment=source.augment, origin=address)
+        draft.facts |= {"replay": isinstance(method, TrainingAttack), "source_options": origin.chosen()}
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
     few = int((poisoned.roles == Role.POISON).sum())
     if few < FEW_POISONED:

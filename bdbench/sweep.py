@@ -26,6 +26,7 @@ import bdbench
 from bdbench import store, worker
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.grid import Cell, Grid, Named, line_of
+from bdbench.machine import memory_bytes
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
@@ -119,14 +120,23 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
     """
     records = {}
     for path in sorted((folder / store.SWEEP / "cells").glob("[!.]*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # replaced or removed at this moment, or damaged: its cell is made again
+        record = read_record(folder, path.stem)
+        if not record:
             continue
         if record["state"] == "running" and not is_locked(folder, record["name"]):
             record["state"] = "interrupted"
         records[record["name"]] = record
     return records
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any]:
+    """Return the record of a cell, empty if there is none; a damaged one is none: its cell is made again."""
+    path = folder / store.SWEEP / "cells" / f"{name}.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def is_locked(folder: Path, name: str) -> bool:
@@ -216,11 +226,7 @@ def usual_jobs(gpus: int) -> int:
     """
     if gpus:
         return gpus
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows does not say
-        memory = sys.maxsize
-    return max(1, min(os.cpu_count() or 1, memory // JOB_BYTES))
+    return max(1, min(os.cpu_count() or 1, memory_bytes() // JOB_BYTES))
 
 
 @dataclass
@@ -405,17 +411,6 @@ class Run:
         """Read what the running cells have written."""
         for cell, order, _ in self._running.values():
             self.states[cell] = State("running", read_record(self.sweep.folder, order.name))
-
-
-def read_record(folder: Path, name: str) -> dict[str, Any]:
-    """Return the record of a cell, empty if there is none."""
-    try:
-        found: dict[str, Any] = json.loads(
-            (folder / store.SWEEP / "cells" / f"{name}.json").read_text(encoding="utf-8")
-        )
-    except (OSError, ValueError):
-        return {}
-    return found
 
 
 def seconds_left(states: Mapping[Cell, State], jobs: int) -> float | None:

@@ -169,7 +169,7 @@ def test_the_commands_of_a_run_make_the_same_artifacts(
     found = describe_runs(rows, Shelf.of([runs]))[0]
     lines = [shlex.split(line) for line in found["commands"]]
     assert [line[:2] for line in lines] == [["bdbench", "poison"], ["bdbench", "train"], ["bdbench", "evaluate"]]
-    assert lines[0][2:] == ["--dataset", "digits", "--attack", "badnets", "--out", "again/digits"]
+    assert lines[0][2:] == ["--dataset", "digits", "--attack", "badnets", "--trusted", "0.05", "--out", "again/digits"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for line in lines:
@@ -185,9 +185,11 @@ def test_the_commands_of_a_run_make_the_same_artifacts(
 def test_a_command_names_only_the_options_that_differ_from_the_defaults(name: str) -> None:
     config = {"dataset": "cifar10-1000", "trusted": 0.05, **plain(ATTACKS.load(name).parse({"target": 3}).model_dump())}
     ask = Ask("dataset", name, 1, config, 2, {})
-    said = commands.poison_command(DatasetArtifact(Path("runs/it"), Manifest(ask.id, ask, {}, {}, {})))
+    facts = {"name": "cifar10-1000", "source_options": {"images": 1000}}
+    said = commands.poison_command(DatasetArtifact(Path("runs/it"), Manifest(ask.id, ask, {}, facts, {})))
     assert said == (
-        f"bdbench poison --dataset cifar10 --images 1000 --attack {name} --seed 2 --target 3 --out again/it"
+        f"bdbench poison --dataset cifar10 --images 1000 --attack {name} --trusted 0.05 --seed 2 --target 3 "
+        "--out again/it"
     )
 
 

@@ -289,11 +289,10 @@ def test_the_time_left_comes_from_the_cells_most_alike(tmp_path: Path) -> None:
 
 
 def test_jobs_are_bounded_by_memory_and_a_gpu_is_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"SC_PHYS_PAGES": 3 * 10**9 // 4096, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(sweep.os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(sweep, "memory_bytes", lambda: 3 * 10**9)
     monkeypatch.setattr(sweep.os, "cpu_count", lambda: 8)
     assert sweep.usual_jobs(0) == 1
-    sizes["SC_PHYS_PAGES"] *= 100
+    monkeypatch.setattr(sweep, "memory_bytes", lambda: 300 * 10**9)
     assert sweep.usual_jobs(0) == 8
     assert sweep.usual_jobs(4) == 4
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from bdbench.grid import Cell, Grid
-    from bdbench.sweep import Run, State
+    from bdbench.sweep import Run, State, Sweep
 
 STATES = ("done", "running", "failed", "interrupted", "waiting")
 REFRESH_SECONDS = 0.5
@@ -120,11 +120,10 @@ def write_example(path: Path, text: str) -> None:
     console.say(f"next: [cyan]bdbench sweep {path} --dry-run[/cyan]")
 
 
-def show_plan(job: object, cells: Sequence[Cell], jobs: int, *, as_json: bool) -> None:
+def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int, *, as_json: bool) -> None:
     """Print the cells, their states and an estimate."""
-    from bdbench.sweep import Sweep, seconds_left
+    from bdbench.sweep import seconds_left
 
-    assert isinstance(job, Sweep)
     found = job.states()
     states = {cell: found[cell] for cell in cells}
     left = seconds_left(states, jobs)
@@ -188,7 +187,7 @@ def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") 
 
 def finish(run: Run, *, as_json: bool) -> None:
     """Print the table of what is done, name what failed, and end with exit code 1 if anything did."""
-    from bdbench import tables
+    from bdbench import store, tables
     from bdbench.artifacts import EvaluationArtifact
 
     folder = run.sweep.folder
@@ -209,7 +208,7 @@ def finish(run: Run, *, as_json: bool) -> None:
     if failed:
         console.say(
             "the failed cells are made again with [cyan]--retry[/cyan]; their logs are in "
-            f"[bold]{folder / '.sweep' / 'logs'}[/bold]"
+            f"[bold]{folder / store.SWEEP / 'logs'}[/bold]"
         )
         raise typer.Exit(1)
     console.say(f"next: [cyan]bdbench table {folder} --format markdown[/cyan]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -50,6 +51,10 @@ class Source(Options, ABC):
             raise OptionError(f"images {self.images} is more than the {count} training images of {data.name}")
         rows = torch.randperm(count, generator=generator(0, "images"))[: self.images].sort().values
         return replace(data, name=f"{data.name}-{self.images}", train=data.train.take(rows))
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the options that decide which images there are, where they are not the defaults."""
+        return self.model_dump(include={"image_size", "test_fraction", "images"}, exclude_defaults=True)
 
     @abstractmethod
     def load(self, progress: Progress) -> SourceData:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -19,15 +18,13 @@ FOLDER = "again"
 
 
 def poison_command(data: DatasetArtifact) -> str:
-    """Return the command that makes a data set; options of the source that its manifest lacks cannot be in it."""
+    """Return the command that makes a data set."""
     asked = data.manifest.ask
     config = dict(asked.config)
-    name, trusted = config.pop("dataset"), config.pop("trusted")
-    origin = data.manifest.facts.get("origin")
-    source = ["--dataset", origin["dataset"], *_flags(origin["options"])] if origin else _source(name)
-    words = ["bdbench", "poison", *source, "--attack", asked.method]
-    words += ["--seed", str(asked.seed)] if asked.seed else []
-    words += ["--trusted", str(trusted)] if trusted != stages_default("trusted") else []
+    trusted = config.pop("trusted")
+    del config["dataset"]
+    words = ["bdbench", "poison", *_source(data), "--attack", asked.method]
+    words += ["--trusted", str(trusted), *(["--seed", str(asked.seed)] if asked.seed else [])]
 
     def complete(options: Mapping[str, Any]) -> dict[str, Any]:
         attack = cast("type[Attack]", ATTACKS.load(asked.method)).parse(options)
@@ -36,19 +33,15 @@ def poison_command(data: DatasetArtifact) -> str:
     return _line([*words, *_flags(_differing(config, complete)), "--out", _place(data.path.name)])
 
 
-def stages_default(parameter: str) -> object:
-    """Return a default of `stages.poison`."""
-    return (stages.poison.__kwdefaults__ or {})[parameter]
-
-
-def _source(name: str) -> list[str]:
-    """Return the flags of a source; its name tells how many images were kept, but not where a path was."""
-    if name in DATASETS.rows:
-        return ["--dataset", name]
-    part = re.fullmatch(r"(.+)-(\d+)", name)
-    if part is not None and part[1] in DATASETS.rows:
-        return ["--dataset", part[1], "--images", part[2]]
-    return ["--dataset", f"path/to/{name}"]
+def _source(data: DatasetArtifact) -> list[str]:
+    """Return the flags of a source; a path is known only where the data set stores differences from it."""
+    facts = data.manifest.facts
+    if "origin" in facts:
+        return ["--dataset", facts["origin"]["dataset"], *_flags(facts["origin"]["options"])]
+    options = facts.get("source_options", {})
+    # The name of a part of a source ends with how many images were kept.
+    name = facts["name"].removesuffix(f"-{options.get('images')}")
+    return ["--dataset", name if name in DATASETS.rows else f"path/to/{name}", *_flags(options)]
 
 
 def model_command(model: ModelArtifact, data: DatasetArtifact, suspect: str | None = None) -> str | None:

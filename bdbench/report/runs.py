@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import roc_curve
 from torch import Tensor
 
+from bdbench import metrics
 from bdbench.artifacts import DatasetArtifact, ModelArtifact
 from bdbench.errors import ArtifactError, BdbenchError
 from bdbench.pictures import shared_row, triggered_example
@@ -132,13 +133,12 @@ def _detection(model: ModelArtifact, truth: Callable[[], Tensor]) -> list[float]
     if samples is None:
         return None
     is_poison = truth()
-    if is_poison.all() or not is_poison.any():
-        return None
     if len(samples) != len(is_poison):
         raise ArtifactError(f"{model.path} scored {len(samples)} samples of {len(is_poison)}; make it again")
-    false_positive, true_positive, _ = roc_curve(
-        is_poison.numpy(), samples["score"].to_numpy(dtype=np.float64), drop_intermediate=False
-    )
+    curve = metrics.detection_curve(torch.from_numpy(samples["score"].to_numpy(copy=True)), is_poison)
+    if curve is None:
+        return None
+    false_positive, true_positive = curve
     places = np.searchsorted(false_positive, FALSE_POSITIVE, side="right") - 1
     return [round(float(rate), 3) for rate in true_positive[places]]
 
