@@ -39,13 +39,13 @@ def fitted() -> tuple[SSBA, State]:
 
 
 def test_an_even_change_is_seen_at_all_scales_and_has_no_slopes() -> None:
-    assert visible(torch.full((1, 3, 8, 8), 0.1)).item() == pytest.approx(0.1)
+    assert visible(torch.full((1, 3, 8, 8), 0.1)).item() == pytest.approx(0.01)
 
 
 def test_a_checkerboard_is_seen_from_near_only_and_is_steep() -> None:
     sign = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(4, 4)
-    # 0.1 whole, 0 halved and quartered; neighbours differ by 0.2 in both directions
-    assert visible(0.1 * sign.expand(1, 3, 8, 8)).item() == pytest.approx(0.1 / 3 + 0.4)
+    # 0.1^2 whole, 0 halved and quartered; neighbours differ by 0.2 in both directions
+    assert visible(0.1 * sign.expand(1, 3, 8, 8)).item() == pytest.approx(0.01 / 3 + 0.08)
 
 
 def test_at_first_the_bits_alone_count() -> None:
@@ -53,8 +53,8 @@ def test_at_first_the_bits_alone_count() -> None:
 
 
 def test_then_the_change_counts_too() -> None:
-    # 2 * 0.1^2 + 1.5 * 0.1 + 1.5 * ln 2
-    assert loss_at(10, bits_alone=10) == pytest.approx(0.02 + 0.15 + 1.5 * math.log(2))
+    # 2 * 0.1^2 + 1.5 * 0.1^2 + 1.5 * ln 2
+    assert loss_at(10, bits_alone=10) == pytest.approx(0.02 + 0.015 + 1.5 * math.log(2))
 
 
 def test_the_secret_is_of_bits_and_goes_by_the_seed() -> None:

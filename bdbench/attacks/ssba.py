@@ -33,13 +33,14 @@ class SSBA(Attack):
     Paper: Li et al., Invisible Backdoor Attack with Sample-Specific Triggers, ICCV 2021,
     https://arxiv.org/abs/2012.03816.
 
-    Differs from the published code: the visible change is the mean absolute change at three scales and that of its
+    Differs from the published code: the visible change is the mean squared change at three scales and that of its
     slopes, in place of LPIPS, which needs weights of AlexNet to download; no critic (its weight is 0.5 there, and it is
     off in the example of BackdoorBox) and no spatial transformer before the decoder, which serves photographed
     prints; fewer steps at a higher learning rate; images above `encoder-side` are encoded at that side and the change
     is enlarged. BackdoorBench instead reads images that a like encoder made beforehand.
     """
 
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "https://arxiv.org/abs/2012.03816"
 
     secret_bits: int = Field(20, ge=1, description="Length of the secret.")
@@ -121,10 +122,14 @@ def draw_secret(bits: int, seed: int) -> Tensor:
 
 
 def visible(change: Tensor) -> Tensor:
-    """Return how much of a change (B, C, H, W) is seen: its mean size, whole, halved and quartered, and its slopes."""
+    """Return how much of a change (B, C, H, W) is seen: its mean square, whole, halved and quartered, and its slopes'.
+
+    Squares, as LPIPS grows with the square of a small change too. With absolute values next to nothing is left of the
+    change: on CIFAR-10 12.5 % of the pixels moved, 43.9 dB, too little for a classifier to learn in three epochs.
+    """
     scales = [change, *(F.avg_pool2d(change, side, ceil_mode=True) for side in (2, 4))]
-    slopes = change.diff(dim=2).abs().mean() + change.diff(dim=3).abs().mean()
-    return torch.stack([scale.abs().mean() for scale in scales]).mean() + slopes
+    slopes = change.diff(dim=2).square().mean() + change.diff(dim=3).square().mean()
+    return torch.stack([scale.square().mean() for scale in scales]).mean() + slopes
 
 
 class Hider(nn.Module):
