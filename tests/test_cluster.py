@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sweep import numbers, tiny_folder
+from test_sweep import UNDEFENDED, numbers, tiny_folder
 
 from bdbench import cluster, store
 from bdbench.errors import DeviceError, OptionError
@@ -52,6 +52,7 @@ def test_a_sweep_survives_the_death_of_a_node(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("BDBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tiny_folder(tmp_path))
+    (tmp_path / "grid.toml").write_text(UNDEFENDED)
     nodes: Any = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         first, _ = (nodes.add_node(num_cpus=1) for _ in range(2))
@@ -72,6 +73,6 @@ def test_a_sweep_survives_the_death_of_a_node(tmp_path: Path, monkeypatch: pytes
         nodes.shutdown()
     assert killed
     assert {state.state for state in run.states.values()} == {"done"}
-    assert len(numbers(tmp_path)) == 4
+    assert len(numbers(tmp_path)) == 2
     made = Counter(manifest.ask.kind for _, manifest in store.find_artifacts(tmp_path / "runs"))
-    assert made == {"dataset": 2, "model": 4, "evaluation": 4}
+    assert made == {"dataset": 2, "model": 2, "evaluation": 2}
