@@ -398,10 +398,11 @@ class Run:
             reason = f"killed by signal {-code}{' (out of memory?)' if code == -signal.SIGKILL else ''}"
         else:
             reason = f"its process ended with code {code}"
-        record = {**record, "state": "failed", "reason": reason}
-        if "settings" in record:
-            with store.replace_file(store.sweep_file(self.sweep.folder, "cells", f"{order.name}.json")) as path:
-                path.write_text(json.dumps(record), encoding="utf-8")
+        # A worker that died at its start has left no record, or one of other settings.
+        told = {name: value for name, value in json.loads(order.text).items() if name in ("name", "cell", "settings")}
+        record = {"seconds": 0.0, **record, **told, "state": "failed", "reason": reason}
+        with store.replace_file(store.sweep_file(self.sweep.folder, "cells", f"{order.name}.json")) as path:
+            path.write_text(json.dumps(record), encoding="utf-8")
         self.states[cell] = State("failed", record)
         self.say(f"failed  {order.name}: {reason}\n        log: {log}")
         if self.fail_fast:

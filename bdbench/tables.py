@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bdbench.artifacts import EvaluationArtifact
 from bdbench.metrics import defence_effectiveness, mean_interval
-from bdbench.ranking import Ranked, rank
+from bdbench.ranking import Ranked, Ranking, rank
 from bdbench.store import find_artifacts
 
 Format = Literal["rich", "markdown", "csv", "latex", "json"]
@@ -221,7 +221,17 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
         return json.dumps({**facts, "defenses": lines}, indent=1)
     if style == "csv":
         return pd.DataFrame(lines, columns=Ranked._fields).to_csv(index=False)
-    notes = [f"ranked by {metric.upper()} over {found.blocks} settings of data set, model and attack"]
+    cells = [
+        [f"{line[column.key]:.3f}" if column.is_rate else str(line[column.key]) for column in RANKING] for line in lines
+    ]
+    if style == "rich":
+        return _rich(list(RANKING), cells, [line | {"marks": ""} for line in lines], ranking_notes(found))
+    return (_markdown if style == "markdown" else _latex)(list(RANKING), cells, ranking_notes(found))
+
+
+def ranking_notes(found: Ranking) -> list[str]:
+    """Return what has to be said beside ranks: over what, Friedman's test, and what was left out."""
+    notes = [f"ranked by {found.metric.upper()} over {found.blocks} settings of data set, model and attack"]
     if not math.isnan(found.p):
         notes.append(
             f"Friedman: chi-squared {found.statistic:.2f}, p {found.p:.3g}; critical difference of ranks "
@@ -233,12 +243,7 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
         notes.append(f"left out, the attack failed or its strength is not known: {'; '.join(found.failed)}")
     if found.incomplete:
         notes.append(f"left out, a defence is missing: {'; '.join(found.incomplete)}")
-    cells = [
-        [f"{line[column.key]:.3f}" if column.is_rate else str(line[column.key]) for column in RANKING] for line in lines
-    ]
-    if style == "rich":
-        return _rich(list(RANKING), cells, [line | {"marks": ""} for line in lines], notes)
-    return (_markdown if style == "markdown" else _latex)(list(RANKING), cells, notes)
+    return notes
 
 
 def _cell(row: dict[str, Any], column: Column) -> str:

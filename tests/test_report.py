@@ -100,6 +100,25 @@ def test_a_failed_attack_is_counted_and_not_averaged() -> None:
     assert (abl.values["ba"], abl.values["asr"]) == (0.8, 0.2)
 
 
+def test_defences_are_ranked_as_the_table_ranks_them() -> None:
+    rows = [row(attack=attack, dataset_id=attack) for attack in "ab"]
+    for attack in "ab":
+        rows += [
+            row(name, attack=attack, dataset_id=attack, asr=asr) for name, asr in (("x", 0.1), ("y", 0.3), ("z", 0.2))
+        ]
+    marked = tables.mark_rows(rows)
+    text = render(marked, cells_of(marked), NOTHING)
+    names = re.findall(r'<tr><th scope="row">(.)</th><td>\w+</td><td>(.*?)</td>', text)
+    assert names == [("x", "1.00"), ("z", "2.00"), ("y", "3.00")]
+    printed = tables.render_ranking(marked, "der", "markdown")
+    assert isinstance(printed, str)
+    notes = re.findall(r'<p class="note">((?:ranked|Friedman).*?)</p>', text)
+    assert len(notes) == 2
+    assert all(note in printed for note in notes)
+    alone = [item for item in marked if item["defense"] in ("none", "x")]
+    assert 'id="ranks"' not in render(alone, cells_of(alone), NOTHING)
+
+
 def test_a_cell_says_how_many_of_its_seeds_failed() -> None:
     rows = tables.mark_rows([row(seed=0), row(seed=1, asr=0.2), row("abl", seed=0), row("abl", seed=1)])
     cells = {cell.defense: cell for cell in cells_of(rows)}

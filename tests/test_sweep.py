@@ -208,6 +208,16 @@ def test_a_worker_that_dies_fails_its_cell_and_is_remembered(tmp_path: Path, cod
     assert read_records(tmp_path / "out")[NAMES[0]]["state"] == "failed"
 
 
+def test_a_worker_that_dies_before_it_writes_anything_is_remembered_too(tmp_path: Path) -> None:
+    run, _, _ = run_of(tmp_path)
+    run.launch = lambda order, _: Played(order, -9)
+    walk(run)
+    later, stage, _ = run_of(tmp_path)
+    walk(later)
+    assert stage.started == []
+    assert set(states_of(later).values()) == {"failed"}
+
+
 def test_a_cell_that_another_sweep_makes_is_asked_for_again(tmp_path: Path) -> None:
     run, stage, _ = run_of(tmp_path, script={NAMES[0]: [worker.BUSY, worker.BUSY]})
     walk(run)

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import bdbench
 from bdbench import tables
 from bdbench.errors import ArtifactError
+from bdbench.ranking import rank
 from bdbench.report import charts
 from bdbench.report.matrices import COMPARED, Cell, cells_of, matrices_of
 from bdbench.report.runs import FALSE_POSITIVE, Picture, Shelf, describe_runs, trigger_gallery
@@ -64,6 +65,7 @@ def render(rows: Sequence[dict[str, Any]], cells: Sequence[Cell], shelf: Shelf) 
         shelf: where data sets and models are found.
     """
     matrices = matrices_of(cells)
+    ranking = rank(tables.merge(rows))
     pictures, missing_pictures = trigger_gallery(_one_data_set_each(rows, cells), shelf)
     defenses = list(dict.fromkeys(defense for matrix in matrices for defense in matrix.defenses))
     data = {
@@ -87,6 +89,8 @@ def render(rows: Sequence[dict[str, Any]], cells: Sequence[Cell], shelf: Shelf) 
         matrices=matrices,
         cells=cells,
         rows=rows,
+        ranking=ranking,
+        ranking_notes=tables.ranking_notes(ranking),
         pictures=_by_source(pictures),
         missing_pictures=missing_pictures,
         metrics={name: METRIC_NAMES[name] for name in COMPARED},
