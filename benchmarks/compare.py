@@ -13,7 +13,7 @@ from bdbench import store, tables
 
 PAPER = Path(__file__).with_name("paper.toml")
 README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- compare -->", "<!-- /compare -->"
+MARKER = "compare"
 PRESETS = ("paper", "fast", "tiny")
 HEADINGS = (
     "reported by", "attack", "defence", "reported setting", "measured setting", "BA over",
@@ -154,16 +154,28 @@ def markdown(entries: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any
     return "\n\n".join(parts)
 
 
+def fill(text: str, name: str, content: str) -> str:
+    """Return a text with new content between the markers of a name.
+
+    Raises:
+        ValueError: the text lacks them.
+    """
+    before, begin, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not begin or not end:
+        raise ValueError(f"no lines <!-- {name} --> and <!-- /{name} --> around the place of the table")
+    return f"{before}{begin}{content}\n{end}{after}"
+
+
 def compare(results: Path, suites: Sequence[str], readme: Path = README) -> int:
     """Write the comparison between the markers of the README; return the exit code."""
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        print(f"{readme} needs the lines {BEGIN} and {END} around the place of the table")
-        return 1
     settings = measured(results, suites)
+    try:
+        text = fill(readme.read_text(encoding="utf-8"), MARKER, markdown(reported(), settings))
+    except ValueError as error:
+        print(f"{readme}: {error}")
+        return 1
     with store.replace_file(readme) as path:
-        path.write_text(f"{before}{BEGIN}\n{markdown(reported(), settings)}\n{END}{after}", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     print(f"wrote {readme}: {len(settings)} measured settings of {', '.join(suites)}")
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import compare
 import pytest
+import readme
 import reproduce
 
 from bdbench import stages, tables
@@ -158,7 +159,7 @@ def test_a_reported_entry_has_names_of_the_registry(entry: dict[str, Any]) -> No
     assert entry["dataset"] in DATASETS.rows
     assert entry["model"] in MODELS.rows
     assert entry["attack"] in ATTACKS.rows
-    assert entry["defense"] in DEFENSES.rows
+    assert entry["defense"] in {*DEFENSES.rows, "victim"}
     variants = {cell.variant for cell in CELLS if cell.method == entry["defense"]}
     assert entry.get("variant", "") in {"", *variants}
 
@@ -429,6 +430,28 @@ def test_the_readme_is_written_between_its_markers_only(tmp_path: Path) -> None:
     assert readme.read_text() == "nothing\n"
 
 
-def test_the_readme_of_the_repository_has_the_markers() -> None:
-    text = (BENCHMARKS / "README.md").read_text()
-    assert text.count(compare.BEGIN) == text.count(compare.END) == 1
+@pytest.mark.parametrize("name", readme.TABLES)
+def test_the_tables_of_the_readme_are_those_of_the_results(name: str) -> None:
+    suite, shown = readme.TABLES[name]
+    text = readme.README.read_text(encoding="utf-8")
+    assert compare.fill(text, name, shown(compare.read_rows(BENCHMARKS / "results" / f"{suite}.csv"))) == text
+
+
+def test_the_comparison_of_the_repository_is_that_of_the_results() -> None:
+    text = compare.README.read_text(encoding="utf-8")
+    settings = compare.measured(BENCHMARKS / "results", list(SUITES))
+    assert compare.fill(text, compare.MARKER, compare.markdown(ENTRIES, settings)) == text
+
+
+def test_an_attack_stands_beside_what_its_source_reports_for_its_rate() -> None:
+    interval = {"asr_low": 0.95, "asr_high": 1.0}
+    rows = [
+        row(variant="3-epochs", defense_options={"epochs": 3}, **interval),
+        row(variant="3-epochs", defense_options={"epochs": 3}, attack_options={"rate": 0.02, "target": 0}, **interval),
+        row(variant="3-epochs-no-covers", defense_options={"epochs": 3}, **interval),
+    ]
+    lines = [text.split(" | ") for text in readme.attacks(rows).splitlines()[2:]]
+    assert [cells[1] for cells in lines] == ["10 %", "2 %", "10 %"]
+    assert lines[2][0] == "| `badnets`, no covers"
+    assert "github.com" in lines[0][-1]
+    assert not any("github.com" in cells[-1] for cells in lines[1:])

@@ -1,0 +1,99 @@
+"""Tables of measured rows in the README files: `python benchmarks/reproduce.py compare` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from types import MappingProxyType
+from typing import Any
+
+import compare
+
+from bdbench import store
+
+README = Path(__file__).parents[1] / "README.md"
+Row = Mapping[str, Any]
+
+
+def attacks(rows: Sequence[Row]) -> str:
+    """Return what each attack reaches undefended, beside what its source reports for that rate."""
+    said = [entry for entry in compare.reported() if entry["defense"] in ("none", "victim")]
+    lines = []
+    for row in rows:
+        options, training = row["attack_options"], row["defense_options"]
+        special = row["variant"].partition("-epochs")[2].replace("-", " ").strip()
+        name = "the attacker's own model" if row["defense"] == "victim" else special
+        mine = (row["attack"], row["defense"], options["rate"])
+        like = [entry for entry in said if (entry["attack"], entry["defense"], entry["rate"]) == mine and not special]
+        near = min(like, key=lambda entry: compare.distance(entry, row), default=None)
+        cells = [
+            f"`{row['attack']}`" + (f", {name}" if name else ""),
+            f"{100 * options['rate']:g} %",
+            str(training.get("epochs", options.get("victim_epochs"))),
+            rate(row, "ba"),
+            interval(row),
+            rate(row, "floor"),
+            "" if near is None else f"[{near['asr']:.3f}]({near['url']})",
+        ]
+        lines.append(cells)
+    headings = ("attack", "poison rate", "epochs", "BA", "ASR (95 % interval)", "floor", "ASR reported elsewhere")
+    return table(headings, lines, first_number=1)
+
+
+def cifar(rows: Sequence[Row]) -> str:
+    """Return attacks and defences on CIFAR-10, a line a run."""
+    names = ("floor", "ra", "target_recall", "detection_precision", "auroc")
+    lines = [
+        [row["attack"], row["defense"], rate(row, "ba"), interval(row), *(rate(row, name) for name in names)]
+        for row in rows
+        if not row["variant"]
+    ]
+    headings = (
+        "attack", "defence", "BA", "ASR (95 % interval)", "floor", "RA", "target recall", "set aside: precision",
+        "AUROC",
+    )  # fmt: skip
+    return table(headings, lines, first_number=2)
+
+
+def quickstart(rows: Sequence[Row]) -> str:
+    """Return BA / ASR of every defence of the quickstart over its seeds, with the median."""
+    seeds = sorted({row["seed"] for row in rows})
+    lines = []
+    for name in dict.fromkeys(row["defense"] for row in rows):
+        own = {row["seed"]: row for row in rows if row["defense"] == name}
+        middle = {key: median(row[key] for row in own.values()) for key in ("ba", "asr")}
+        lines.append([name, *(f"{rate(row, 'ba')} / {rate(row, 'asr')}" for row in (*map(own.get, seeds), middle))])
+    return table(("defence, BA / ASR", "seed 0", *map(str, seeds[1:]), "median"), lines)
+
+
+def rate(row: Row | None, name: str) -> str:
+    """Return a share with three digits, or nothing."""
+    return "" if row is None or row[name] is None else f"{row[name]:.3f}"
+
+
+def interval(row: Row) -> str:
+    """Return an ASR with its interval."""
+    return f"{row['asr']:.3f} ({row['asr_low']:.3f} to {row['asr_high']:.3f})"
+
+
+def table(headings: Sequence[str], lines: Sequence[Sequence[str]], first_number: int = 99) -> str:
+    """Return a Markdown table; columns from `first_number` on are set to the right."""
+    rule = "|".join("---:" if place >= first_number else "---" for place in range(len(headings)))
+    shown = ["| " + " | ".join(cells) + " |" for cells in (headings, *lines)]
+    return "\n".join([shown[0], f"|{rule}|", *shown[1:]])
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Sequence[Row]], str]]] = MappingProxyType(
+    {"attacks": ("attacks", attacks), "cifar": ("cifar10-cpu", cifar), "quickstart": ("quickstart", quickstart)}
+)
+"""Marker in the README -> suite, and what makes its table."""
+
+
+def write(results: Path, readme: Path = README) -> None:
+    """Write every table between its markers."""
+    text = readme.read_text(encoding="utf-8")
+    for name, (suite, shown) in TABLES.items():
+        text = compare.fill(text, name, shown(compare.read_rows(results / f"{suite}.csv")))
+    with store.replace_file(readme) as path:
+        path.write_text(text, encoding="utf-8")
