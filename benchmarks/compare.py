@@ -23,8 +23,8 @@ FIRST_NUMBER = HEADINGS.index("BA reported")
 
 
 def key(row: dict[str, Any]) -> str:
-    """Return what makes a row: the columns that `bdbench.tables` takes for one setting, and the seed."""
-    return json.dumps([row[name] for name in (*tables.KEYS, "seed")], sort_keys=True)
+    """Return what makes a row: the columns that `bdbench.tables` takes for one setting, variant and seed."""
+    return json.dumps([row[name] for name in (*tables.KEYS, "variant", "seed")], sort_keys=True)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -46,7 +46,10 @@ PROVENANCE = ("processor", "cores", "command")
 
 
 class Cell(NamedTuple):
-    """One model: data, attack, network, defence, budget and seed; `variant` names options that are not the preset's."""
+    """One model: data, attack, network, defence, budget and seed; `variant` names what is not the preset's.
+
+    `precision` is None where `--precision` decides.
+    """
 
     dataset: str
     attack: str
@@ -57,6 +60,7 @@ class Cell(NamedTuple):
     seed: int = 0
     variant: str = ""
     options: Mapping[str, Any] = NO_OPTIONS
+    precision: Precision | None = None
 
     @property
     def data_name(self) -> str:
@@ -87,6 +91,8 @@ class Cell(NamedTuple):
 
 CONTROL_RATE = 0.001
 """One poisoned image of the digits' 1,366: what the defences cost where there is next to nothing to defend against."""
+
+PRECISIONS: Sequence[Precision] = ("fp32", "bf16")
 
 ALL_METHODS = ("none", "oracle", "cbd", "abl", "dbd", "mcldef")
 """`none` comes first: mcldef mends it."""
@@ -154,6 +160,12 @@ def suites() -> dict[str, list[Cell]]:
             for seed in range(3)
             for method in ALL_METHODS
         ],
+        "precision": [
+            Cell("digits", attack, {"rate": 0.1}, "convnet", "none", "tiny", seed, given, NO_OPTIONS, given)
+            for attack in ("badnets", "blended")
+            for given in PRECISIONS
+            for seed in range(3)
+        ],
         "cifar10-cpu": [cifar(attack, method, "fast") for attack in CIFAR_ATTACKS for method in ALL_METHODS],
         "cifar10-budget": [cifar("badnets", method, "paper") for method in ("none", "abl", "cbd", "mcldef")],
         "cifar10-paper": [cell for seed in range(3) for attack in CIFAR_ATTACKS for cell in papers(attack, seed)],
@@ -216,7 +228,7 @@ class Settings(NamedTuple):
 
 def run(cell: Cell, settings: Settings) -> dict[str, Any]:
     """Run or reuse a cell and return its row."""
-    runs, device, precision = settings.runs, settings.device, settings.precision
+    runs, device, precision = settings.runs, settings.device, cell.precision or settings.precision
     data = stages.poison(
         cell.dataset, cell.attack, options=cell.attack_options, source_options=settings.source, seed=cell.seed,
         out=runs / cell.data_name, device=device, precision=precision,
@@ -234,7 +246,7 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
 
 def trained(cell: Cell, data: DatasetArtifact, settings: Settings) -> ModelArtifact:
     """Train or reuse the model of a cell."""
-    runs, device, precision = settings.runs, settings.device, settings.precision
+    runs, device, precision = settings.runs, settings.device, cell.precision or settings.precision
     suspect = None
     if DEFENSES.load(cell.method).needs_suspect:
         undefended = cell._replace(method="none", variant="", options=NO_OPTIONS)

@@ -113,7 +113,9 @@ def test_every_name_and_option_of_a_suite_is_in_the_registry(suite: str) -> None
 @every_suite
 def test_no_two_cells_of_a_suite_ask_for_the_same_model(suite: str) -> None:
     asked = [
-        json.dumps([cell.data_name, cell.model, cell.method, resolved(cell)], sort_keys=True, default=str)
+        json.dumps(
+            [cell.data_name, cell.model, cell.method, cell.precision, resolved(cell)], sort_keys=True, default=str
+        )
         for cell in SUITES[suite]
         if cell.method != "victim"
     ]
