@@ -113,12 +113,12 @@ class DatasetArtifact(Artifact):
         """The visible training split: N images with the labels as poisoned."""
         return self._split("train")
 
-    @property
+    @cached_property
     def test(self) -> ImageDataset:
         """All clean test images."""
         return self._split("test")
 
-    @property
+    @cached_property
     def triggered(self) -> ImageDataset:
         """The triggered test images of eligible classes, labelled with what the attacker wants."""
         return self._split("triggered")
