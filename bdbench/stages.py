@@ -117,7 +117,8 @@ def poison(
         # The attacker's model comes first: a data set that is sealed is complete.
         for path, wanted in asked.items():
             if wanted is not ask:
-                _write_victim(path, wanted, poisoned, engine, watch.made(place, bf16=bf16))
+                made = watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
+                _write_victim(path, wanted, poisoned, engine, made)
         address = {**address_of(dataset, origin), "fingerprint": source.fingerprint} if differences else None
         write_dataset(draft, poisoned, name=source.name, augment=source.augment, origin=address)
         draft.facts |= {"replay": isinstance(method, TrainingAttack), "source_options": origin.chosen()}

@@ -62,6 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatasetArtifact]:
 def test_the_victim_lies_beside_the_data_set(data: DatasetArtifact) -> None:
     victim = ModelArtifact.open(victim_of(data))
     assert (victim.dataset_id, victim.manifest.ask.method) == (data.id, "victim")
+    assert victim.manifest.made["training_seconds"] == pytest.approx(victim.history["seconds"].sum(), abs=0.01)
     assert list(victim.history["phase"]) == ["mask", "victim"]
     assert victim.classifier()(torch.rand(2, 1, 8, 8)).shape == (2, 4)
     verify(victim.path)
