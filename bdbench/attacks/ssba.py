@@ -124,8 +124,8 @@ def draw_secret(bits: int, seed: int) -> Tensor:
 def visible(change: Tensor) -> Tensor:
     """Return how much of a change (B, C, H, W) is seen: its mean square, whole, halved and quartered, and its slopes'.
 
-    Squares, as LPIPS grows with the square of a small change too. With absolute values next to nothing is left of the
-    change: on CIFAR-10 12.5 % of the pixels moved, 43.9 dB, too little for a classifier to learn in three epochs.
+    Squares, as LPIPS grows with the square of a small change too: on CIFAR-10 92 % of the pixels move, 39.3 dB. With
+    absolute values 12.5 % did, 43.9 dB.
     """
     scales = [change, *(F.avg_pool2d(change, side, ceil_mode=True) for side in (2, 4))]
     slopes = change.diff(dim=2).square().mean() + change.diff(dim=3).square().mean()
