@@ -10,6 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,9 +23,9 @@ from bdbench.errors import ArtifactError, BusyError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 ROOT = Path("runs")
+"""Where artifacts lie when no place is given."""
 SWEEP = ".sweep"
 """Folder of what a sweep knows of its cells: records, logs, locks."""
-"""Where artifacts lie when no place is given."""
 
 Kind = Literal["dataset", "model", "evaluation"]
 
@@ -142,7 +143,9 @@ def _locked(hidden: Path, path: Path) -> Iterator[None]:
 
 
 def _seal(draft: Draft, path: Path, ask: Ask) -> None:
-    files = {file.name: _describe(file) for file in sorted(draft.folder.iterdir())}
+    written = sorted(draft.folder.iterdir())
+    with ThreadPoolExecutor() as pool:  # hashing takes longest where a CPU has no instructions for it
+        files = dict(zip((file.name for file in written), pool.map(_describe, written), strict=True))
     manifest = Manifest(ask.id, ask, files, draft.facts, draft.made)
     with (draft.folder / MANIFEST).open("w", encoding="utf-8") as stream:
         json.dump(asdict(manifest), stream, indent=1, sort_keys=True)
