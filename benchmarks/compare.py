@@ -145,13 +145,19 @@ def markdown(entries: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any
             )
     parts = []
     if lines:
-        rule = ["---:" if index >= FIRST_NUMBER else "---" for index in range(len(HEADINGS))]
-        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in (HEADINGS, rule, *lines)))
+        parts.append(table(HEADINGS, lines, FIRST_NUMBER))
     if missing:
         parts.append("\n".join(["Reported, with no comparable measured row yet:", "", *missing]))
     if notes:
         parts.append("\n".join(f"[{number}] {note}  " for number, note in enumerate(notes, 1)).rstrip())
     return "\n\n".join(parts)
+
+
+def table(headings: Sequence[str], lines: Sequence[Sequence[str]], first_number: int) -> str:
+    """Return a Markdown table; columns from `first_number` on are set to the right."""
+    rule = "|".join("---:" if place >= first_number else "---" for place in range(len(headings)))
+    shown = ["| " + " | ".join(cells) + " |" for cells in (headings, *lines)]
+    return "\n".join([shown[0], f"|{rule}|", *shown[1:]])
 
 
 def fill(text: str, name: str, content: str) -> str:

@@ -38,7 +38,7 @@ def attacks(rows: Sequence[Row]) -> str:
         ]
         lines.append(cells)
     headings = ("attack", "poison rate", "epochs", "BA", "ASR (95 % interval)", "floor", "ASR reported elsewhere")
-    return table(headings, lines, first_number=1)
+    return compare.table(headings, lines, first_number=1)
 
 
 def cifar(rows: Sequence[Row]) -> str:
@@ -53,7 +53,7 @@ def cifar(rows: Sequence[Row]) -> str:
         "attack", "defence", "BA", "ASR (95 % interval)", "floor", "RA", "target recall", "set aside: precision",
         "AUROC",
     )  # fmt: skip
-    return table(headings, lines, first_number=2)
+    return compare.table(headings, lines, first_number=2)
 
 
 def quickstart(rows: Sequence[Row]) -> str:
@@ -64,7 +64,8 @@ def quickstart(rows: Sequence[Row]) -> str:
         own = {row["seed"]: row for row in rows if row["defense"] == name}
         middle = {key: median(row[key] for row in own.values()) for key in ("ba", "asr")}
         lines.append([name, *(f"{rate(row, 'ba')} / {rate(row, 'asr')}" for row in (*map(own.get, seeds), middle))])
-    return table(("defence, BA / ASR", "seed 0", *map(str, seeds[1:]), "median"), lines)
+    headings = ("defence, BA / ASR", "seed 0", *map(str, seeds[1:]), "median")
+    return compare.table(headings, lines, first_number=len(headings))
 
 
 def rate(row: Row | None, name: str) -> str:
@@ -75,13 +76,6 @@ def rate(row: Row | None, name: str) -> str:
 def interval(row: Row) -> str:
     """Return an ASR with its interval."""
     return f"{row['asr']:.3f} ({row['asr_low']:.3f} to {row['asr_high']:.3f})"
-
-
-def table(headings: Sequence[str], lines: Sequence[Sequence[str]], first_number: int = 99) -> str:
-    """Return a Markdown table; columns from `first_number` on are set to the right."""
-    rule = "|".join("---:" if place >= first_number else "---" for place in range(len(headings)))
-    shown = ["| " + " | ".join(cells) + " |" for cells in (headings, *lines)]
-    return "\n".join([shown[0], f"|{rule}|", *shown[1:]])
 
 
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[Row]], str]]] = MappingProxyType(
