@@ -120,6 +120,7 @@ class Engine:
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     image_memory: int | None = None
     compile: bool = False
+    _fed: Feed | None = field(default=None, init=False, repr=False)
 
     def fit(
         self,
@@ -174,9 +175,14 @@ class Engine:
         return model.eval()
 
     def feed(self, data: ImageDataset) -> Feed:
-        """Return the images of a data set, ready to be taken in batches on the engine's device."""
-        limit = memory_for_images(self.device) if self.image_memory is None else self.image_memory
-        return Feed(data, self.device, limit)
+        """Return the images of a data set, ready to be taken in batches on the engine's device.
+
+        Asked for the same data set again, it is the same feed: the images lie on the device once.
+        """
+        if self._fed is None or self._fed.data is not data:
+            limit = memory_for_images(self.device) if self.image_memory is None else self.image_memory
+            self._fed = Feed(data, self.device, limit)
+        return self._fed
 
     def reuse_or_train(
         self, folder: Path | None, key: str, objects: Mapping[str, Stateful], what: str, train: Callable[[], object]
@@ -214,7 +220,13 @@ class Engine:
         return self._map(model, model.embed, images)
 
     def losses(self, model: Classifier, data: ImageDataset) -> Tensor:
-        """Return the cross entropy of every sample, (N,) float32 on the CPU, unaugmented, in one batched pass."""
+        """Return the cross entropy of every sample, (N,) float32 on the CPU, unaugmented, in one batched pass.
+
+        Raises:
+            ArtifactError: the file of the images changed since it was opened.
+        """
+        if data.file is not None:
+            data.file.check()
         return F.cross_entropy(self.logits(model, data.images), data.labels, reduction="none")
 
     def _map(self, model: Classifier, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Feed:
     """
 
     def __init__(self, data: ImageDataset, device: torch.device, limit: int) -> None:
-        self.file, self.device, self.limit = data.file, device, limit
+        self.data, self.device, self.limit = data, device, limit
         self.streamed = data.images.nbytes > limit
         self.images = data.images if self.streamed else data.images.to(device)
 
@@ -85,5 +85,5 @@ class Feed:
         return taken.pin_memory() if self.device.type == "cuda" else taken
 
     def _check_file(self) -> None:
-        if self.file is not None and self.images.device.type == "cpu":
-            self.file.check()
+        if self.data.file is not None and self.images.device.type == "cpu":
+            self.data.file.check()

@@ -126,9 +126,10 @@ DOUBTS: Mapping[str, Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]]
         ("no-augment", {}, {"augment": "none"}),
         ("adversarial", {"surrogate_adversarial": True, "surrogate_epochs": ATTACK_EPOCHS}, {}),
     ),
+    "badnets": (("no-augment", {"rate": 0.01}, {"augment": "none"}),),
     "bpp": (("no-covers", {"cover_ratio": 0.0}, {}), ("", {}, {})),
 }
-"""Weak after so few epochs though a tenth is poisoned: what may be why.
+"""Weak after so few epochs: what may be why.
 
 Name, options of the attack, options of the training; one without a name is the whole preset.
 """

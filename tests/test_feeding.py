@@ -160,3 +160,16 @@ def test_every_training_defence_takes_streamed_images(tmp_path: Path, method: st
 
 def test_the_cpu_offers_half_of_its_memory() -> None:
     assert memory_for_images(CPU) > 1e8
+
+
+def test_an_engine_feeds_the_same_data_from_one_copy() -> None:
+    engine, data = toy_engine(), toy_data(60)
+    assert engine.feed(data) is engine.feed(data)
+    assert engine.feed(toy_data(60)) is not engine.feed(data)
+
+
+def test_a_file_that_changed_is_noticed_before_losses_are_taken(tmp_path: Path) -> None:
+    data = mapped(tmp_path, toy_data(60))
+    os.utime(tmp_path / "train.safetensors", ns=(0, 0))
+    with pytest.raises(ArtifactError, match="changed or went"):
+        toy_engine().losses(toy_model(data), data)
