@@ -116,23 +116,30 @@ DBD_ATTACKS: Mapping[str, Mapping[str, Any]] = {
 ATTACK_EPOCHS = 3
 """A quarter of the preset `fast`: what every attack gets to show itself, undefended, and what its own networks get."""
 
+FEW, QUICK = MappingProxyType({"epochs": ATTACK_EPOCHS}), f"{ATTACK_EPOCHS}-epochs"
+PLAIN = {"augment": "none"}
+
 OWN_EPOCHS = {"lira": ("generator_epochs",), "lc": ("surrogate_epochs",)}
 """Trainings of an attack's own that take as many epochs, besides the victim's (the plain surrogate is shared: 10)."""
 
 DOUBTS: Mapping[str, Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]] = {
-    "ftrojan": (("no-augment", {}, {"augment": "none"}), ("strong", {"magnitude": 90.0}, {}), ("", {}, {})),
-    "ssba": (("no-augment", {}, {"augment": "none"}),),
-    "fc": (
-        ("no-augment", {}, {"augment": "none"}),
-        ("adversarial", {"surrogate_adversarial": True, "surrogate_epochs": ATTACK_EPOCHS}, {}),
+    "badnets": (
+        (f"{QUICK}-no-augment", {"rate": 0.01}, {**FEW, **PLAIN}),
+        ("no-augment", {"rate": 0.01}, PLAIN),
     ),
-    "badnets": (("no-augment", {"rate": 0.01}, {"augment": "none"}),),
-    "bpp": (("no-covers", {"cover_ratio": 0.0}, {}), ("", {}, {})),
+    "ftrojan": (
+        (f"{QUICK}-no-augment", {}, {**FEW, **PLAIN}),
+        (f"{QUICK}-strong", {"magnitude": 90.0}, FEW),
+        ("", {}, {}),
+    ),
+    "ssba": ((f"{QUICK}-no-augment", {}, {**FEW, **PLAIN}),),
+    "fc": (
+        (f"{QUICK}-no-augment", {}, {**FEW, **PLAIN}),
+        (f"{QUICK}-adversarial", {"surrogate_adversarial": True, "surrogate_epochs": ATTACK_EPOCHS}, FEW),
+    ),
+    "bpp": ((f"{QUICK}-no-covers", {"cover_ratio": 0.0}, FEW), ("", {}, {})),
 }
-"""Weak after so few epochs: what may be why.
-
-Name, options of the attack, options of the training; one without a name is the whole preset.
-"""
+"""Weak after so few epochs: what may be why. Variant, options of the attack, options of the training."""
 
 RATES: Mapping[str, Sequence[float]] = {
     "badnets": (0.01, 0.005), "blended": (0.01, 0.005), "adap-blend": (0.01, 0.005), "lc": (0.01, 0.005),
@@ -199,19 +206,17 @@ def papers(attack: str, seed: int) -> list[Cell]:
 
 def undefended(attack: str) -> list[Cell]:
     """Return an attack without defence: its own settings, other rates, the whole preset, its own victim if any."""
-    usual, budget = ATTACKS.load(attack)(), {"epochs": ATTACK_EPOCHS}
+    usual = ATTACKS.load(attack)()
     victim = isinstance(usual, VictimAttack)
     trained = dict.fromkeys((*(("victim_epochs",) if victim else ()), *OWN_EPOCHS.get(attack, ())), ATTACK_EPOCHS)
     default = {name: getattr(usual, name) for name in ("rate", "class_rate", "target")} | trained
     own = {name: value for name, value in default.items() if value is not None}
-    variant = f"{ATTACK_EPOCHS}-epochs"
-    cells = [Cell("cifar10", attack, own, "wrn-16-1", "none", "fast", 0, variant, budget)]
+    cells = [Cell("cifar10", attack, own, "wrn-16-1", "none", "fast", 0, QUICK, FEW)]
     for rate in RATES.get(attack, ()):
         options = {"rate": rate, "target": usual.target} | trained
         cells.append(Cell("cifar10", attack, options, "wrn-16-1", "none", "fast"))
-    for name, changed, training in DOUBTS.get(attack, ()):
-        told, given = (f"{variant}-{name}", {**budget, **training}) if name else ("", NO_OPTIONS)
-        cells.append(Cell("cifar10", attack, own | changed, "wrn-16-1", "none", "fast", 0, told, given))
+    for variant, changed, training in DOUBTS.get(attack, ()):
+        cells.append(Cell("cifar10", attack, own | changed, "wrn-16-1", "none", "fast", 0, variant, training))
     if victim:
         cells.append(Cell("cifar10", attack, own, "wrn-16-1", "victim", "attacker"))
     return cells
