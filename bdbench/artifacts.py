@@ -30,7 +30,7 @@ from bdbench.models.classifier import Classifier, build_classifier
 from bdbench.progress import Silent
 from bdbench.registry import MODELS
 from bdbench.sources import open_source
-from bdbench.store import Draft, Kind, Manifest
+from bdbench.store import AGAIN, Draft, Kind, Manifest
 
 
 class Artifact:
@@ -78,9 +78,7 @@ class Artifact:
         try:
             return load_file(store.checked_file(self.path, self.manifest, name))
         except SafetensorError as error:
-            raise ArtifactError(
-                f"{self.path / name} is not a safetensors file ({error}); make the artifact again"
-            ) from error
+            raise ArtifactError(f"{self.path / name} is not a safetensors file ({error}); {AGAIN}") from error
 
     def frame(self, name: str) -> pd.DataFrame:
         """Read a Parquet file after checking its hash."""
@@ -98,9 +96,7 @@ class Artifact:
         try:
             return pq.ParquetFile(store.checked_file(self.path, self.manifest, name)).read(columns)
         except (ValueError, OSError) as error:
-            raise ArtifactError(
-                f"{self.path / name} is not a Parquet file ({error}); make the artifact again"
-            ) from error
+            raise ArtifactError(f"{self.path / name} is not a Parquet file ({error}); {AGAIN}") from error
 
 
 class DatasetArtifact(Artifact):
@@ -144,7 +140,7 @@ class DatasetArtifact(Artifact):
         originals = self.tensors("originals.safetensors").get("images")
         if originals is None or originals.shape != (int(changed.sum()), *self.image_shape):
             raise ArtifactError(
-                f"{self.path / 'originals.safetensors'} does not hold the images that the attack changed; make it again"
+                f"{self.path / 'originals.safetensors'} does not hold the images that the attack changed; {AGAIN}"
             )
         images[changed] = originals
         return ImageDataset(images, labels, self.class_names)
@@ -220,13 +216,11 @@ class DatasetArtifact(Artifact):
             file = MappedFile.of(self.path / f"{name}.safetensors")
         labels = self.column(f"{name}.parquet", "label")
         if images is None or tuple(images.shape[1:]) != self.image_shape:
-            raise ArtifactError(
-                f"{self.path / name}.safetensors does not hold images of {self.image_shape}; make it again"
-            )
+            raise ArtifactError(f"{self.path / name}.safetensors does not hold images of {self.image_shape}; {AGAIN}")
         try:
             return ImageDataset(images, labels, self.class_names, file)
         except DataError as error:
-            raise ArtifactError(f"{self.path}, split {name}: {error}; make the artifact again") from error
+            raise ArtifactError(f"{self.path}, split {name}: {error}; {AGAIN}") from error
 
 
 def write_dataset(
@@ -312,9 +306,7 @@ class ModelArtifact(Artifact):
         try:
             model.load_state_dict(self.tensors("model.safetensors"), strict=True)
         except RuntimeError as error:
-            raise ArtifactError(
-                f"{self.path} does not hold weights of {facts['model']} ({error}); make it again"
-            ) from error
+            raise ArtifactError(f"{self.path} does not hold weights of {facts['model']} ({error}); {AGAIN}") from error
         return model.eval()
 
     @property

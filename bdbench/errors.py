@@ -22,6 +22,10 @@ class ArtifactError(BdbenchError):
     """An artifact is missing, damaged, of another kind, or in the way."""
 
 
+class DamageWarning(UserWarning):
+    """An artifact that lies among others is damaged, and was left out."""
+
+
 class BusyError(ArtifactError):
     """Another process is making the artifact right now."""
 

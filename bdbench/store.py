@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
-from bdbench.errors import ArtifactError, BusyError
+from bdbench.errors import ArtifactError, BusyError, DamageWarning
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 ROOT = Path("runs")
 """Where artifacts lie when no place is given."""
+AGAIN = "make the artifact again with --force"
+"""What mends a damaged artifact."""
 SWEEP = ".sweep"
 """Folder of what a sweep knows of its cells: records, logs, locks."""
 
@@ -197,15 +200,15 @@ def read_manifest(path: Path, kind: Kind | None = None) -> Manifest:
         raw = json.loads(file.read_text(encoding="utf-8"))
         schema = raw["schema"]
         if schema != SCHEMA:
-            advice = "upgrade bdbench" if schema > SCHEMA else "make it again"
+            advice = "upgrade bdbench" if schema > SCHEMA else AGAIN
             raise ArtifactError(f"{path} has schema {schema}, this bdbench reads {SCHEMA}; {advice}")
         manifest = Manifest(**{**raw, "ask": Ask(**raw["ask"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{file} is damaged ({type(error).__name__}: {error}); make the artifact again") from error
+        raise ArtifactError(f"{file} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
     if not all(isinstance(part, dict) for part in (manifest.files, manifest.facts, manifest.made)):
-        raise ArtifactError(f"{file} is damaged (files, facts and made must be tables); make the artifact again")
+        raise ArtifactError(f"{file} is damaged (files, facts and made must be tables); {AGAIN}")
     if manifest.ask.kind not in get_args(Kind) or manifest.id != manifest.ask.id:
-        raise ArtifactError(f"{file} was changed: its id does not belong to what it says was asked; make it again")
+        raise ArtifactError(f"{file} was changed: its id does not belong to what it says was asked; {AGAIN}")
     if kind is not None and manifest.ask.kind != kind:
         raise ArtifactError(f"{path} is a {manifest.ask.kind} artifact; a {kind} artifact is needed here")
     return manifest
@@ -222,12 +225,12 @@ def checked_file(path: Path, manifest: Manifest, name: str) -> Path:
     if said is None:
         raise ArtifactError(f"{path} has no {name}")
     if not file.is_file():
-        raise ArtifactError(f"{file} is missing; make the artifact again")
+        raise ArtifactError(f"{file} is missing; {AGAIN}")
     size = file.stat().st_size
     if size != said["bytes"]:
-        raise ArtifactError(f"{file} has {size} bytes, its manifest says {said['bytes']}; make the artifact again")
+        raise ArtifactError(f"{file} has {size} bytes, its manifest says {said['bytes']}; {AGAIN}")
     if file_sha256(file) != said["sha256"]:
-        raise ArtifactError(f"{file} was changed: its SHA-256 is not the manifest's; make the artifact again")
+        raise ArtifactError(f"{file} was changed: its SHA-256 is not the manifest's; {AGAIN}")
     return file
 
 
@@ -301,13 +304,20 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def find_artifacts(root: Path, kind: Kind | None = None) -> list[tuple[Path, Manifest]]:
-    """List the readable artifacts under a folder, oldest first; a damaged manifest is passed over."""
+    """List the readable artifacts under a folder, oldest first; a damaged one is passed over with a warning."""
     found = []
     for file in root.glob(f"**/{MANIFEST}"):
         if any(part.startswith(".") for part in file.relative_to(root).parts):
             continue
-        with contextlib.suppress(ArtifactError):
-            found.append((file.stat().st_mtime_ns, file.parent, read_manifest(file.parent, kind)))
+        try:
+            age, manifest = file.stat().st_mtime_ns, read_manifest(file.parent)
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        except ArtifactError as error:
+            warnings.warn(f"passed over: {error}", DamageWarning, stacklevel=2)
+            continue
+        if kind in (None, manifest.ask.kind):
+            found.append((age, file.parent, manifest))
     return [(path, manifest) for _, path, manifest in sorted(found, key=lambda item: item[:2])]
 
 

@@ -18,7 +18,7 @@ import pytest
 from filelock import FileLock
 
 from bdbench import store
-from bdbench.errors import ArtifactError
+from bdbench.errors import ArtifactError, DamageWarning
 from bdbench.store import Ask
 
 ASK = Ask("dataset", "badnets", 1, {"rate": 0.1, "target": 0}, 7, {"source": "abc"})
@@ -304,7 +304,7 @@ def test_a_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
 def test_an_older_schema_asks_to_make_it_again(tmp_path: Path) -> None:
     path = seal(tmp_path / "a")
     change_manifest(path, lambda raw: raw.update(schema=0))
-    with pytest.raises(ArtifactError, match="has schema 0, this bdbench reads 1; make it again"):
+    with pytest.raises(ArtifactError, match="has schema 0, this bdbench reads 1; make the artifact again"):
         store.read_manifest(path)
 
 
@@ -439,7 +439,8 @@ def test_damaged_and_unfinished_artifacts_are_passed_over(tmp_path: Path) -> Non
     seal(tmp_path / "good")
     (seal(tmp_path / "bad") / store.MANIFEST).write_text("{")
     seal(tmp_path / ".hidden.work" / "draft")
-    assert [path.name for path, _ in store.find_artifacts(tmp_path)] == ["good"]
+    with pytest.warns(DamageWarning, match=r"passed over: .*bad/manifest.json is damaged .*--force"):
+        assert [path.name for path, _ in store.find_artifacts(tmp_path)] == ["good"]
 
 
 def test_an_artifact_is_located_by_path_or_by_the_beginning_of_its_id(tmp_path: Path) -> None:

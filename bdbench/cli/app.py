@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,7 @@ from bdbench import __version__
 from bdbench.cli import console, evaluate, explain, inspection, quickstart, report, sweep, train, verify
 from bdbench.cli import poison as poison_command
 from bdbench.cli.flags import expand_config, read_toml, value_of, with_options
-from bdbench.errors import BdbenchError, OptionError
+from bdbench.errors import BdbenchError, DamageWarning, OptionError
 
 if TYPE_CHECKING:
     from bdbench.options import Options
@@ -32,12 +34,23 @@ def run(arguments: Sequence[str]) -> None:
 
     Exit codes: 0 done, 1 an error that the user can mend, 2 usage, 3 an assertion does not hold, 130 interrupted.
     """
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
     try:
         application, expanded = build(arguments)
     except BdbenchError as error:
         console.say_error(str(error))
         raise SystemExit(1) from None
     application(expanded)
+
+
+def _show_warning(
+    usual: Callable[..., None], message: Warning | str, category: type[Warning], *where: object, **more: object
+) -> None:
+    """Say a warning of bdbench's as a line; other packages' appear as usual."""
+    if issubclass(category, DamageWarning):
+        console.say_warning(str(message))
+    else:
+        usual(message, category, *where, **more)
 
 
 def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:

@@ -46,8 +46,17 @@ def say(message: str) -> None:
 
 def say_error(message: str) -> None:
     """Print an error to standard error, as it is."""
+    _say_after("[bold red]Error:[/bold red]", message)
+
+
+def say_warning(message: str) -> None:
+    """Print a warning to standard error, as it is."""
+    _say_after("[bold yellow]Warning:[/bold yellow]", message)
+
+
+def _say_after(heading: str, message: str) -> None:
     console = _console(stderr=True)
-    console.print("[bold red]Error:[/bold red]", end=" ")
+    console.print(heading, end=" ")
     console.print(message, markup=False, soft_wrap=True)
 
 

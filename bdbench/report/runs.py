@@ -21,7 +21,7 @@ from bdbench.artifacts import DatasetArtifact, ModelArtifact
 from bdbench.errors import ArtifactError, BdbenchError
 from bdbench.pictures import shared_row, triggered_example
 from bdbench.report import commands
-from bdbench.store import Manifest, find_artifacts
+from bdbench.store import AGAIN, Manifest, find_artifacts
 
 CURVE_POINTS = 100
 LOSS_POINTS = 60
@@ -134,7 +134,7 @@ def _detection(model: ModelArtifact, truth: Callable[[], Tensor]) -> list[float]
         return None
     is_poison = truth()
     if len(samples) != len(is_poison):
-        raise ArtifactError(f"{model.path} scored {len(samples)} samples of {len(is_poison)}; make it again")
+        raise ArtifactError(f"{model.path} scored {len(samples)} samples of {len(is_poison)}; {AGAIN}")
     curve = metrics.detection_curve(torch.from_numpy(samples["score"].to_numpy(copy=True)), is_poison)
     if curve is None:
         return None
