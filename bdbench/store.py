@@ -237,6 +237,8 @@ def checked_file(path: Path, manifest: Manifest, name: str) -> Path:
 def existing(path: Path, ask: Ask, *, force: bool) -> bool:
     """Say whether the artifact that is asked for is at `path` already and need not be made.
 
+    One that lacks a file, or has one of another size, has to be made again; it is there until then.
+
     Raises:
         ArtifactError: something else is at `path`.
     """
@@ -251,7 +253,10 @@ def existing(path: Path, ask: Ask, *, force: bool) -> bool:
             return False
         raise ArtifactError(f"{error}; --force replaces it") from error
     if found.id == ask.id:
-        return not force
+        lost = [name for name, said in found.files.items() if not _has_size(path / name, said["bytes"])]
+        if lost and not force:
+            warnings.warn(f"{path} is made again: {', '.join(lost)} missing or cut short", DamageWarning, stacklevel=2)
+        return not lost and not force
     if force and found.ask.kind == ask.kind:
         return False
     differing = ", ".join(_differences(found.ask, ask)) or "its kind"
@@ -259,6 +264,10 @@ def existing(path: Path, ask: Ask, *, force: bool) -> bool:
         f"{path} holds another {found.ask.kind} artifact ({found.id}; different: {differing}); "
         "choose another --out, or --force to replace it"
     )
+
+
+def _has_size(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def _differences(one: Ask, other: Ask) -> Iterator[str]:

@@ -231,6 +231,20 @@ def test_what_is_missing_beside_an_evaluation_is_said_and_nothing_else_is_lost(g
     assert "No picture: the data sets are not here" in text
 
 
+def test_a_copy_without_images_weights_and_truth_keeps_the_table_the_curves_and_the_commands(
+    grid: Path, tmp_path: Path
+) -> None:
+    heavy = shutil.ignore_patterns("*.safetensors", "predictions.parquet", "truth.parquet")
+    shutil.copytree(grid, tmp_path / "light", ignore=heavy)
+    light, whole = (tables.read_rows([folder]) for folder in (tmp_path / "light", grid))
+    assert [item | {"path": ""} for item in light] == [item | {"path": ""} for item in whole]
+    write_report([tmp_path / "light"], tmp_path / "page.html")
+    told = describe_runs(whole, Shelf.of([grid]))
+    for found, expected in zip(data_of((tmp_path / "page.html").read_text())["runs"], told, strict=True):
+        assert all(found[part] == expected[part] for part in ("facts", "history", "commands"))
+        assert any("truth.parquet" in line for line in found["missing"]) == (expected["detection"] is not None)
+
+
 def test_a_report_of_one_evaluation_finds_what_is_beside_it(grid: Path, tmp_path: Path) -> None:
     write_report([grid / "badnets-s0-abl-eval"], tmp_path / "page.html")
     runs = data_of((tmp_path / "page.html").read_text())["runs"]

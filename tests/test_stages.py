@@ -25,7 +25,7 @@ from bdbench.data import ImageDataset, Role
 from bdbench.defenses.base import Defended, Defense, Task
 from bdbench.defenses.plain import NoDefense
 from bdbench.engine import Engine, Recipe
-from bdbench.errors import ArtifactError, OptionError
+from bdbench.errors import ArtifactError, DamageWarning, OptionError
 from bdbench.metrics import Rate
 from bdbench.options import Options, describe_options
 from bdbench.progress import Silent
@@ -216,6 +216,20 @@ def test_force_makes_bit_equal_files(toy_archive: Path, tmp_path: Path) -> None:
     assert hashes(model) == hashes(defend(first, "abl", tmp_path / "abl", force=True))
     result = stages.evaluate(model.path, **CPU)
     assert result.manifest.files == stages.evaluate(model.path, force=True, **CPU).manifest.files
+
+
+def test_what_lost_a_file_is_made_again_by_the_same_calls_bit_equal(toy_archive: Path, tmp_path: Path) -> None:
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("truth.parquet", lambda: stages.poison(toy_archive, "badnets", out=tmp_path / "data")),
+        ("model.safetensors", lambda: defend(DatasetArtifact.open(tmp_path / "data"), "abl", tmp_path / "abl")),
+        ("predictions.parquet", lambda: stages.evaluate(tmp_path / "abl", **CPU)),
+    ]
+    for lost, call in calls:
+        first = call()
+        before = hashes(first)
+        (first.path / lost).unlink()
+        with pytest.warns(DamageWarning, match=f"is made again: {lost} missing"):
+            assert hashes(call()) == before
 
 
 @every_attack
