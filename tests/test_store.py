@@ -397,9 +397,7 @@ def test_an_equal_artifact_is_there_unless_forced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "cont"])
-def test_an_artifact_that_lacks_a_file_or_a_part_has_to_be_made_again(
-    tmp_path: Path, content: str | None
-) -> None:
+def test_an_artifact_that_lacks_a_file_or_a_part_has_to_be_made_again(tmp_path: Path, content: str | None) -> None:
     file = seal(tmp_path / "a") / "data.txt"
     file.unlink() if content is None else file.write_text(content)
     with pytest.warns(DamageWarning, match=r"a is made again: data.txt missing or cut short"):
