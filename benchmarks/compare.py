@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,11 +85,14 @@ def comparable(entry: dict[str, Any], settings: Sequence[dict[str, Any]]) -> lis
 
 
 def distance(entry: dict[str, Any], setting: dict[str, Any]) -> tuple[Any, ...]:
-    """Say how far a measured setting is from the reported one: model, rate, target, budget, variant; never results."""
+    """Say how far a measured setting is from the reported one: model, rate, target, budget, variant; never results.
+
+    Rates are as far from each other as their ratio is from 1.
+    """
     options = setting["attack_options"]
     return (
         setting["model"] != entry["model"],
-        abs((options["rate"] or 0) - entry["rate"]),
+        abs(math.log(options["rate"] / entry["rate"])) if options["rate"] else math.inf,
         options["target"] != entry["target"],
         PRESETS.index(setting["preset"]) if setting["preset"] in PRESETS else len(PRESETS),
         setting["variant"] != entry.get("variant", ""),

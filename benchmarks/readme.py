@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -19,10 +20,10 @@ Row = Mapping[str, Any]
 def attacks(rows: Sequence[Row]) -> str:
     """Return what each attack reaches undefended, beside what its source reports for that rate."""
     said = [entry for entry in compare.reported() if entry["defense"] in ("none", "victim")]
-    lines = []
-    for row in rows:
+    order, lines = list(dict.fromkeys(row["attack"] for row in rows)), []
+    for row in sorted(rows, key=lambda row: order.index(row["attack"])):
         options, training = row["attack_options"], row["defense_options"]
-        special = row["variant"].partition("-epochs")[2].replace("-", " ").strip()
+        special = re.sub(r"^\d+-epochs-?", "", row["variant"]).replace("-", " ")
         name = "the attacker's own model" if row["defense"] == "victim" else special
         mine = (row["attack"], row["defense"], options["rate"])
         like = [entry for entry in said if (entry["attack"], entry["defense"], entry["rate"]) == mine and not special]

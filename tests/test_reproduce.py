@@ -397,6 +397,15 @@ def test_the_nearest_setting_is_shown_whatever_its_result(tmp_path: Path) -> Non
     assert lines[2].endswith("| 86.0 | 10.0 | -76.0 | 3.0 | 90.0 | +87.0 |")
 
 
+@pytest.mark.parametrize(("reported", "nearest"), [(0.05, 0.1), (0.02, 0.01)])
+def test_rates_are_near_by_their_ratio(reported: float, nearest: float, tmp_path: Path) -> None:
+    rows = [row("abl", attack_options={"rate": rate, "target": 0}) for rate in (0.1, 0.01)]
+    settings = settings_of(tmp_path, one=rows)
+    assert (
+        f"rate {nearest}, target 0" in compare.markdown([entry(rate=reported)], settings).splitlines()[2].split("|")[5]
+    )
+
+
 def test_a_source_that_tells_the_target_meets_the_variant_that_is_told(tmp_path: Path) -> None:
     rows = [row("mcldef"), row("mcldef", ba=0.1, variant="given-target", defense_options={"oracle_target": 0})]
     settings = settings_of(tmp_path, one=rows)
