@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import baseline
@@ -35,6 +36,23 @@ except ImportError:
     peak = None
 lines = (done.stderr or done.stdout).strip().splitlines() or [""]
 print(json.dumps({"code": done.returncode, "seconds": seconds, "peak_mb": peak, "said": lines[-1]}))
+"""
+
+
+SWEPT_SEEDS = range(2)
+SWEPT = """
+seeds = {seeds}
+datasets = ["images"]
+attacks = ["badnets"]
+defenses = ["none"]
+models = ["wrn-16-1"]
+preset = "fast"
+
+[recipe]
+epochs = 1
+
+[dataset.images]
+use = "{archive}"
 """
 
 
@@ -130,6 +148,39 @@ def memory_row(name: str, imports: Ran, ran: Ran, note: str) -> Row:
     return Row(name, imports.peak_mb, ran.peak_mb, None, "MB", None, spread, sides, note)
 
 
+def sweep_rows(bench: Bench) -> Iterator[Row]:
+    """Cells of one epoch as a sweep, one at a time, beside the same stages called by hand, one after another."""
+    place = ["--device", str(bench.device), "--precision", "bf16" if bench.bf16 else "fp32"]
+    with tempfile.TemporaryDirectory() as folder:
+        archive = write_archive(Path(folder), bench.sizes.train)
+        grid = Path(folder, "grid.toml")
+        grid.write_text(SWEPT.format(seeds=list(SWEPT_SEEDS), archive=archive))
+        rounds = []
+        for _ in range(1 + bench.sizes.rounds):
+            with tempfile.TemporaryDirectory() as fresh:
+                by_hand = [run_command([*BDBENCH, *command], Path(fresh)) for command in stages_by_hand(archive, place)]
+                swept = [*BDBENCH, "sweep", str(grid), "--out", "grid", "--jobs", "1", *place]
+                rounds.append((by_hand, run_command(swept, Path(fresh))))
+    for failed in (run for by_hand, swept in rounds for run in (*by_hand, swept) if run.code):
+        yield empty_row("sweep-seconds", "s", failed)
+        return
+    theirs, ours = (
+        [sum(run.seconds for run in by_hand) for by_hand, _ in rounds[1:]],
+        [run.seconds for _, run in rounds[1:]],
+    )
+    more = (median(ours) - median(theirs)) / len(SWEPT_SEEDS)
+    yield summarise("sweep-seconds", theirs, ours, "s", note=f"{len(SWEPT_SEEDS)} cells; {more:+.1f} s for each")
+
+
+def stages_by_hand(archive: Path, place: Sequence[str]) -> Iterator[list[str]]:
+    """Return the commands that make what the sweep makes."""
+    for seed in SWEPT_SEEDS:
+        data, model = f"data-{seed}", f"model-{seed}"
+        yield ["poison", "--dataset", str(archive), "--attack", "badnets", "--seed", str(seed), "--out", data, *place]
+        yield ["train", data, "--model", "wrn-16-1", "--preset", "fast", "--epochs", "1", "--out", model, *place]
+        yield ["evaluate", model, *place]
+
+
 def poison_flags(archive: Path, attack: str) -> list[str]:
     """Return the arguments that poison an archive."""
     return ["poison", "--dataset", str(archive), "--attack", attack, "--out", "data"]
@@ -146,4 +197,4 @@ def write_archive(folder: Path, count: int) -> Path:
     return file
 
 
-ROWS: dict[str, Rows] = {"commands": command_rows, "memory": memory_rows}
+ROWS: dict[str, Rows] = {"commands": command_rows, "memory": memory_rows, "sweep": sweep_rows}
