@@ -41,6 +41,7 @@ from torch import Tensor
 from bdbench import judging, metrics, store, tables
 from bdbench.artifacts import DatasetArtifact, plain, write_dataset
 from bdbench.attacks.base import Attack, Lab, State, TrainingAttack
+from bdbench.attacks.ssba import SSBA
 from bdbench.attacks.surrogates import SurrogateAttack
 from bdbench.data import ImageDataset, PoisonedDataset, SourceData
 from bdbench.datasets.paths import PathSource
@@ -186,7 +187,7 @@ def trigger_rows(bench: Bench) -> Iterator[Row]:
     rows, threads = torch.arange(len(data)), torch.get_num_threads()
     for name in ATTACKS.names():
         attack = attack_of(name)
-        if isinstance(attack, SurrogateAttack | TrainingAttack):
+        if isinstance(attack, SurrogateAttack | TrainingAttack | SSBA):
             continue
         work = partial(attack.trigger, data, rows, attack.fit(data, lab()), "poison", SEED)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,7 @@ class Watched(Engine):
 
     def __init__(self, **changes: Any) -> None:
         base = replace(toy_engine(), **changes)
-        super().__init__(**{name: getattr(base, name) for name in base.__dataclass_fields__})
+        super().__init__(**{field.name: getattr(base, field.name) for field in fields(base) if field.init})
         self.recipes: dict[str, Recipe] = {}
         self.optimizers: dict[str, torch.optim.Optimizer | None] = {}
         self.moments: dict[str, list[tuple[int, ...]]] = {}
