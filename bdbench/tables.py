@@ -97,13 +97,15 @@ def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
 def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add `der` against the undefended row of the same data set, model, seed and, if there is one, preset.
 
-    Also `attack_failed` and `marks`.
+    Also `attack_failed` and `marks`. Whether the attack failed is said of an undefended row by its own ASR: there may be
+    several of one data set, of other budgets.
     """
     undefended = {_pairing(row): row for row in rows if row["defense"] == "none"}
     undefended |= {(*_pairing(row), row["preset"]): row for row in rows if row["defense"] == "none"}
     marked = []
     for row in rows:
-        base = undefended.get((*_pairing(row), row["preset"]), undefended.get(_pairing(row)))
+        near = undefended.get((*_pairing(row), row["preset"]), undefended.get(_pairing(row)))
+        base = row if row["defense"] == "none" else near
         failed = None if base is None else bool(base["asr"] < WEAK_ATTACK or base["asr"] - base["floor"] < FLOOR_MARGIN)
         der = None
         if base is not None and row["defense"] != "none" and not row.get("reads_truth"):

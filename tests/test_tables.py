@@ -35,6 +35,14 @@ def test_der_compares_with_the_undefended_row_of_the_same_data_and_seed() -> Non
     assert "?" in rows[2]["marks"]
 
 
+def test_undefended_rows_of_several_budgets_are_judged_each_by_its_own() -> None:
+    rows = [row(asr=0.05, defense_options={"epochs": 12}), row(asr=0.98, defense_options={"augment": "none"})]
+    for given in (rows, rows[::-1]):
+        assert [(item["attack_failed"], item["marks"]) for item in tables.mark_rows(given)] == [
+            (item["asr"] < 0.5, "w" if item["asr"] < 0.5 else "") for item in given
+        ]
+
+
 @pytest.mark.parametrize(("asr", "floor", "failed"), [(0.49, 0.0, True), (0.5, 0.0, False), (0.6, 0.55, True)])
 def test_an_attack_failed_where_the_undefended_asr_is_low_or_near_its_floor(
     asr: float, floor: float, failed: bool
