@@ -23,7 +23,7 @@ class ArtifactError(BdbenchError):
 
 
 class DamageWarning(UserWarning):
-    """An artifact that lies among others is damaged, and was left out."""
+    """An artifact is damaged: it was left out where others are listed, or is being made again."""
 
 
 class BusyError(ArtifactError):

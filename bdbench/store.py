@@ -248,10 +248,10 @@ def existing(path: Path, ask: Ask, *, force: bool) -> bool:
         raise ArtifactError(f"{path} exists and is not an artifact of bdbench; choose another --out")
     try:
         found = read_manifest(path)
-    except ArtifactError as error:
+    except ArtifactError:
         if force:
             return False
-        raise ArtifactError(f"{error}; --force replaces it") from error
+        raise
     if found.id == ask.id:
         lost = [name for name, said in found.files.items() if not _has_size(path / name, said["bytes"])]
         if lost and not force:

@@ -97,8 +97,8 @@ def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
 def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add `der` against the undefended row of the same data set, model, seed and, if there is one, preset.
 
-    Also `attack_failed` and `marks`. Whether the attack failed is said of an undefended row by its own ASR: there may be
-    several of one data set, of other budgets.
+    Also `attack_failed` and `marks`. An undefended row tells by its own ASR whether the attack failed: a data set may
+    have several, of other budgets.
     """
     undefended = {_pairing(row): row for row in rows if row["defense"] == "none"}
     undefended |= {(*_pairing(row), row["preset"]): row for row in rows if row["defense"] == "none"}

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,22 @@ def test_a_copy_without_images_weights_and_truth_keeps_the_table_the_curves_and_
     for found, expected in zip(data_of((tmp_path / "page.html").read_text())["runs"], told, strict=True):
         assert all(found[part] == expected[part] for part in ("facts", "history", "commands"))
         assert any("truth.parquet" in line for line in found["missing"]) == (expected["detection"] is not None)
+
+
+@pytest.mark.filterwarnings("default::bdbench.errors.DamageWarning")
+def test_the_command_names_a_damaged_artifact_and_shows_the_others(
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(grid, tmp_path / "runs")
+    (tmp_path / "runs" / "badnets-s0-abl-eval" / "manifest.json").write_text("{")
+    usual = warnings.showwarning
+    with pytest.raises(SystemExit) as ended:
+        run(["table", str(tmp_path / "runs"), "--format", "json"])
+    printed = capsys.readouterr()
+    assert not ended.value.code
+    assert len(json.loads(printed.out)) == 4
+    assert re.search(r"Warning: passed over: .*badnets-s0-abl-eval/manifest.json is damaged", printed.err)
+    assert warnings.showwarning is usual
 
 
 def test_a_report_of_one_evaluation_finds_what_is_beside_it(grid: Path, tmp_path: Path) -> None:

@@ -34,13 +34,14 @@ def run(arguments: Sequence[str]) -> None:
 
     Exit codes: 0 done, 1 an error that the user can mend, 2 usage, 3 an assertion does not hold, 130 interrupted.
     """
-    warnings.showwarning = partial(_show_warning, warnings.showwarning)
-    try:
-        application, expanded = build(arguments)
-    except BdbenchError as error:
-        console.say_error(str(error))
-        raise SystemExit(1) from None
-    application(expanded)
+    with warnings.catch_warnings():
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
+        try:
+            application, expanded = build(arguments)
+        except BdbenchError as error:
+            console.say_error(str(error))
+            raise SystemExit(1) from None
+        application(expanded)
 
 
 def _show_warning(
