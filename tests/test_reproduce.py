@@ -401,9 +401,8 @@ def test_the_nearest_setting_is_shown_whatever_its_result(tmp_path: Path) -> Non
 def test_rates_are_near_by_their_ratio(reported: float, nearest: float, tmp_path: Path) -> None:
     rows = [row("abl", attack_options={"rate": rate, "target": 0}) for rate in (0.1, 0.01)]
     settings = settings_of(tmp_path, one=rows)
-    assert (
-        f"rate {nearest}, target 0" in compare.markdown([entry(rate=reported)], settings).splitlines()[2].split("|")[5]
-    )
+    setting = compare.markdown([entry(rate=reported)], settings).splitlines()[2].split("|")[5]
+    assert f"rate {nearest}, target 0" in setting
 
 
 def test_a_source_that_tells_the_target_meets_the_variant_that_is_told(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from bdbench import artifacts, stages, store, sweep, tables, worker
 from bdbench.cli import app
-from bdbench.errors import ArtifactError, BusyError, OptionError
+from bdbench.errors import ArtifactError, BusyError, DamageWarning, OptionError
 from bdbench.grid import Cell, Grid, read_grid
 from bdbench.sweep import Order, Run, State, Sweep, read_records, seconds_left, shard
 
@@ -435,6 +435,31 @@ def test_a_sweep_killed_again_and_again_ends_with_the_table_of_an_undisturbed_on
     made = [manifest.ask.kind for _, manifest in store.find_artifacts(folder / "runs")]
     assert Counter(made) == {"dataset": 2, "model": 4, "evaluation": 4}
     assert kills > 0
+
+
+def test_a_cell_added_to_a_copy_without_images_and_weights_makes_again_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_folder(tmp_path)
+    monkeypatch.chdir(folder)
+    text = UNDEFENDED.replace(', "blended"', "")
+    (folder / "grid.toml").write_text(text)
+    make_here(folder)
+    before = numbers(folder)
+    for heavy in [*folder.glob("runs/grid/*/*.safetensors"), *folder.glob("runs/grid/*/truth.parquet")]:
+        heavy.unlink()
+    job = Sweep(grid_of(folder, text.replace('["none"]', '["mcldef"]')), folder / "runs" / "grid", suspects=["mcldef"])
+    (cell,) = job.grid.cells
+    order = job.order(cell)
+    with pytest.warns(DamageWarning) as warned:
+        worker.make(json.loads(order.text), job.folder, worker.Record(folder / "record.json", {}))
+    assert [str(item.message).partition(" is made again")[0].rpartition("/")[2] for item in warned] == [
+        "tiny-badnets-s0",
+        "tiny-badnets-s0-none",
+    ]
+    after = numbers(folder)
+    assert [row for row in after if row[1] == "none"] == before
+    assert len(after) == 2
 
 
 def test_a_cell_that_fails_is_recorded_with_its_log(tmp_path: Path) -> None:
