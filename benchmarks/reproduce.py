@@ -147,7 +147,7 @@ RATES: Mapping[str, Sequence[float]] = {
 }  # fmt: skip
 """Rates beside the default: lower ones, and higher ones where the default, 0.3 %, is weak after so few epochs.
 
-They get the whole preset: after a quarter of it 1 % of BadNets is still at its floor.
+They get the whole preset: a quarter of it sees so few poisoned samples too seldom to show anything.
 """
 
 ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
