@@ -527,6 +527,26 @@ def test_init_writes_a_grid_that_dry_run_reads(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_checks_the_options_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid_of(tmp_path, 'attacks = ["badnets"]\n[attack.badnets]\nsise = 3\n')
+    out = tmp_path / "out"
+    code, shown, said = ran(["sweep", str(tmp_path / "grid.toml"), "--out", str(out), "--dry-run"], capsys)
+    assert code == 1
+    assert "digits-badnets-s0-none" in shown
+    assert "line 2, attack badnets: unknown option 'sise'" in said
+    assert not out.exists()
+
+
+def test_a_dry_run_counts_a_job_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "check", lambda grid: sweep.Checked((), 5))
+    walk(run_of(tmp_path, script={NAMES[1]: [worker.FAILED]})[0])
+    code, _, said = ran(["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--dry-run"], capsys)
+    assert code == 0
+    assert "left with 5 at once" in said
+
+
 def test_status_and_dry_run_say_how_far_a_sweep_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     walk(run_of(tmp_path, script={NAMES[1]: [worker.FAILED]})[0])
     code, shown, said = ran(["status", str(tmp_path / "out")], capsys)

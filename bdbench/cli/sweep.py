@@ -38,7 +38,7 @@ def sweep(
     ] = None,
     init: Annotated[bool, typer.Option("--init", help="Write a commented example to GRID and end.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the cells, what is there, and how long the rest may take.")
+        bool, typer.Option("--dry-run", help="Check the grid, show its cells, what is there, and how long the rest may take.")
     ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Make cells again that failed before.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start nothing more after a failure.")] = False,
@@ -82,7 +82,7 @@ def sweep(
     folder = out or Path("runs") / grid.stem
     cells: Sequence[Cell] = part_of(read.cells, shard) if shard else read.cells
     if dry_run:
-        show_plan(Sweep(read, folder), cells, jobs or usual_jobs(0), as_json=json)
+        show_plan(Sweep(read, folder), cells, jobs, as_json=json)
         return
     checked = checked_once(read, folder)
     job = Sweep(read, folder.absolute(), device, precision, checked.suspects)
@@ -120,20 +120,27 @@ def write_example(path: Path, text: str) -> None:
     console.say(f"next: [cyan]bdbench sweep {path} --dry-run[/cyan]")
 
 
-def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int, *, as_json: bool) -> None:
-    """Print the cells, their states and an estimate."""
-    from bdbench.sweep import seconds_left
+def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int | None, *, as_json: bool) -> None:
+    """Print the cells and their states, check all options, and estimate the time; no folder is made.
+
+    Raises:
+        OptionError: an option does not fit; see `bdbench.sweep.check`.
+    """
+    from bdbench.sweep import check, checked_once, seconds_left, usual_jobs
 
     found = job.states()
     states = {cell: found[cell] for cell in cells}
+    if not as_json:
+        width = max(len(job.grid.name(cell)) for cell in cells)
+        for cell, state in states.items():
+            console.show(f"{state.state:<12}{job.grid.name(cell):<{width}}")
+    checked = checked_once(job.grid, job.folder) if job.folder.is_dir() else check(job.grid)
+    jobs = jobs or usual_jobs(checked.gpus)
     left = seconds_left(states, jobs)
     if as_json:
         rows = [{**cell._asdict(), "name": job.grid.name(cell), "state": state.state} for cell, state in states.items()]
         console.show_json({"cells": rows, "seconds_left": left})
         return
-    width = max(len(job.grid.name(cell)) for cell in cells)
-    for cell, state in states.items():
-        console.show(f"{state.state:<12}{job.grid.name(cell):<{width}}")
     counts = Counter(state.state for state in states.values())
     console.say(", ".join(f"{counts[name]:,} {name}" for name in STATES if counts[name]))
     console.say("no time known yet" if left is None else f"about {duration(left)} left with {jobs} at once")

@@ -57,7 +57,7 @@ class ABL(Defense):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
             "isolation_epochs": 20, "epochs": 60, "batch_size": 64, "schedule": "step", "milestones": (2 / 3, 1.0),
-                    },
+        },
         "fast": {"isolation_epochs": 3, "epochs": 9},
         "tiny": {
             "isolation_epochs": 3, "isolation_lr": 0.05, "isolation_rate": 0.05, "isolation_augment": "auto",
