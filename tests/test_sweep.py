@@ -540,7 +540,7 @@ def test_a_dry_run_checks_the_options_and_writes_nothing(tmp_path: Path, capsys:
 def test_a_dry_run_counts_a_job_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sweep, "check", lambda grid: sweep.Checked((), 5))
+    monkeypatch.setattr(sweep, "check", lambda _: sweep.Checked((), 5))
     walk(run_of(tmp_path, script={NAMES[1]: [worker.FAILED]})[0])
     code, _, said = ran(["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--dry-run"], capsys)
     assert code == 0

@@ -38,7 +38,7 @@ def sweep(
     ] = None,
     init: Annotated[bool, typer.Option("--init", help="Write a commented example to GRID and end.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the grid, show its cells, what is there, and how long the rest may take.")
+        bool, typer.Option("--dry-run", help="Check the grid, show its cells, what is there, and the time left.")
     ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Make cells again that failed before.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start nothing more after a failure.")] = False,
