@@ -527,7 +527,7 @@ def test_init_writes_a_grid_that_dry_run_reads(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_dry_run_checks_the_options_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_checks_the_options_and_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid_of(tmp_path, 'attacks = ["badnets"]\n[attack.badnets]\nsise = 3\n')
     out = tmp_path / "out"
     code, shown, said = ran(["sweep", str(tmp_path / "grid.toml"), "--out", str(out), "--dry-run"], capsys)
@@ -537,14 +537,16 @@ def test_a_dry_run_checks_the_options_and_writes_nothing(tmp_path: Path, capsys:
     assert not out.exists()
 
 
-def test_a_dry_run_counts_a_job_a_gpu(
+def test_a_dry_run_counts_a_job_a_gpu_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sweep, "check", lambda _: sweep.Checked((), 5))
     walk(run_of(tmp_path, script={NAMES[1]: [worker.FAILED]})[0])
+    there = sorted((tmp_path / "out").rglob("*"))
     code, _, said = ran(["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--dry-run"], capsys)
     assert code == 0
     assert "left with 5 at once" in said
+    assert sorted((tmp_path / "out").rglob("*")) == there
 
 
 def test_status_and_dry_run_say_how_far_a_sweep_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

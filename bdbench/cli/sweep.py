@@ -121,12 +121,12 @@ def write_example(path: Path, text: str) -> None:
 
 
 def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int | None, *, as_json: bool) -> None:
-    """Print the cells and their states, check all options, and estimate the time; no folder is made.
+    """Print the cells and their states, check all options, and estimate the time; nothing is written.
 
     Raises:
         OptionError: an option does not fit; see `bdbench.sweep.check`.
     """
-    from bdbench.sweep import check, checked_once, seconds_left, usual_jobs
+    from bdbench.sweep import check, seconds_left, usual_jobs
 
     found = job.states()
     states = {cell: found[cell] for cell in cells}
@@ -134,8 +134,8 @@ def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int | None, *, as_json: b
         width = max(len(job.grid.name(cell)) for cell in cells)
         for cell, state in states.items():
             console.show(f"{state.state:<12}{job.grid.name(cell):<{width}}")
-    checked = checked_once(job.grid, job.folder) if job.folder.is_dir() else check(job.grid)
-    jobs = jobs or usual_jobs(checked.gpus)
+    gpus = check(job.grid).gpus
+    jobs = jobs or usual_jobs(gpus)
     left = seconds_left(states, jobs)
     if as_json:
         rows = [{**cell._asdict(), "name": job.grid.name(cell), "state": state.state} for cell, state in states.items()]
