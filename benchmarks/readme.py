@@ -11,7 +11,8 @@ from typing import Any
 
 import compare
 
-from bdbench import store
+from bdbench import store, tables
+from bdbench.registry import DEFENSES
 
 README = Path(__file__).parents[1] / "README.md"
 Row = Mapping[str, Any]
@@ -69,6 +70,24 @@ def quickstart(rows: Sequence[Row]) -> str:
     return compare.table(headings, lines, first_number=len(headings))
 
 
+def grid(rows: Sequence[Row]) -> str:
+    """Return BA and ASR over seeds, a line an attack, a column a defence; failed attacks are marked."""
+    merged = tables.over_seeds([dict(row) for row in rows])
+    defenses = [name for name in DEFENSES.rows if any(row["defense"] == name for row in merged)]
+    lines = []
+    for name in dict.fromkeys(row["attack"] for row in merged):
+        own = {row["defense"]: row for row in merged if row["attack"] == name}
+        failed = any("w" in row["marks"] for row in own.values())
+        cells = [f"BA {spread(row, 'ba')}<br>ASR {spread(row, 'asr')}" for row in map(own.get, defenses) if row]
+        lines.append([f"`{name}`" + (" (failed)" if failed else ""), *cells])
+    return compare.table(("attack", *defenses), lines, first_number=1)
+
+
+def spread(row: Row, name: str) -> str:
+    """Return a mean over seeds with its standard deviation."""
+    return rate(row, name) + ("" if row[f"{name}_sd"] is None else f" ± {row[f'{name}_sd']:.3f}")
+
+
 def rate(row: Row | None, name: str) -> str:
     """Return a share with three digits, or nothing."""
     return "" if row is None or row[name] is None else f"{row[name]:.3f}"
@@ -80,7 +99,12 @@ def interval(row: Row) -> str:
 
 
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[Row]], str]]] = MappingProxyType(
-    {"attacks": ("attacks", attacks), "cifar": ("cifar10-cpu", cifar), "quickstart": ("quickstart", quickstart)}
+    {
+        "attacks": ("attacks", attacks),
+        "cifar": ("cifar10-cpu", cifar),
+        "quickstart": ("quickstart", quickstart),
+        "grid": ("grid", grid),
+    }
 )
 """Marker in the README -> suite, and what makes its table."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from bdbench.defenses.cbd import (
     CBD,
     Critic,
     Norm,
+    Twin,
     dependence,
     divide_by_root_of_norm,
     largest_singular_value,
@@ -314,7 +316,7 @@ def test_the_root_norm_is_applied_after_each_step_of_the_critic() -> None:
 def objective_of(twin: Classifier, seed: int = 0, **options: Any) -> cbd._Objective:
     chosen = CBD.parse(options)
     critic = critic_of(twin.embedding_size, chosen.critic_dropout, seed, chosen.critic_norm)
-    return cbd._Objective(chosen, twin, cbd._Tutor(chosen, critic))
+    return cbd._Objective(chosen, Twin(twin), cbd._Tutor(chosen, critic))
 
 
 def test_equal_networks_without_extra_terms_take_a_plain_step() -> None:
@@ -442,7 +444,7 @@ def pass_over(data: ImageDataset, model: Classifier, *, epoch: int = 0, bf16: bo
     critic = critic_of(model.embedding_size, norm="root")
     task = Task(data, lambda _: model, toy_recipe(augment="crop"), toy_engine(bf16=bf16))
     twin = frozen(toy_model(data, "twin", features=type(model.features)))
-    tutor_of(critic, critic_norm="root", **options).teach_all(task, twin, model, epoch)
+    tutor_of(critic, critic_norm="root", **options).teach_all(task, Twin(twin), model, epoch)
     return critic
 
 
@@ -563,6 +565,53 @@ def test_the_twin_trains_at_a_constant_rate_of_its_own() -> None:
     assert [row["phase"] for row in engine.history[3:]] == ["clean", "clean"]
 
 
+@pytest.mark.parametrize(("asked", "trained"), [("auto", ["crop", "crop"]), ("none", ["none", "crop"])])
+def test_the_twin_may_train_without_the_models_augmentation(asked: str, trained: list[str]) -> None:
+    engine = toy_engine()
+    task, _ = task_of(engine)
+    fit, seen = engine.fit, []
+
+    def watched(model: Classifier, data: ImageDataset, loss: Any, recipe: Recipe, **kwargs: Any) -> Classifier:
+        seen.append(recipe.augment)
+        return fit(model, data, loss, recipe, **kwargs)
+
+    engine.fit = watched  # type: ignore[assignment, method-assign]
+    recipe = task.recipe.model_copy(update={"augment": "crop"})
+    CBD(twin_epochs=1, twin_augment=asked).run(replace(task, recipe=recipe))
+    assert seen == trained
+
+
+def test_a_twin_that_judges_once_knows_each_image_as_it_is() -> None:
+    """The batch holds other images, as after an augmentation."""
+    data = toy_data(8)
+    model, batch = frozen(toy_model(data, "twin")), toy_batch(data)
+    taken = toy_engine().embeddings(model, data.images)
+    rows, others = torch.tensor([5, 2]), batch.images[:2]
+    once, anew = Twin(model, taken), Twin(model)
+    torch.testing.assert_close(once.embed(others, rows), model.embed(data.images[rows].float() / 255))
+    torch.testing.assert_close(anew.embed(others, rows), model.embed(others))
+    wanted = toy_engine().losses(model, data)[rows]
+    torch.testing.assert_close(once.losses(once.embed(others, rows), data.labels[rows]), wanted)
+
+
+@pytest.mark.parametrize("critic_pass", ["step", "epoch"])
+def test_a_twin_that_judges_once_looks_at_no_batch(critic_pass: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[torch.Size] = []
+    embed = Classifier.embed
+
+    def watched(self: Classifier, images: Tensor) -> Tensor:
+        looked.append(images.shape)
+        return embed(self, images)
+
+    monkeypatch.setattr(Classifier, "embed", watched)
+    counts = []
+    for judges in ("batch", "once"):
+        looked.clear()
+        defend(twin_judges=judges, critic_pass=critic_pass)
+        counts.append(len(looked))
+    assert counts[1] < counts[0]
+
+
 def test_scores_are_high_where_the_twin_fits_well() -> None:
     engine = toy_engine()
     task, given = task_of(engine)
@@ -617,7 +666,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(options: dict[str, Any]
 @pytest.mark.parametrize(
     "options",
     [
-        {"twin_epochs": 2}, {"twin_lr": 0.01}, {"information_weight": 0.5}, {"bottleneck": 0.5}, {"reweight": False},
+        {"twin_epochs": 2}, {"twin_lr": 0.01}, {"twin_augment": "crop"}, {"reweight": False},
+        {"information_weight": 0.5}, {"bottleneck": 0.5},
         {"critic_pass": "epoch"}, {"critic_lr": 0.1}, {"critic_steps": 3}, {"critic_decay": 1},
         {"critic_norm": "root"}, {"critic_dropout": 0.0}, {"critic_judges_with_dropout": True},
     ],

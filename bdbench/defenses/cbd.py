@@ -43,6 +43,10 @@ class CBD(Defense):
     divided by the root of its largest singular value. There the 0.01 of the information term stands inside the
     estimate and scales the critic's own loss too, which Adam does not notice.
 
+    Two options are ours, and `fast` uses them: without crops and flips (`--twin-augment none`) the twin learns a
+    trigger in a fraction of the steps, long before the classes, and `--twin-judges once` has it judge the images as it
+    knows them, so that no pass over the twin is left in the model's steps.
+
     Differs from the published code in every mode: batches that the twin fits exactly, and parameters of zeros under
     `root`, give no NaN; a last batch of one image is left out; all runs are seeded. The critic's defaults (a step in
     each step of the model, the spectral norm of its weights, no dropout while it judges) are ours. The weight of the
@@ -53,14 +57,23 @@ class CBD(Defense):
     threat: ClassVar[str] = "the defender controls training; has the poisoned set only, no clean data"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"twin_epochs": 5, "epochs": 100, "batch_size": 64, "schedule": "step"},
-        "fast": {"twin_epochs": 5, "epochs": 12, "batch_size": 64},
+        "fast": {
+            "twin_epochs": 2, "twin_augment": "none", "twin_judges": "once", "epochs": 12, "batch_size": 64,
+        },
         "tiny": {"twin_epochs": 2, "twin_lr": 0.05, "epochs": 60, "batch_size": 32, "lr": 0.05},
-    }
+    }  # fmt: skip
 
     twin_epochs: int = Field(
         5, ge=1, description="Epochs of the backdoored twin: few, so that it learns the trigger only."
     )
     twin_lr: float = Field(0.1, gt=0, description="Constant learning rate of the twin.")
+    twin_augment: str = Field(
+        "auto", description="Augmentation of the twin's training, see --augment; auto: the model's own."
+    )
+    twin_judges: Literal["batch", "once"] = Field(
+        "batch",
+        description="What the twin judges: each batch as it is augmented (paper), or all images as they are, once.",
+    )
     information_weight: float = Field(0.01, ge=0, description="Weight of the information term; 0 leaves it out.")
     bottleneck: float = Field(1e-4, ge=0, description="Weight of the bottleneck term; 0 leaves it out.")
     reweight: bool = Field(True, description="Weigh the samples by the twin's losses; off: all weigh 1.")
@@ -87,9 +100,14 @@ class CBD(Defense):
         """Train the twin, freeze it, train the clean model; the scores are the twin's negated losses."""
         engine = task.engine
         twin_recipe = task.recipe.model_copy(
-            update={"epochs": self.twin_epochs, "lr": self.twin_lr, "schedule": "constant", "warmup": 0.0}
-        )
-        twin = frozen(engine.fit(task.new_model("twin"), task.train, mean_cross_entropy, twin_recipe, phase="twin"))
+            update={
+                "epochs": self.twin_epochs, "lr": self.twin_lr, "schedule": "constant", "warmup": 0.0,
+                "augment": task.recipe.augment if self.twin_augment == "auto" else self.twin_augment,
+            }
+        )  # fmt: skip
+        trained = frozen(engine.fit(task.new_model("twin"), task.train, mean_cross_entropy, twin_recipe, phase="twin"))
+        once = self.twin_judges == "once"
+        twin = Twin(trained, engine.embeddings(trained, task.train.images).to(engine.device) if once else None)
         model = task.new_model("model")
         with scoped(engine.seed, "critic", "init"):
             critic = Critic(model.embedding_size, self.critic_dropout, self.critic_norm).to(engine.device)
@@ -105,7 +123,29 @@ class CBD(Defense):
             before_epoch=before_epoch if self.information_weight else None,
             companions={"critic": critic, "learner": tutor.learner},
         )  # fmt: skip
-        return Defended(model, scores=-engine.losses(twin, task.train))
+        return Defended(model, scores=-engine.losses(trained, task.train))
+
+
+class Twin:
+    """What the frozen twin says of samples: from the batch as it is augmented, or from the images as they are.
+
+    Args:
+        model: the twin.
+        taken: (N, D), its embeddings of all training images as they are; None to look at each batch anew.
+    """
+
+    def __init__(self, model: Classifier, taken: Tensor | None = None) -> None:
+        self.model, self.taken = model, taken
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Return the embeddings (B, D) of augmented images (B, C, H, W), which are the rows (B,) of the data."""
+        return self.model.embed(images) if self.taken is None else self.taken[rows]
+
+    @torch.no_grad()
+    def losses(self, twin_BD: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross entropies (B,) of embeddings."""
+        return F.cross_entropy(self.model.classify(twin_BD), labels, reduction="none")
 
 
 class Critic(nn.Module):
@@ -197,7 +237,7 @@ class _Tutor:
         for group in self.learner.param_groups:
             group["lr"] = self.options.critic_lr * 0.1**decays
 
-    def teach_all(self, task: Task, twin: Classifier, model: Classifier, epoch: int) -> None:
+    def teach_all(self, task: Task, twin: Twin, model: Classifier, epoch: int) -> None:
         """Teach on the whole training set once; of the model only batch-norm statistics move."""
         engine, recipe = task.engine, task.recipe
         model.train()
@@ -210,7 +250,7 @@ class _Tutor:
                     break
                 batch = feed.batch(rows, operations, rng)
                 with torch.no_grad(), engine.autocast():
-                    twin_BD, own_BD = twin.embed(batch), model.embed(batch)
+                    twin_BD, own_BD = twin.embed(batch, rows.to(engine.device)), model.embed(batch)
                 self.teach(twin_BD, own_BD)
 
     def teach(self, twin_BD: Tensor, own_BD: Tensor) -> None:
@@ -234,13 +274,12 @@ class _Tutor:
 class _Objective:
     """The clean model's loss; unless a pass taught it, the critic learns inside, on the same embeddings."""
 
-    def __init__(self, options: CBD, twin: Classifier, tutor: _Tutor) -> None:
+    def __init__(self, options: CBD, twin: Twin, tutor: _Tutor) -> None:
         self.options, self.twin, self.tutor = options, twin, tutor
 
     def __call__(self, model: Classifier, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            twin_BD = self.twin.embed(batch.images)
-            twin_losses = F.cross_entropy(self.twin.classify(twin_BD), batch.labels, reduction="none")
+        twin_BD = self.twin.embed(batch.images, batch.rows)
+        twin_losses = self.twin.losses(twin_BD, batch.labels)
         own_BD = model.embed(batch.images)
         losses = F.cross_entropy(model.classify(own_BD), batch.labels, reduction="none")
         total = (sample_weights(twin_losses, losses) * losses).mean() if self.options.reweight else losses.mean()
