@@ -581,6 +581,13 @@ def test_the_twin_may_train_without_the_models_augmentation(asked: str, trained:
     assert seen == trained
 
 
+@pytest.mark.parametrize(("most", "steps"), [(None, 8), (5, 5), (8, 8), (9, 8)])
+def test_a_twin_ends_after_so_many_steps_at_the_latest(most: int | None, steps: int) -> None:
+    task, given = task_of(toy_engine())  # an epoch has 4 steps
+    CBD(twin_epochs=2, twin_steps=most).run(task)
+    assert int(weights_of(given["twin"])["features.layers.1.num_batches_tracked"]) == steps
+
+
 def test_a_twin_that_judges_once_knows_each_image_as_it_is() -> None:
     """The batch holds other images, as after an augmentation."""
     data = toy_data(8)
@@ -666,7 +673,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(options: dict[str, Any]
 @pytest.mark.parametrize(
     "options",
     [
-        {"twin_epochs": 2}, {"twin_lr": 0.01}, {"twin_augment": "crop"}, {"reweight": False},
+        {"twin_epochs": 2}, {"twin_lr": 0.01}, {"twin_augment": "crop"}, {"twin_steps": 3},
+        {"reweight": False},
         {"information_weight": 0.5}, {"bottleneck": 0.5},
         {"critic_pass": "epoch"}, {"critic_lr": 0.1}, {"critic_steps": 3}, {"critic_decay": 1},
         {"critic_norm": "root"}, {"critic_dropout": 0.0}, {"critic_judges_with_dropout": True},

@@ -43,9 +43,10 @@ class CBD(Defense):
     divided by the root of its largest singular value. There the 0.01 of the information term stands inside the
     estimate and scales the critic's own loss too, which Adam does not notice.
 
-    Two options are ours, and `fast` uses them: without crops and flips (`--twin-augment none`) the twin learns a
-    trigger in a fraction of the steps, long before the classes, and `--twin-judges once` has it judge the images as it
-    knows them, so that no pass over the twin is left in the model's steps.
+    Three options are ours, and `fast` uses them: without crops and flips (`--twin-augment none`) the twin learns a
+    trigger in a fraction of the steps, long before the classes; `--twin-judges once` has it judge the images as it
+    knows them, so that no pass over the twin is left in the model's steps; and `--twin-steps` ends it where a trigger
+    is learned, which takes steps, not epochs.
 
     Differs from the published code in every mode: batches that the twin fits exactly, and parameters of zeros under
     `root`, give no NaN; a last batch of one image is left out; all runs are seeded. The critic's defaults (a step in
@@ -58,7 +59,7 @@ class CBD(Defense):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"twin_epochs": 5, "epochs": 100, "batch_size": 64, "schedule": "step"},
         "fast": {
-            "twin_epochs": 2, "twin_augment": "none", "twin_judges": "once", "epochs": 12, "batch_size": 64,
+            "twin_steps": 750, "twin_augment": "none", "twin_judges": "once", "epochs": 12, "batch_size": 64,
         },
         "tiny": {"twin_epochs": 2, "twin_lr": 0.05, "epochs": 60, "batch_size": 32, "lr": 0.05},
     }  # fmt: skip
@@ -66,6 +67,7 @@ class CBD(Defense):
     twin_epochs: int = Field(
         5, ge=1, description="Epochs of the backdoored twin: few, so that it learns the trigger only."
     )
+    twin_steps: int | None = Field(None, ge=1, description="Steps after which the twin ends at the latest.")
     twin_lr: float = Field(0.1, gt=0, description="Constant learning rate of the twin.")
     twin_augment: str = Field(
         "auto", description="Augmentation of the twin's training, see --augment; auto: the model's own."
@@ -105,7 +107,12 @@ class CBD(Defense):
                 "augment": task.recipe.augment if self.twin_augment == "auto" else self.twin_augment,
             }
         )  # fmt: skip
-        trained = frozen(engine.fit(task.new_model("twin"), task.train, mean_cross_entropy, twin_recipe, phase="twin"))
+        trained = frozen(
+            engine.fit(
+                task.new_model("twin"), task.train, mean_cross_entropy, twin_recipe, phase="twin",
+                max_steps=self.twin_steps,
+            )
+        )  # fmt: skip
         once = self.twin_judges == "once"
         twin = Twin(trained, engine.embeddings(trained, task.train.images).to(engine.device) if once else None)
         model = task.new_model("model")
