@@ -178,10 +178,10 @@ class DatasetArtifact(Artifact):
 
     @cached_property
     def _origin(self) -> SourceData:
-        """The clean source of a data set that holds differences only."""
+        """The clean source of a data set that holds differences only; reading an artifact downloads nothing."""
         origin = self.manifest.facts["origin"]
         try:
-            source = open_source(origin["dataset"], origin["options"]).open(Silent())
+            source = open_source(origin["dataset"], {**origin["options"], "download": False}).open(Silent())
         except BdbenchError as error:
             raise ArtifactError(
                 f"{self.path} holds only what differs from {origin['dataset']}, which cannot be opened: {error}; put "

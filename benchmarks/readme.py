@@ -78,7 +78,10 @@ def grid(rows: Sequence[Row]) -> str:
     for name in dict.fromkeys(row["attack"] for row in merged):
         own = {row["defense"]: row for row in merged if row["attack"] == name}
         failed = any("w" in row["marks"] for row in own.values())
-        cells = [f"BA {spread(row, 'ba')}<br>ASR {spread(row, 'asr')}" for row in map(own.get, defenses) if row]
+        cells = [
+            f"BA {spread(own[defense], 'ba')}<br>ASR {spread(own[defense], 'asr')}" if defense in own else ""
+            for defense in defenses
+        ]
         lines.append([f"`{name}`" + (" (failed)" if failed else ""), *cells])
     return compare.table(("attack", *defenses), lines, first_number=1)
 

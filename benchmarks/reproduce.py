@@ -157,6 +157,7 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "no-bottleneck": {"bottleneck": 0.0},
         "no-reweight": {"reweight": False},
         "reweighting-only": {"information_weight": 0.0, "bottleneck": 0.0},
+        "plain-twin": {"twin_steps": 750, "twin_augment": "none", "twin_judges": "once"},
     },
     "dbd": {"": {}, "ssl5": {"ssl_epochs": 5}, "ssl2": {"ssl_epochs": 2}, "split-all": {"split_by": "all"}},
     "mcldef": {"": {}, "given-target": {"oracle_target": 0}},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from toys import are_equal, weights_of
 
 from bdbench import artifacts, stages, store
 from bdbench.artifacts import DatasetArtifact
+from bdbench.datasets.base import Source
 from bdbench.errors import ArtifactError
 
 
@@ -72,6 +75,21 @@ def test_without_its_source_it_says_so(both: tuple[DatasetArtifact, DatasetArtif
     ):
         _ = data.train
     assert len(data.triggered)  # stored as a whole
+
+
+def test_reading_differences_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where poisoning might have: whoever looks at a data set did not ask for a download."""
+    asked: list[Mapping[str, Any]] = []
+    small = stages.poison("digits", source_options={"images": 200}, differences=True, out=tmp_path / "data")
+    open_source = artifacts.open_source
+
+    def watched(dataset: str, options: Mapping[str, Any]) -> Source:
+        asked.append(options)
+        return open_source(dataset, options)
+
+    monkeypatch.setattr(artifacts, "open_source", watched)
+    _ = DatasetArtifact.open(small.path).train
+    assert [options["download"] for options in asked] == [False]
 
 
 def test_another_source_in_its_place_is_noticed(both: tuple[DatasetArtifact, DatasetArtifact], tmp_path: Path) -> None:

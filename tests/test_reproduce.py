@@ -465,3 +465,16 @@ def test_an_attack_stands_beside_what_its_source_reports_for_its_rate() -> None:
     assert lines[2][0] == "| `badnets`, no covers"
     assert "github.com" in lines[0][-1]
     assert not any("github.com" in cells[-1] for cells in lines[1:])
+
+
+def test_the_grid_has_an_attack_a_line_and_marks_those_that_failed() -> None:
+    rows = [
+        row("none", attack=attack, seed=seed, ba=0.8 + seed / 10, asr=asr, marks=marks)
+        for attack, asr, marks in (("sig", 0.1, "w"), ("batt", 1.0, ""))
+        for seed in (0, 1)
+    ]
+    lines = readme.grid([*rows, row("abl", attack="batt", asr=0.0, marks="")]).splitlines()
+    assert lines[0] == "| attack | none | abl |"
+    assert lines[2] == "| `sig` (failed) | BA 0.850 ± 0.071<br>ASR 0.100 ± 0.000 |  |"
+    assert lines[3].startswith("| `batt` | BA 0.850 ± 0.071<br>ASR 1.000 ± 0.000 | BA ")
+    assert "±" not in lines[3].split(" | ")[2]
