@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from bdbench.cli import console
 from bdbench.cli.app import run
 
 FAST = ("--epochs", "1", "--batch-size", "256")
@@ -378,6 +380,21 @@ def test_a_blow_in_the_middle_leaves_no_half_artifact_and_the_next_run_ends_well
     assert bdbench("train", *FAST).code == 0
     assert bdbench("verify", "runs/digits-badnets-s0-none").code == 0
     assert not list(here.glob("runs/.*"))
+
+
+def test_a_ctrl_c_that_was_swallowed_ends_the_work_at_its_next_step() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with console.live_progress() as progress:
+            progress.start("train", 10)
+            progress.advance(1)
+            with contextlib.suppress(KeyboardInterrupt):  # as an import under C does
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                progress.advance(1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_every_command_of_the_readme_is_one_that_exists(bdbench: Any) -> None:

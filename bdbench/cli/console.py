@@ -74,4 +74,6 @@ def live_progress() -> Iterator[LiveProgress]:
     from bdbench.cli import live
 
     with live.bars(_console(stderr=True)) as bars:
-        yield live.LiveProgress(bars)
+        progress = live.LiveProgress(bars)
+        with progress.interruptible():
+            yield progress

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -24,13 +29,41 @@ class LiveProgress:
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._bar: Any = None
+        self._interrupted = False
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Remember a Ctrl-C while the block runs: if what it hit swallowed it, the next advance raises it again.
+
+        Library code that runs under C, such as an import or a destructor, can lose a KeyboardInterrupt.
+        """
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            self._interrupted = True
+            signal.default_int_handler(number, frame)
+
+        signal.signal(signal.SIGINT, remember)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def start(self, label: str, total: int, unit: str = "images") -> None:
         """Begin a bar."""
         self._bar = self._bars.add_task(label, total=total, unit=unit, status="")
 
     def advance(self, amount: int, status: str = "") -> None:
-        """Move the bar."""
+        """Move the bar.
+
+        Raises:
+            KeyboardInterrupt: it was asked for, and got lost; see `interruptible`.
+        """
+        if self._interrupted:
+            raise KeyboardInterrupt
         self._bars.update(self._bar, advance=amount)
         if status:
             self._bars.update(self._bar, status=status)
