@@ -194,8 +194,8 @@ def render(rows: Sequence[dict[str, Any]], style: Format) -> Table | str:
         ]
         return pd.DataFrame(flat).to_csv(index=False)
     merged = merge(rows)
-    columns = [column for column in COLUMNS if any(_cell(row, column) for row in merged)]
-    cells = [[_cell(row, column) for column in columns] for row in merged]
+    columns = [column for column in COLUMNS if any(cell(row, column) for row in merged)]
+    cells = [[cell(row, column) for column in columns] for row in merged]
     notes = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in row["marks"] for row in merged)]
     if style == "rich":
         return _rich(columns, cells, merged, notes)
@@ -248,7 +248,8 @@ def ranking_notes(found: Ranking) -> list[str]:
     return notes
 
 
-def _cell(row: dict[str, Any], column: Column) -> str:
+def cell(row: dict[str, Any], column: Column) -> str:
+    """Return what a merged row shows in a column: of a rate the mean over seeds with its standard deviation."""
     value = row[column.key]
     if column.key == "seeds":
         return str(value[0]) if len(value) == 1 else f"{len(value)}"

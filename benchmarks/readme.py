@@ -70,6 +70,9 @@ def quickstart(rows: Sequence[Row]) -> str:
     return compare.table(headings, lines, first_number=len(headings))
 
 
+GRID = [column for column in tables.COLUMNS if column.key in ("ba", "asr")]
+
+
 def grid(rows: Sequence[Row]) -> str:
     """Return BA and ASR over seeds, a line an attack, a column a defence; failed attacks are marked."""
     merged = tables.over_seeds([dict(row) for row in rows])
@@ -79,16 +82,13 @@ def grid(rows: Sequence[Row]) -> str:
         own = {row["defense"]: row for row in merged if row["attack"] == name}
         failed = any("w" in row["marks"] for row in own.values())
         cells = [
-            f"BA {spread(own[defense], 'ba')}<br>ASR {spread(own[defense], 'asr')}" if defense in own else ""
+            "<br>".join(f"{column.heading} {tables.cell(own[defense], column)}" for column in GRID)
+            if defense in own
+            else ""
             for defense in defenses
         ]
         lines.append([f"`{name}`" + (" (failed)" if failed else ""), *cells])
     return compare.table(("attack", *defenses), lines, first_number=1)
-
-
-def spread(row: Row, name: str) -> str:
-    """Return a mean over seeds with its standard deviation."""
-    return rate(row, name) + ("" if row[f"{name}_sd"] is None else f" ± {row[f'{name}_sd']:.3f}")
 
 
 def rate(row: Row | None, name: str) -> str:
