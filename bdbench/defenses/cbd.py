@@ -46,7 +46,7 @@ class CBD(Defense):
     Three options are ours, off in every preset: without crops and flips (`--twin-augment none`) the twin learns a patch
     in a fraction of the steps, before the classes; `--twin-judges once` has it judge the images as it knows them, so
     that no pass over the twin is left in the model's steps; and `--twin-steps` ends it early. Together, at 750 steps,
-    they cost far less accuracy on BadNets, and let Blended through, which takes more steps (benchmarks, `ablation`).
+    they cost far less accuracy on BadNets, and let Blended through (benchmarks, `ablation`).
 
     Differs from the published code in every mode: batches that the twin fits exactly, and parameters of zeros under
     `root`, give no NaN; a last batch of one image is left out; all runs are seeded. The critic's defaults (a step in
