@@ -603,20 +603,17 @@ def test_a_twin_that_judges_once_knows_each_image_as_it_is() -> None:
 
 @pytest.mark.parametrize("critic_pass", ["step", "epoch"])
 def test_a_twin_that_judges_once_looks_at_no_batch(critic_pass: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[torch.Size] = []
-    embed = Classifier.embed
+    task, given = task_of(toy_engine())
+    embed, looked = Classifier.embed, []
 
     def watched(self: Classifier, images: Tensor) -> Tensor:
-        looked.append(images.shape)
+        if self is given.get("twin") and not self.training:
+            looked.append(len(images))
         return embed(self, images)
 
     monkeypatch.setattr(Classifier, "embed", watched)
-    counts = []
-    for judges in ("batch", "once"):
-        looked.clear()
-        defend(twin_judges=judges, critic_pass=critic_pass)
-        counts.append(len(looked))
-    assert counts[1] < counts[0]
+    CBD.parse({"twin_epochs": 1, "twin_judges": "once", "critic_pass": critic_pass}).run(task)
+    assert looked == [64, 64]  # all images, for its embeddings and for the scores
 
 
 def test_scores_are_high_where_the_twin_fits_well() -> None:
