@@ -141,8 +141,12 @@ class Grid:
         }  # fmt: skip
 
 
-def read_grid(path: Path) -> Grid:
+def read_grid(path: Path, seeds: list[int] | None = None) -> Grid:
     """Read a grid.
+
+    Args:
+        path: of the file.
+        seeds: in place of the file's list.
 
     Raises:
         OptionError: unreadable, not TOML, an unknown name or key, an empty product, or an include or exclude that can't
@@ -157,7 +161,23 @@ def read_grid(path: Path) -> Grid:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(f"{path} is not TOML: {error}") from error
-    return _Reader(path, text, raw).grid()
+    return _Reader(path, text, raw if seeds is None else {**raw, "seeds": seeds}).grid()
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of a list with ranges, such as ``0-4,7``.
+
+    Raises:
+        OptionError: not such a list, or a range that runs backwards.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise OptionError(f"seeds '{text}' must be whole numbers and ranges, such as 0-4 or 0,2,5-7")
+        seeds += range(int(first), int(last) + 1)
+    return list(dict.fromkeys(seeds))
 
 
 class _Reader:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bdbench.errors import OptionError
-from bdbench.grid import EXAMPLE, Cell, Grid, read_grid
+from bdbench.grid import EXAMPLE, Cell, Grid, parse_seeds, read_grid
 
 
 def grid_of(tmp_path: Path, text: str) -> Grid:
@@ -147,6 +147,21 @@ def test_what_means_nothing_is_refused_with_file_line_and_way_out(tmp_path: Path
     with pytest.raises(OptionError, match=message) as caught:
         grid_of(tmp_path, text)
     assert str(tmp_path / "grid.toml") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("3", [3]), ("0-4", [0, 1, 2, 3, 4]), ("0, 2,5-7", [0, 2, 5, 6, 7]), ("4-4,4", [4])]
+)
+def test_seeds_are_a_list_with_ranges_in_place_of_the_files(tmp_path: Path, text: str, seeds: list[int]) -> None:
+    grid = grid_of(tmp_path, 'seeds = [9]\ndefenses = ["none"]\n')
+    grid = read_grid(grid.path, parse_seeds(text))
+    assert [cell.seed for cell in grid.cells] == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "0-", "1,,2", "1.5", "0-2-4"])
+def test_seeds_that_are_no_list_are_refused(text: str) -> None:
+    with pytest.raises(OptionError, match=r"must be whole numbers and ranges, such as 0-4"):
+        parse_seeds(text)
 
 
 def test_a_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:

@@ -524,6 +524,7 @@ def test_init_writes_a_grid_that_dry_run_reads(
     assert code == 0
     assert shown.split()[:2] == ["waiting", "digits-badnets-s0-none"]
     assert "6 waiting" in said
+    assert ran(["sweep", "--dry-run", "--seeds", "5"], capsys)[1].split()[:2] == ["waiting", "digits-badnets-s5-none"]
     assert not (tmp_path / "runs").exists()
 
 

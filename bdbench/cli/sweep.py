@@ -42,6 +42,9 @@ def sweep(
     ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Make cells again that failed before.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start nothing more after a failure.")] = False,
+    seeds: Annotated[
+        str | None, typer.Option(help="In place of the grid's, such as 0-4 or 0,2,5-7.", show_default=False)
+    ] = None,
     shard: Annotated[str | None, typer.Option(help="One part of the grid, such as 2/8, for batch schedulers.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: cells as tasks of a Ray cluster.")] = "local",
     address: Annotated[
@@ -63,7 +66,7 @@ def sweep(
 
       bdbench sweep grid.toml --dry-run
 
-      bdbench sweep grid.toml --jobs 2
+      bdbench sweep grid.toml --jobs 2 --seeds 0-9
 
       bdbench sweep grid.toml --out /shared/grid --engine ray --address head:6379
     """
@@ -78,7 +81,7 @@ def sweep(
     if init:
         write_example(grid, grids.EXAMPLE)
         return
-    read = grids.read_grid(grid)
+    read = grids.read_grid(grid, grids.parse_seeds(seeds) if seeds is not None else None)
     folder = out or Path("runs") / grid.stem
     cells: Sequence[Cell] = part_of(read.cells, shard) if shard else read.cells
     if dry_run:
