@@ -159,6 +159,7 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "reweighting-only": {"information_weight": 0.0, "bottleneck": 0.0},
         "plain-twin": {"twin_steps": 750, "twin_augment": "none", "twin_judges": "once"},
     },
+    "abl": {"sample-cap": {"unlearn_cap": "sample"}},
     "dbd": {"": {}, "ssl5": {"ssl_epochs": 5}, "ssl2": {"ssl_epochs": 2}, "split-all": {"split_by": "all"}},
     "mcldef": {"": {}, "given-target": {"oracle_target": 0}},
 }

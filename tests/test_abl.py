@@ -28,7 +28,7 @@ from bdbench import engine as engine_module
 from bdbench import stages
 from bdbench.artifacts import DatasetArtifact
 from bdbench.data import ImageDataset, Role
-from bdbench.defenses.abl import ABL, Trap, isolated_count, trap_losses, trapped_loss
+from bdbench.defenses.abl import ABL, Trap, capped_loss, isolated_count, trap_losses, trapped_loss
 from bdbench.defenses.base import Defended, Task, lowest, mean_cross_entropy
 from bdbench.engine import Engine, Recipe
 from bdbench.errors import OptionError
@@ -347,6 +347,38 @@ def test_a_lower_stop_ends_sooner() -> None:
         defend(objective="ascent", unlearn_steps=500, unlearn_lr=0.02, unlearn_stop=stop)[1] for stop in (1.0, 1.5)
     )
     assert early.steps("unlearn") < late.steps("unlearn")
+
+
+def test_the_cap_holds_for_the_mean_or_for_each_sample() -> None:
+    """Cross entropies ln(1 + e^-3) and ln(1 + e^3): under a cap of 1 the mean is above, the first sample is not."""
+    logits, labels = torch.tensor([[3.0, 0.0], [0.0, 3.0]], requires_grad=True), torch.tensor([0, 0])
+    losses = math.log1p(math.exp(-3)), math.log1p(math.exp(3))
+    (batch,) = torch.autograd.grad(capped_loss(logits, labels, "batch", 1.0), logits)
+    (sample,) = torch.autograd.grad(capped_loss(logits, labels, "sample", 1.0), logits)
+    assert not batch.any()
+    assert sample[0].any()
+    assert not sample[1].any()
+    assert capped_loss(logits, labels, "batch", 2.0).item() == pytest.approx(sum(losses) / 2)
+    assert capped_loss(logits, labels, "batch", 1.0).item() == pytest.approx(1.0)
+    assert capped_loss(logits, labels, "sample", 1.0).item() == pytest.approx((losses[0] + 1) / 2)
+
+
+@pytest.mark.parametrize("objective", ["joint", "ascent"])
+@pytest.mark.parametrize("per", ["batch", "sample"])
+def test_a_sample_below_the_cap_is_ascended_though_the_mean_is_above_if_told_so(objective: str, per: str) -> None:
+    def unlearned(cap: float) -> dict[str, Tensor]:
+        _, engine = defend(
+            objective=objective, unlearn_steps=1, unlearn_norms="frozen", unlearn_stop=cap / math.log(4),
+            unlearn_cap=per,
+        )  # fmt: skip
+        return engine.after["unlearn"]
+
+    _, engine = defend(unlearn_steps=1)
+    fine_tuned = toy_model(toy_data(80))
+    fine_tuned.load_state_dict(engine.before["unlearn"])
+    losses = engine.losses(fine_tuned, engine.data["unlearn"])
+    below_all, below_mean = float(losses.min()) / 2, float(losses.min() + losses.mean()) / 2
+    assert are_equal(unlearned(below_all), unlearned(below_mean)) == (per == "batch")
 
 
 def test_ascent_alone_never_sees_the_rest() -> None:

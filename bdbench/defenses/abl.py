@@ -21,6 +21,7 @@ from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator
 
 Trap = Literal["batch", "sample", "flooding"]
+Cap = Literal["batch", "sample"]
 Norms = Literal["batch", "untracked", "frozen"]
 
 
@@ -39,7 +40,10 @@ class ABL(Defense):
     N as many as the remaining epochs have; `--epochs`, `--lr` and `--schedule` then train nothing. Its formula of local
     ascent read per sample is `--trap sample`, which also pushes triggered samples back up to gamma; the code acts on
     the batch mean. The cap is ours: ascent on cross entropy has no bound, and beyond guessing it only teaches the model
-    never to say the target class, which target recall shows and papers that leave that class out do not.
+    never to say the target class, which target recall shows and papers that leave that class out do not. A batch's
+    mean reaches it by the samples that are furthest gone, while others may keep the backdoor; `--unlearn-cap sample`
+    takes it from each, and takes the target class as well where most of the isolated are triggered images of that class
+    itself, whose loss is the lowest.
 
     The published code is `--preset paper --augment crop,flip,cutout --isolation-epochs 10 --trap flooding` with
     `--objective ascent --unlearn-steps 32 --unlearn-lr 5e-4 --unlearn-stop 1000 --unlearn-momentum kept
@@ -61,7 +65,7 @@ class ABL(Defense):
         "fast": {"isolation_epochs": 3, "epochs": 9},
         "tiny": {
             "isolation_epochs": 3, "isolation_lr": 0.05, "isolation_rate": 0.05, "isolation_augment": "auto",
-            "epochs": 20, "batch_size": 32, "lr": 0.05,
+            "epochs": 20, "batch_size": 32, "lr": 0.05, "unlearn_cap": "sample",
         },
     }  # fmt: skip
 
@@ -86,6 +90,7 @@ class ABL(Defense):
     unlearn_stop: float = Field(
         1.0, gt=0, description="Cap of the ascent, in units of ln(K), the loss of guessing; alone, it ends there."
     )
+    unlearn_cap: Cap = Field("batch", description="The cap holds for the batch's mean loss, or for every sample's.")
     unlearn_momentum: Literal["fresh", "kept"] = Field(
         "fresh", description="Momentum of unlearning begins at zero, or goes on from the phase before (code)."
     )
@@ -148,11 +153,11 @@ class ABL(Defense):
 
         def loss(model: Classifier, batch: Batch) -> Tensor:
             if descent is None:
-                return -F.cross_entropy(model(batch.images), batch.labels).clamp_max(cap)
+                return -capped_loss(model(batch.images), batch.labels, self.unlearn_cap, cap)
             images, labels = descent.batch(batch.step, len(batch.labels))
             logits = model(torch.cat([batch.images, images]))
             split = len(batch.labels)
-            ascent = F.cross_entropy(logits[:split], batch.labels).clamp_max(cap)
+            ascent = capped_loss(logits[:split], batch.labels, self.unlearn_cap, cap)
             return F.cross_entropy(logits[split:], labels) - ascent
 
         with untracked_norms(model) if self.unlearn_norms == "untracked" else nullcontext():
@@ -181,6 +186,16 @@ def isolated_count(rate: float, total: int) -> int:
             f"most {math.floor(1e6 - 2e6 / total) / 1e6:g}"
         )
     return count
+
+
+def capped_loss(logits: Tensor, labels: Tensor, per: Cap, cap: float) -> Tensor:
+    """Return what is ascended: the cross entropy up to a cap, from which it has no gradient.
+
+    ``batch``: min(mean, cap); ``sample``: the mean over samples of min(cross entropy, cap).
+    """
+    if per == "batch":
+        return F.cross_entropy(logits, labels).clamp_max(cap)
+    return F.cross_entropy(logits, labels, reduction="none").clamp_max(cap).mean()
 
 
 @contextmanager
