@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bdbench import store, tables
+from bdbench import artifacts, store, tables
+from bdbench.registry import ATTACKS, DEFENSES, Registry
 
 PAPER = Path(__file__).with_name("paper.toml")
 README = Path(__file__).with_name("README.md")
@@ -31,7 +32,8 @@ def key(row: dict[str, Any]) -> str:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a results file as `tables.mark_rows` gives them; columns that an old file lacks are None.
 
-    No file, no rows.
+    Options that a method did not have when a row was made are at their defaults, and unset ones that it no longer has
+    are left out, so that the row and one of today are the same setting. No file, no rows.
     """
     if not path.exists():
         return []
@@ -41,8 +43,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="") as stream:
         for record in csv.DictReader(stream):
             row = {name: _value(name, text) for name, text in record.items()}
-            rows.append(row | {name: value for name, value in defaults.items() if row.get(name) is None})
+            row |= {name: value for name, value in defaults.items() if row.get(name) is None}
+            for column, usual in (("attack_options", ATTACKS), ("defense_options", DEFENSES)):
+                row[column] = _todays(row[column], usual, row[column.removesuffix("_options")])
+            rows.append(row)
     return rows
+
+
+def _todays(options: dict[str, Any], registry: Registry, name: str) -> dict[str, Any]:
+    """Return the options of a method as they would be given today."""
+    if name not in registry.rows:  # the attacker's own model
+        return options
+    known = artifacts.plain(registry.load(name)().model_dump())
+    return known | {option: value for option, value in options.items() if option in known or value is not None}
 
 
 def _value(name: str, text: str) -> Any:  # noqa: ANN401 - JSON

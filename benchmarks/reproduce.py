@@ -150,6 +150,8 @@ RATES: Mapping[str, Sequence[float]] = {
 They get the whole preset: a quarter of it sees so few poisoned samples too seldom to show anything.
 """
 
+COSINE_TWIN = {"twin_epochs": 2, "twin_schedule": "cosine", "twin_augment": "none", "twin_judges": "once"}
+
 ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "cbd": {
         "": {},
@@ -157,7 +159,7 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "no-bottleneck": {"bottleneck": 0.0},
         "no-reweight": {"reweight": False},
         "reweighting-only": {"information_weight": 0.0, "bottleneck": 0.0},
-        "plain-twin": {"twin_steps": 750, "twin_augment": "none", "twin_judges": "once"},
+        "cosine-twin": COSINE_TWIN,
     },
     "abl": {"sample-cap": {"unlearn_cap": "sample"}},
     "dbd": {"": {}, "ssl5": {"ssl_epochs": 5}, "ssl2": {"ssl_epochs": 2}, "split-all": {"split_by": "all"}},

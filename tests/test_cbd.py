@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -581,11 +582,13 @@ def test_the_twin_may_train_without_the_models_augmentation(asked: str, trained:
     assert seen == trained
 
 
-@pytest.mark.parametrize(("most", "steps"), [(None, 8), (5, 5), (8, 8), (9, 8)])
-def test_a_twin_ends_after_so_many_steps_at_the_latest(most: int | None, steps: int) -> None:
-    task, given = task_of(toy_engine())  # an epoch has 4 steps
-    CBD(twin_epochs=2, twin_steps=most).run(task)
-    assert int(weights_of(given["twin"])["features.layers.1.num_batches_tracked"]) == steps
+@pytest.mark.parametrize(("schedule", "falls"), [("constant", False), ("cosine", True)])
+def test_the_learning_rate_of_the_twin_may_fall(schedule: str, falls: bool) -> None:
+    engine = toy_engine()
+    task, _ = task_of(engine)  # an epoch has 4 steps, and the history the rate of its last
+    rates = [0.025 * (1 + math.cos(math.pi * step / 8)) if falls else 0.05 for step in (3, 7)]
+    CBD.parse({"twin_epochs": 2, "twin_lr": 0.05, "twin_schedule": schedule}).run(task)
+    assert [row["lr"] for row in engine.history if row["phase"] == "twin"] == pytest.approx(rates)
 
 
 def test_a_twin_that_judges_once_knows_each_image_as_it_is() -> None:
@@ -670,7 +673,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(options: dict[str, Any]
 @pytest.mark.parametrize(
     "options",
     [
-        {"twin_epochs": 2}, {"twin_lr": 0.01}, {"twin_augment": "crop"}, {"twin_steps": 3},
+        {"twin_epochs": 2}, {"twin_lr": 0.01}, {"twin_augment": "crop"}, {"twin_schedule": "cosine"},
         {"reweight": False},
         {"information_weight": 0.5}, {"bottleneck": 0.5},
         {"critic_pass": "epoch"}, {"critic_lr": 0.1}, {"critic_steps": 3}, {"critic_decay": 1},

@@ -15,8 +15,11 @@ import readme
 import reproduce
 
 from bdbench import stages, tables
+from bdbench.artifacts import plain
+from bdbench.attacks.badnets import BadNets
 from bdbench.attacks.base import TrainingAttack
 from bdbench.cli.quickstart import METHODS
+from bdbench.defenses.cbd import CBD
 from bdbench.engine import Recipe
 from bdbench.errors import OptionError, TrainingError
 from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
@@ -56,7 +59,9 @@ def row(defense: str = "none", ba: float = 0.9, asr: float = 1.0, **other: Any) 
 def row_of(cell: Any, **other: Any) -> dict[str, Any]:
     """The row that a cell would give."""
     named: dict[str, Any] = {"dataset": cell.dataset, "attack": cell.attack, "model": cell.model, "preset": cell.preset}
-    named |= {"attack_options": dict(cell.attack_options), "defense_options": dict(cell.options)}
+    usual = [plain(registry.load(name)().model_dump()) if name in registry.rows else {} for registry, name in
+             ((ATTACKS, cell.attack), (DEFENSES, cell.method))]  # fmt: skip
+    named |= {"attack_options": usual[0] | cell.attack_options, "defense_options": usual[1] | cell.options}
     return row(cell.method, seed=cell.seed, variant=cell.variant, **named, **other)
 
 
@@ -216,6 +221,15 @@ def test_an_id_of_digits_only_stays_text(tmp_path: Path) -> None:
     reproduce.keep("cifar10-budget", [row(model_id="0123456789012345", dataset_id="1e5")], {}, tmp_path)
     found = compare.read_rows(tmp_path / "cifar10-budget.csv")[0]
     assert (found["model_id"], found["dataset_id"]) == ("0123456789012345", "1e5")
+
+
+def test_options_of_an_older_row_are_those_that_would_be_given_today(tmp_path: Path) -> None:
+    """It lacks options that came later; one that went is left out, unless it was set."""
+    old = row("cbd", defense_options={"twin_lr": 0.5, "gone": None, "missed": 3})
+    reproduce.keep("cifar10-cpu", [old], {}, tmp_path)
+    (found,) = compare.read_rows(tmp_path / "cifar10-cpu.csv")
+    assert found["attack_options"] == plain(BadNets.parse(old["attack_options"]).model_dump())
+    assert found["defense_options"] == plain(CBD(twin_lr=0.5).model_dump()) | {"missed": 3}
 
 
 def test_the_file_of_a_suite_has_its_order_and_a_column_of_variants(tmp_path: Path) -> None:
