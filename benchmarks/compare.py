@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = {name: _value(name, text) for name, text in record.items()}
             row |= {name: value for name, value in defaults.items() if row.get(name) is None}
             for column, usual in (("attack_options", ATTACKS), ("defense_options", DEFENSES)):
-                row[column] = _todays(row[column], usual, row[column.removesuffix("_options")])
+                row[column] = todays(row[column], usual, row[column.removesuffix("_options")])
             rows.append(row)
     return rows
 
 
-def _todays(options: dict[str, Any], registry: Registry, name: str) -> dict[str, Any]:
+def todays(options: Mapping[str, Any], registry: Registry, name: str) -> dict[str, Any]:
     """Return the options of a method as they would be given today."""
     if name not in registry.rows:  # the attacker's own model
-        return options
+        return dict(options)
     known = artifacts.plain(registry.load(name)().model_dump())
     return known | {option: value for option, value in options.items() if option in known or value is not None}
 

@@ -59,9 +59,8 @@ def row(defense: str = "none", ba: float = 0.9, asr: float = 1.0, **other: Any) 
 def row_of(cell: Any, **other: Any) -> dict[str, Any]:
     """The row that a cell would give."""
     named: dict[str, Any] = {"dataset": cell.dataset, "attack": cell.attack, "model": cell.model, "preset": cell.preset}
-    usual = [plain(registry.load(name)().model_dump()) if name in registry.rows else {} for registry, name in
-             ((ATTACKS, cell.attack), (DEFENSES, cell.method))]  # fmt: skip
-    named |= {"attack_options": usual[0] | cell.attack_options, "defense_options": usual[1] | cell.options}
+    named["attack_options"] = compare.todays(cell.attack_options, ATTACKS, cell.attack)
+    named["defense_options"] = compare.todays(cell.options, DEFENSES, cell.method)
     return row(cell.method, seed=cell.seed, variant=cell.variant, **named, **other)
 
 
