@@ -150,7 +150,7 @@ RATES: Mapping[str, Sequence[float]] = {
 They get the whole preset: a quarter of it sees so few poisoned samples too seldom to show anything.
 """
 
-COSINE_TWIN = {"twin_epochs": 2, "twin_schedule": "cosine", "twin_augment": "none", "twin_judges": "once"}
+PAPER_TWIN = {"twin_step_limit": 0, "twin_schedule": "constant", "twin_augment": "auto", "twin_judges": "batch"}
 
 ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "cbd": {
@@ -159,7 +159,7 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "no-bottleneck": {"bottleneck": 0.0},
         "no-reweight": {"reweight": False},
         "reweighting-only": {"information_weight": 0.0, "bottleneck": 0.0},
-        "cosine-twin": COSINE_TWIN,
+        "paper-twin": PAPER_TWIN,
     },
     "abl": {"sample-cap": {"unlearn_cap": "sample"}},
     "dbd": {"": {}, "ssl5": {"ssl_epochs": 5}, "ssl2": {"ssl_epochs": 2}, "split-all": {"split_by": "all"}},

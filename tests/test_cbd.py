@@ -591,6 +591,22 @@ def test_the_learning_rate_of_the_twin_may_fall(schedule: str, falls: bool) -> N
     assert [row["lr"] for row in engine.history if row["phase"] == "twin"] == pytest.approx(rates)
 
 
+@pytest.mark.parametrize(
+    ("limit", "trained"), [(0, 5), (1, 1), (4, 1), (5, 1), (7, 2), (8, 2), (9, 2), (11, 3), (20, 5), (1000, 5)]
+)
+def test_the_twin_trains_for_the_whole_epochs_closest_to_its_limit_of_steps(limit: int, trained: int) -> None:
+    engine = toy_engine()
+    task, _ = task_of(engine)  # an epoch has 4 steps
+    CBD(twin_epochs=5, twin_step_limit=limit).run(task)
+    assert len([row for row in engine.history if row["phase"] == "twin"]) == trained
+
+
+def test_the_fast_twin_takes_five_epochs_of_a_fifth_of_cifar_10_and_two_of_all_of_it() -> None:
+    fast = CBD.parse({name: value for name, value in CBD.presets["fast"].items() if name.startswith("twin")})
+    batch_size = CBD.presets["fast"]["batch_size"]
+    assert [fast.epochs_of_twin(images / batch_size) for images in (9_500, 47_500)] == [5, 2]
+
+
 def test_a_twin_that_judges_once_knows_each_image_as_it_is() -> None:
     """The batch holds other images, as after an augmentation."""
     data = toy_data(8)
@@ -674,7 +690,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(options: dict[str, Any]
     "options",
     [
         {"twin_epochs": 2}, {"twin_lr": 0.01}, {"twin_augment": "crop"}, {"twin_schedule": "cosine"},
-        {"reweight": False},
+        {"twin_epochs": 2, "twin_step_limit": 8}, {"reweight": False},
         {"information_weight": 0.5}, {"bottleneck": 0.5},
         {"critic_pass": "epoch"}, {"critic_lr": 0.1}, {"critic_steps": 3}, {"critic_decay": 1},
         {"critic_norm": "root"}, {"critic_dropout": 0.0}, {"critic_judges_with_dropout": True},
