@@ -690,7 +690,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(options: dict[str, Any]
     "options",
     [
         {"twin_epochs": 2}, {"twin_lr": 0.01}, {"twin_augment": "crop"}, {"twin_schedule": "cosine"},
-        {"twin_epochs": 2, "twin_step_limit": 8}, {"reweight": False},
+        {"reweight": False},
         {"information_weight": 0.5}, {"bottleneck": 0.5},
         {"critic_pass": "epoch"}, {"critic_lr": 0.1}, {"critic_steps": 3}, {"critic_decay": 1},
         {"critic_norm": "root"}, {"critic_dropout": 0.0}, {"critic_judges_with_dropout": True},

@@ -43,11 +43,12 @@ class CBD(Defense):
     divided by the root of its largest singular value. There the 0.01 of the information term stands inside the
     estimate and scales the critic's own loss too, which Adam does not notice.
 
-    Four options are ours, off in `paper` and on in `fast`, chosen on training data (benchmarks, `ablation`). Without
+    Four options are ours, off in `paper`, on in `fast`, chosen on training data (benchmarks, `ablation`). Without
     crops and flips (`--twin-augment none`) the twin learns a trigger in a fraction of the steps, before the classes;
     so on a large set fewer epochs than five do (`--twin-step-limit 1500`). A learning rate that falls to 0
     (`--twin-schedule cosine`) keeps what it knows from hanging on its last steps. And `--twin-judges once` has it judge
-    the images as it knows them, so that no pass over the twin is left in the model's steps.
+    the images as it knows them, so that no pass over the twin is left in the model's steps. `tiny` has the falling rate
+    only.
 
     Differs from the published code in every mode: batches that the twin fits exactly, and parameters of zeros under
     `root`, give no NaN; a last batch of one image is left out; all runs are seeded. The critic's defaults (a step in
@@ -63,7 +64,9 @@ class CBD(Defense):
             "twin_epochs": 5, "twin_step_limit": 1500, "twin_schedule": "cosine", "twin_augment": "none",
             "twin_judges": "once", "epochs": 12, "batch_size": 64,
         },
-        "tiny": {"twin_epochs": 2, "twin_lr": 0.05, "epochs": 60, "batch_size": 32, "lr": 0.05},
+        "tiny": {
+            "twin_epochs": 3, "twin_lr": 0.05, "twin_schedule": "cosine", "epochs": 60, "batch_size": 32, "lr": 0.05,
+        },
     }  # fmt: skip
 
     twin_epochs: int = Field(
