@@ -14,7 +14,7 @@ from bdbench import artifacts, store, tables
 from bdbench.registry import ATTACKS, DEFENSES, Registry
 
 PAPER = Path(__file__).with_name("paper.toml")
-README = Path(__file__).with_name("README.md")
+PAGE = Path(__file__).with_name("RESULTS.md")
 MARKER = "compare"
 PRESETS = ("paper", "fast", "tiny")
 HEADINGS = (
@@ -190,15 +190,15 @@ def fill(text: str, name: str, content: str) -> str:
     return f"{before}{begin}{content}\n{end}{after}"
 
 
-def compare(results: Path, suites: Sequence[str], readme: Path = README) -> int:
-    """Write the comparison between the markers of the README; return the exit code."""
+def compare(results: Path, suites: Sequence[str], page: Path = PAGE) -> int:
+    """Write the comparison between the markers of its page; return the exit code."""
     settings = measured(results, suites)
     try:
-        text = fill(readme.read_text(encoding="utf-8"), MARKER, markdown(reported(), settings))
+        text = fill(page.read_text(encoding="utf-8"), MARKER, markdown(reported(), settings))
     except ValueError as error:
-        print(f"{readme}: {error}")
+        print(f"{page}: {error}")
         return 1
-    with store.replace_file(readme) as path:
+    with store.replace_file(page) as path:
         path.write_text(text, encoding="utf-8")
-    print(f"wrote {readme}: {len(settings)} measured settings of {', '.join(suites)}")
+    print(f"wrote {page}: {len(settings)} measured settings of {', '.join(suites)}")
     return 0

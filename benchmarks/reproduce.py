@@ -28,7 +28,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
-import readme
+import pages
 import torch
 from compare import compare, key, read_rows
 
@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     suite, *others = given.suites
     if suite == "compare":
-        readme.write(given.results)
+        pages.write(given.results)
         return compare(given.results, others or list(suites()))
     if others:
         parser.error("one suite at a time")

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import compare
+import pages
 import pytest
-import readme
 import reproduce
 
 from bdbench import stages, tables
@@ -440,28 +440,28 @@ def test_every_reported_entry_is_in_the_table_or_in_the_list(tmp_path: Path) -> 
     assert len({text.count("|") for text in lines if text.startswith("|")}) == 1
 
 
-def test_the_readme_is_written_between_its_markers_only(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- compare -->\nstale text\n<!-- /compare -->\nafter\n")
-    assert compare.compare(tmp_path, ["one"], readme) == 0
-    text = readme.read_text()
+def test_the_page_is_written_between_its_markers_only(tmp_path: Path) -> None:
+    page = tmp_path / "RESULTS.md"
+    page.write_text("before\n<!-- compare -->\nstale text\n<!-- /compare -->\nafter\n")
+    assert compare.compare(tmp_path, ["one"], page) == 0
+    text = page.read_text()
     assert text.startswith("before\n<!-- compare -->\n")
     assert text.endswith("\n<!-- /compare -->\nafter\n")
     assert "stale text" not in text
-    readme.write_text("nothing\n")
-    assert compare.compare(tmp_path, ["one"], readme) == 1
-    assert readme.read_text() == "nothing\n"
+    page.write_text("nothing\n")
+    assert compare.compare(tmp_path, ["one"], page) == 1
+    assert page.read_text() == "nothing\n"
 
 
-@pytest.mark.parametrize("name", readme.TABLES)
-def test_the_tables_of_the_readme_are_those_of_the_results(name: str) -> None:
-    suite, shown = readme.TABLES[name]
-    text = readme.README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", pages.TABLES)
+def test_the_tables_of_the_pages_are_those_of_the_results(name: str) -> None:
+    page, suite, shown = pages.TABLES[name]
+    text = page.read_text(encoding="utf-8")
     assert compare.fill(text, name, shown(compare.read_rows(BENCHMARKS / "results" / f"{suite}.csv"))) == text
 
 
 def test_the_comparison_of_the_repository_is_that_of_the_results() -> None:
-    text = compare.README.read_text(encoding="utf-8")
+    text = compare.PAGE.read_text(encoding="utf-8")
     settings = compare.measured(BENCHMARKS / "results", list(SUITES))
     assert compare.fill(text, compare.MARKER, compare.markdown(ENTRIES, settings)) == text
 
@@ -473,7 +473,7 @@ def test_an_attack_stands_beside_what_its_source_reports_for_its_rate() -> None:
         row(variant="3-epochs", defense_options={"epochs": 3}, attack_options={"rate": 0.02, "target": 0}, **interval),
         row(variant="3-epochs-no-covers", defense_options={"epochs": 3}, **interval),
     ]
-    lines = [text.split(" | ") for text in readme.attacks(rows).splitlines()[2:]]
+    lines = [text.split(" | ") for text in pages.attacks(rows).splitlines()[2:]]
     assert [cells[1] for cells in lines] == ["10 %", "2 %", "10 %"]
     assert lines[2][0] == "| `badnets`, no covers"
     assert "github.com" in lines[0][-1]
@@ -486,7 +486,7 @@ def test_the_grid_has_an_attack_a_line_and_marks_those_that_failed() -> None:
         for attack, asr, marks in (("sig", 0.1, "w"), ("batt", 1.0, ""))
         for seed in (0, 1)
     ]
-    lines = readme.grid([*rows, row("abl", attack="batt", asr=0.0, marks="")]).splitlines()
+    lines = pages.grid([*rows, row("abl", attack="batt", asr=0.0, marks="")]).splitlines()
     assert lines[0] == "| attack | none | abl |"
     assert lines[2] == "| `sig` (failed) | BA 0.850 ± 0.071<br>ASR 0.100 ± 0.000 |  |"
     assert lines[3].startswith("| `batt` | BA 0.850 ± 0.071<br>ASR 1.000 ± 0.000 | BA ")

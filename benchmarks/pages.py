@@ -1,4 +1,4 @@
-"""Tables of measured rows in the README files: `python benchmarks/reproduce.py compare` writes them."""
+"""Tables of measured rows in README.md and RESULTS.md: `python benchmarks/reproduce.py compare` writes them."""
 
 from __future__ import annotations
 
@@ -101,21 +101,20 @@ def interval(row: Row) -> str:
     return f"{row['asr']:.3f} ({row['asr_low']:.3f} to {row['asr_high']:.3f})"
 
 
-TABLES: Mapping[str, tuple[str, Callable[[Sequence[Row]], str]]] = MappingProxyType(
+TABLES: Mapping[str, tuple[Path, str, Callable[[Sequence[Row]], str]]] = MappingProxyType(
     {
-        "attacks": ("attacks", attacks),
-        "cifar": ("cifar10-cpu", cifar),
-        "quickstart": ("quickstart", quickstart),
-        "grid": ("grid", grid),
+        "cifar": (README, "cifar10-cpu", cifar),
+        "grid": (README, "grid", grid),
+        "quickstart": (README, "quickstart", quickstart),
+        "attacks": (compare.PAGE, "attacks", attacks),
     }
 )
-"""Marker in the README -> suite, and what makes its table."""
+"""Marker -> page that has it, suite, and what makes its table."""
 
 
-def write(results: Path, readme: Path = README) -> None:
+def write(results: Path) -> None:
     """Write every table between its markers."""
-    text = readme.read_text(encoding="utf-8")
-    for name, (suite, shown) in TABLES.items():
-        text = compare.fill(text, name, shown(compare.read_rows(results / f"{suite}.csv")))
-    with store.replace_file(readme) as path:
-        path.write_text(text, encoding="utf-8")
+    for name, (page, suite, shown) in TABLES.items():
+        text = compare.fill(page.read_text(encoding="utf-8"), name, shown(compare.read_rows(results / f"{suite}.csv")))
+        with store.replace_file(page) as path:
+            path.write_text(text, encoding="utf-8")
