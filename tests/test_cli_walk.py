@@ -312,6 +312,17 @@ def test_show_explains_every_name_of_every_registry(bdbench: Any) -> None:
             assert all(option["description"] for option in facts["options"]), name
 
 
+def test_show_has_room_for_every_flag_on_a_narrow_terminal(bdbench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [option["flag"] for option in bdbench("show", "cbd", "--json").json["options"]]
+    monkeypatch.setenv("COLUMNS", "80")
+    words = bdbench("show", "cbd").out.split()
+    assert set(flags) <= set(words)
+
+
+def test_paragraphs_flow_and_indented_lines_stay() -> None:
+    assert console.flowing("One\ntwo.\n\nExamples:\n  a b\n\n  c") == "One two.\n\nExamples:\n  a b\n\n  c"
+
+
 @pytest.mark.parametrize(
     ("line", "offered"),
     [

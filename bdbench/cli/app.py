@@ -158,7 +158,7 @@ def _mending(command: Callable[..., None]) -> Callable[..., None]:
             )
             raise typer.Exit(INTERRUPTED) from None
 
-    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    call.__name__, call.__doc__ = command.__name__, console.flowing(inspect.cleandoc(command.__doc__ or ""))
     call.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]
     call.__annotations__ = {name: item.annotation for name, item in inspect.signature(command).parameters.items()}
     return call

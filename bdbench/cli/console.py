@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,11 @@ def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
     return Console(stderr=stderr, width=width, highlight=False)
+
+
+def flowing(text: str) -> str:
+    """Join the lines of each paragraph, so that it wraps where the terminal ends; indented lines stay lines."""
+    return "\n\n".join(re.sub(r"\n(?! )", " ", paragraph) for paragraph in text.split("\n\n"))
 
 
 def show(item: object) -> None:

@@ -112,7 +112,7 @@ def _describe(registry: Registry, name: str, found: Any) -> dict[str, Any]:  # n
         "name": name,
         "kind": registry.kind,
         "summary": row.summary,
-        "description": reflection.getdoc(cls) or "",
+        "description": console.flowing(reflection.getdoc(cls) or ""),
         "paper": getattr(cls, "paper", ""),
         "threat": row.threat or getattr(cls, "threat", ""),
         "needs": needs,
@@ -141,11 +141,11 @@ def _option_table(options: list[dict[str, Any]]) -> Table:
     from rich.text import Text
 
     table = Table(header_style="bold")
-    for heading in ("flag", "type", "bounds", "default", "what"):
-        table.add_column(heading)
+    table.add_column("flag", no_wrap=True)
+    table.add_column("default")
+    table.add_column("what")
     for item in options:
         default = "" if item["default"] is None else str(item["default"])
-        table.add_row(
-            *(Text(part) for part in (item["flag"], item["type"], item["bounds"], default, item["description"]))
-        )
+        values = f"{item['type']} {item['bounds']}".strip()
+        table.add_row(*map(Text, (item["flag"], default, f"{item['description']} ({values})")))
     return table
