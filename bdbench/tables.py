@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
+from rich.text import Text
 
 from bdbench.artifacts import EvaluationArtifact
 from bdbench.metrics import defence_effectiveness, mean_interval
 from bdbench.ranking import Ranked, Ranking, rank
+from bdbench.registry import DEFENSES
 from bdbench.store import find_artifacts
 
 Format = Literal["rich", "markdown", "csv", "latex", "json"]
@@ -56,6 +60,12 @@ COLUMNS = (
     Column("peak_memory_bytes", "peak MiB", False),
     Column("marks", "", False),
 )
+
+SHARED = ("dataset", "model", "attack", "preset", "seeds")
+"""Columns that stand once above the printed table where all its rows agree."""
+
+SPARED = ("peak_memory_bytes", "seconds", "target_recall", "detection_precision", "auroc", "ra", "asr_others", "der")
+"""Columns that a narrow terminal does without, first to last."""
 
 MARKS = {
     "w": "the attack failed: its undefended ASR is under 0.5 or within 0.1 of its floor; do not score defences by it",
@@ -156,6 +166,22 @@ def merge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bring what belongs to one data set, model and attack together, its defences in the registry's order."""
+    settings: dict[tuple[str | None, ...], int] = {}
+    places = {name: place for place, name in enumerate(DEFENSES.names())}
+    return sorted(
+        rows,
+        key=lambda row: (
+            settings.setdefault(_setting(row), len(settings)), places.get(row["defense"].split()[0], len(places))
+        ),
+    )  # fmt: skip
+
+
+def _setting(row: dict[str, Any]) -> tuple[str | None, ...]:
+    return tuple(row.get(name) for name in ("dataset", "model", "attack"))
+
+
 def by_setting(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return rows in groups that differ in seeds only, both in the order of the rows."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -179,12 +205,12 @@ def _tell_apart(rows: list[dict[str, Any]], name: str, among: Sequence[str]) -> 
     return told
 
 
-def render(rows: Sequence[dict[str, Any]], style: Format) -> Table | str:
+def render(rows: Sequence[dict[str, Any]], style: Format) -> Fitting | str:
     """Return the table of BA and ASR over seeds in one of the formats; JSON and CSV hold every single run.
 
     Args:
         rows: from `read_rows`.
-        style: rich gives a `rich.table.Table`, the others text.
+        style: rich gives what a `rich.console.Console` prints, the others text.
     """
     if style == "json":
         return json.dumps({"rows": list(rows)}, indent=1)
@@ -193,12 +219,12 @@ def render(rows: Sequence[dict[str, Any]], style: Format) -> Table | str:
             {key: json.dumps(item) if isinstance(item, dict) else item for key, item in row.items()} for row in rows
         ]
         return pd.DataFrame(flat).to_csv(index=False)
-    merged = merge(rows)
+    merged = _grouped(merge(rows))
     columns = [column for column in COLUMNS if any(cell(row, column) for row in merged)]
     cells = [[cell(row, column) for column in columns] for row in merged]
     notes = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in row["marks"] for row in merged)]
     if style == "rich":
-        return _rich(columns, cells, merged, notes)
+        return Fitting(columns, cells, merged, notes)
     return _markdown(columns, cells, notes) if style == "markdown" else _latex(columns, cells, notes)
 
 
@@ -208,7 +234,7 @@ RANKING = (
 )  # fmt: skip
 
 
-def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -> Table | str:
+def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -> Fitting | str:
     """Return the defences by their average ranks over attacks, with Friedman's test, in one of the formats.
 
     Args:
@@ -227,7 +253,7 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
         [f"{line[column.key]:.3f}" if column.is_rate else str(line[column.key]) for column in RANKING] for line in lines
     ]
     if style == "rich":
-        return _rich(list(RANKING), cells, [line | {"marks": ""} for line in lines], ranking_notes(found))
+        return Fitting(list(RANKING), cells, [line | {"marks": ""} for line in lines], ranking_notes(found))
     return (_markdown if style == "markdown" else _latex)(list(RANKING), cells, ranking_notes(found))
 
 
@@ -263,16 +289,80 @@ def cell(row: dict[str, Any], column: Column) -> str:
     return f"{value:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
-def _rich(columns: list[Column], cells: list[list[str]], merged: list[dict[str, Any]], notes: list[str]) -> Table:
-    table = Table(caption="\n".join(notes) or None, caption_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(
-            column.heading,
-            justify="right" if column.is_rate or column.key in ("seconds", "peak_memory_bytes") else "left",
-        )
-    for row, line in zip(merged, cells, strict=True):
-        table.add_row(*line, style="bold" if row["defense"] == "none" else "dim" if "r" in row["marks"] else None)
-    return table
+class Fitting:
+    """A table for a terminal of any width.
+
+    What all rows share stands above it. Where it is too wide, spreads get lines of their own, then columns stay away.
+
+    Args:
+        columns, cells: the table, cells as text.
+        rows: what the lines are made of, for their emphasis.
+        notes: lines below it.
+    """
+
+    def __init__(
+        self, columns: list[Column], cells: list[list[str]], rows: list[dict[str, Any]], notes: list[str]
+    ) -> None:
+        self.columns: dict[Column, Sequence[str]] = {
+            column: [line[place] for line in cells] for place, column in enumerate(columns)
+        }
+        shared = [column for column in columns if column.key in SHARED and len(set(self.columns[column])) == 1]
+        self.title = " · ".join(_shared(column, rows[0], self.columns.pop(column)[0]) for column in shared)
+        self.rows, self.notes = rows, notes
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+        """Yield the table for a console of this width."""
+        shown, notes = dict(self.columns), list(self.notes)
+        if _width(shown) > options.max_width:
+            shown = {column: [text.replace(" ± ", "\n± ") for text in texts] for column, texts in shown.items()}
+        spared = []
+        for key in SPARED:
+            if _width(shown) > options.max_width:
+                spared += [column.heading for column in shown if column.key == key]
+                shown = {column: texts for column, texts in shown.items() if column.key != key}
+        if spared:
+            notes.append(f"no room here for: {', '.join(spared)} (--format csv has them)")
+        if self.title:
+            yield Text(self.title)
+        yield self._table(shown)
+        if notes:
+            yield Text("\n".join(notes), style="dim italic")
+
+    def _table(self, shown: Mapping[Column, Sequence[str]]) -> Table:
+        table = Table(header_style="bold")
+        for column, texts in shown.items():
+            if _is_number(column):
+                heading = "\n".join(textwrap.wrap(column.heading, _least(column, texts)))
+                table.add_column(heading, justify="right", no_wrap=True)
+            else:
+                table.add_column(column.heading, overflow="fold")
+        for place, row in enumerate(self.rows):
+            table.add_row(
+                *(texts[place] for texts in shown.values()),
+                style="bold" if row["defense"] == "none" else "dim" if "r" in row["marks"] else None,
+                end_section=any(_setting(after) != _setting(row) for after in self.rows[place + 1 : place + 2]),
+            )
+        return table
+
+
+def _width(columns: Mapping[Column, Sequence[str]]) -> int:
+    """Return the least width of a table that breaks no word and no number."""
+    return 1 + sum(3 + _least(column, texts) for column, texts in columns.items())
+
+
+def _least(column: Column, texts: Iterable[str]) -> int:
+    parts = (part for text in texts for part in (text.splitlines() if _is_number(column) else text.split()))
+    return max(map(len, (*column.heading.split(), *parts)), default=0)
+
+
+def _is_number(column: Column) -> bool:
+    return column.is_rate or column.key in ("seconds", "peak_memory_bytes")
+
+
+def _shared(column: Column, row: dict[str, Any], text: str) -> str:
+    if column.key == "seeds":
+        return f"seed {text}" if len(row["seeds"]) == 1 else f"{text} seeds"
+    return f"{column.heading} {text}"
 
 
 def _markdown(columns: list[Column], cells: list[list[str]], notes: list[str]) -> str:

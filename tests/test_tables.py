@@ -101,7 +101,52 @@ def test_latex_escapes_what_latex_would_read() -> None:
     assert text.count(r"\\") == 2
 
 
-def test_the_rich_table_prints_ba_and_asr() -> None:
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(tables.render(tables.mark_rows([row(ba=0.912)]), "rich"))
-    assert "0.912" in console.export_text()
+def printed(rows: list[dict[str, Any]], width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(tables.render(tables.mark_rows(rows), "rich"))
+    return console.export_text()
+
+
+def seeds_of(*defenses: str, attack: str = "badnets") -> list[dict[str, Any]]:
+    """Two seeds of each, with every rate."""
+    rates = dict.fromkeys(("detection_precision", "asr_others", "auroc"), 0.5)
+    return [row(name, seed, 0.9 + seed / 100, attack=attack, **rates) for name in defenses for seed in (0, 1)]
+
+
+def test_what_all_rows_share_stands_above_the_printed_table() -> None:
+    shown = printed([row(ba=0.912), row("abl", ba=0.834)], 200).splitlines()
+    assert shown[0].strip() == "data digits · model convnet · attack badnets · preset paper · seed 0"
+    assert "badnets" not in "".join(shown[1:])
+    assert "0.912" in next(line for line in shown if "none" in line)
+    assert "attack badnets" not in printed([row(), row(attack="sig")], 200)
+    assert "2 seeds" in printed(seeds_of("none"), 200).splitlines()[0]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 130, 200])
+def test_a_terminal_of_any_width_shows_whole_numbers_and_names(width: int) -> None:
+    text = printed(seeds_of("none", "mcldef"), width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in text
+    assert "mcldef" in text
+    table = "".join(line for line in lines if line.startswith(("┃", "│")))
+    assert all(heading in table for heading in ("BA", "ASR", "floor"))
+    left_out = text.partition("no room here for")[2]
+    assert ("AUROC" in left_out) is ("AUROC" not in table)
+    assert bool(left_out) is (width < 130)
+    assert ("0.905 ± 0.007" in table) is (width == 200)
+
+
+def test_defences_of_an_attack_stand_together_in_the_order_of_the_registry() -> None:
+    rows = [row("mcldef"), row(attack="sig"), row("abl"), row("mine", attack="sig"), row(), row("oracle", attack="sig")]
+    shown = str(tables.render(tables.mark_rows(rows), "markdown")).splitlines()[2:8]
+    assert [tuple(line.split(" | ")[2:4]) for line in shown] == [
+        ("badnets", "none"), ("badnets", "abl"), ("badnets", "mcldef"), ("sig", "none"), ("sig", "oracle"),
+        ("sig", "mine"),
+    ]  # fmt: skip
+
+
+def test_a_ranking_of_nothing_says_why() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(tables.render_ranking(tables.mark_rows([row(asr=0.1), row("abl")]), "der", "rich"))
+    assert "the attack failed" in console.export_text()
