@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as Bar
+from rich.table import Column
 from rich.text import Text
 
 
@@ -84,7 +85,7 @@ def bars(console: Console) -> Progress:
         TextColumn("{task.description:<12}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        _Speed(),
+        _Speed(Column(no_wrap=True)),
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
         console=console,
