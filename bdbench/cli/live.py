@@ -84,7 +84,7 @@ def bars(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description:<12}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
         _Speed(Column(no_wrap=True)),
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
