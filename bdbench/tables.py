@@ -321,7 +321,7 @@ class Fitting:
                 spared += [column.heading for column in shown if column.key == key]
                 shown = {column: texts for column, texts in shown.items() if column.key != key}
         if spared:
-            notes.append(f"no room here for: {', '.join(spared)} (--format csv has them)")
+            notes.append(f"no room here for: {', '.join(spared)} (`bdbench table --format csv` has them)")
         if self.title:
             yield Text(self.title)
         yield self._table(shown)
