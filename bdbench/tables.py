@@ -303,16 +303,15 @@ class Fitting:
     def __init__(
         self, columns: list[Column], cells: list[list[str]], rows: list[dict[str, Any]], notes: list[str]
     ) -> None:
-        self.columns: dict[Column, Sequence[str]] = {
-            column: [line[place] for line in cells] for place, column in enumerate(columns)
-        }
-        shared = [column for column in columns if column.key in SHARED and len(set(self.columns[column])) == 1]
-        self.title = " · ".join(_shared(column, rows[0], self.columns.pop(column)[0]) for column in shared)
+        texts = {column: [line[place] for line in cells] for place, column in enumerate(columns)}
+        shared = [column for column in columns if column.key in SHARED and len(set(texts[column])) == 1]
+        self.title = " · ".join(_shared(column, rows[0], texts[column][0]) for column in shared)
+        self.columns = {column: texts[column] for column in columns if column not in shared}
         self.rows, self.notes = rows, notes
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
         """Yield the table for a console of this width."""
-        shown, notes = dict(self.columns), list(self.notes)
+        shown, notes = self.columns, list(self.notes)
         if _width(shown) > options.max_width:
             shown = {column: [text.replace(" ± ", "\n± ") for text in texts] for column, texts in shown.items()}
         spared = []
