@@ -18,6 +18,7 @@ import pytest
 
 from bdbench.cli import console
 from bdbench.cli.app import run
+from bdbench.registry import ATTACKS, DEFENSES
 
 FAST = ("--epochs", "1", "--batch-size", "256")
 
@@ -343,6 +344,39 @@ def test_the_shell_completes_names_and_the_flags_of_a_method(line: str, offered:
 def test_help_of_a_method_shows_its_own_flags(bdbench: Any) -> None:
     assert "--unlearn-steps" in bdbench("defend", "--method", "abl", "--help").out
     assert "--unlearn-steps" not in bdbench("defend", "--method", "cbd", "--help").out
+
+
+HELPED = [
+    *((name,) for name in ("quickstart", "evaluate", "table", "report", "sweep", "status", "gc", "inspect", "verify")),
+    *(("poison", "--attack", name) for name in ATTACKS.names()),
+    *(("defend", "--method", name) for name in DEFENSES.names()),
+]
+
+
+@pytest.mark.parametrize("words", HELPED, ids=" ".join)
+def test_help_cuts_nothing_in_a_terminal_of_eighty_columns(
+    words: tuple[str, ...], bdbench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = bdbench(*words, "--help")
+    assert result.code == 0
+    assert "…" not in result.out
+    assert "--help" in result.out
+
+
+def test_a_switch_is_turned_off_and_on_and_a_flag_wins_over_the_file(here: Path, bdbench: Any) -> None:
+    def asked(*words: str) -> Any:
+        assert bdbench("poison", *words, "--out", "a", "--force").code == 0
+        return json.loads((here / "a" / "manifest.json").read_text())["ask"]["config"]["exclude_target"]
+
+    (here / "on.toml").write_text("exclude_target = true\n")
+    (here / "off.toml").write_text("exclude_target = false\n")
+    assert asked() is False
+    assert asked("--exclude-target") is True
+    assert asked("--no-exclude-target") is False
+    assert asked("--config", "on.toml") is True
+    assert asked("--config", "on.toml", "--no-exclude-target") is False
+    assert asked("--config", "off.toml", "--exclude-target") is True
 
 
 def test_help_starts_without_torch_pandas_and_pyarrow() -> None:

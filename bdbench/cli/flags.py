@@ -43,11 +43,14 @@ def with_options(command: Callable[..., None], groups: Mapping[str, type[Options
         if name != "options"
     ]
     takes_options = "options" in hints
-    extra = [_parameter(info, heading) for heading, cls in groups.items() for info in _described(cls)]
-    names = [parameter.name for parameter in extra]
+    described = [(info, heading) for heading, cls in groups.items() for info in _described(cls)]
+    extra = [parameter for info, heading in described for parameter in _parameters(info, heading)]
 
     def call(**given: Any) -> None:  # noqa: ANN401 - each flag has its own type
-        options = {name: given.pop(name) for name in names}
+        options = {info.name: given.pop(info.name) for info, _ in described}
+        for name in options:
+            if given.pop(f"no_{name}", None):
+                options[name] = False
         if takes_options:
             given["options"] = {name: value for name, value in options.items() if value is not None}
         command(**given)
@@ -65,39 +68,45 @@ def _described(cls: type[Options]) -> list[OptionInfo]:
     return describe_options(cls)
 
 
-def _parameter(info: OptionInfo, heading: str) -> inspect.Parameter:
-    """Return a keyword parameter whose default None means: not given."""
-    flag_type, metavar = _flag_type(info)
+def _parameters(info: OptionInfo, heading: str) -> list[inspect.Parameter]:
+    """Return the keyword parameters of an option, whose default None means: not given.
+
+    A switch has two, `--name` and `--no-name`. The second is in the help of the first alone, where it changes
+    something: a column for it would leave too little room for the others, and typer cuts flags that find no room.
+    """
+    flag_type, choices = _flag_type(info)
+    switch = flag_type is bool
+    off = f"--no-{info.flag[2:]}"
     default = "" if info.default is None else f"default: {_shown(info.default)}"
-    notes = "; ".join(part for part in (info.bounds, default) if part)
-    option = typer.Option(
-        f"{info.flag}/--no-{info.flag[2:]}" if flag_type is bool else info.flag,
-        help=f"{info.description}{f' ({notes})' if notes else ''}",
-        rich_help_panel=heading,
-        metavar=metavar,
-        show_default=False,
-    )
-    annotation: Any = Annotated[flag_type | None, option]
-    return inspect.Parameter(info.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    turned = f"off: {off}" if switch and info.default else ""
+    notes = "; ".join(filter(None, (info.bounds, ", ".join(choices), turned, default)))
+    described = f"{info.description}{f' ({notes})' if notes else ''}"
+    option = typer.Option(info.flag, help=described, rich_help_panel=heading, show_default=False)
+    parameters = [_keyword(info.name, Annotated[flag_type | None, option])]
+    if switch:
+        parameters.append(_keyword(f"no_{info.name}", Annotated[bool | None, typer.Option(off, hidden=True)]))
+    return parameters
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:  # noqa: ANN401 - a type with its flag
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _shown(value: object) -> str:
     return " ".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
 
 
-def _flag_type(info: OptionInfo) -> tuple[Any, str | None]:
-    """Return the type that the command line parses and how help names it; bounds are checked by the options."""
+def _flag_type(info: OptionInfo) -> tuple[Any, tuple[str, ...]]:
+    """Return the type that the command line parses, and the values to choose from; the options check all of it."""
     annotation = info.annotation
     if get_origin(annotation) in (Union, types.UnionType):
         parts = [part for part in get_args(annotation) if part is not type(None)]
         annotation = parts[0] if len(parts) == 1 else str
-    if annotation in (int, float, bool, Path):
-        return annotation, None
-    if get_origin(annotation) is tuple:
-        return annotation, None
     if get_origin(annotation) is Literal:
-        return str, "|".join(str(value) for value in get_args(annotation))
-    return str, None
+        return str, tuple(str(value) for value in get_args(annotation))
+    if annotation in (int, float, bool, Path) or get_origin(annotation) is tuple:
+        return annotation, ()
+    return str, ()
 
 
 def expand_config(arguments: Sequence[str], parameters: Mapping[str, Any]) -> list[str]:
@@ -118,7 +127,9 @@ def expand_config(arguments: Sequence[str], parameters: Mapping[str, Any]) -> li
         parameter = key.replace("-", "_")
         if parameter not in parameters:
             raise OptionError(f"{name}: unknown key '{key}'.{did_you_mean(parameter, parameters)}")
-        flags += _as_flags(f"--{parameter.replace('_', '-')}", value, f"{name}: {key}")
+        flag = f"--{parameter.replace('_', '-')}"
+        if not {flag, f"--no-{flag[2:]}"} & set(arguments):
+            flags += _as_flags(flag, value, f"{name}: {key}")
     return [*flags, *arguments]
 
 
