@@ -30,6 +30,10 @@ class BusyError(ArtifactError):
     """Another process is making the artifact right now."""
 
 
+class OccupiedError(ArtifactError):
+    """Another artifact of the same kind is where this one is to be."""
+
+
 class DeviceError(BdbenchError):
     """The device that was asked for is absent or out of memory."""
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
-from bdbench.errors import ArtifactError, BusyError, DamageWarning
+from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -257,12 +257,13 @@ def existing(path: Path, ask: Ask, *, force: bool) -> bool:
         if lost and not force:
             warnings.warn(f"{path} is made again: {', '.join(lost)} missing or cut short", DamageWarning, stacklevel=2)
         return not lost and not force
-    if force and found.ask.kind == ask.kind:
+    if found.ask.kind != ask.kind:
+        raise ArtifactError(f"{path} is a {found.ask.kind} artifact ({found.id}), no {ask.kind}; choose another --out")
+    if force:
         return False
-    differing = ", ".join(_differences(found.ask, ask)) or "its kind"
-    raise ArtifactError(
-        f"{path} holds another {found.ask.kind} artifact ({found.id}; different: {differing}); "
-        "choose another --out, or --force to replace it"
+    raise OccupiedError(
+        f"{path} holds another {ask.kind} artifact ({found.id}; different: {', '.join(_differences(found.ask, ask))}); "
+        "choose another --out, or replace it with --force (a sweep with --replace)"
     )
 
 

@@ -45,7 +45,9 @@ class Order(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where a cell is: waiting, running, done, failed or interrupted, and what its record says."""
+    """Where a cell is: waiting, running, done, failed, interrupted, or changed: what is there was asked otherwise; and
+    what its record says.
+    """
 
     state: str
     record: Mapping[str, Any]
@@ -76,7 +78,8 @@ class Sweep:
         grid: what to make.
         folder: where artifacts and records go.
         device, precision: of every stage.
-        suspects: labels of the defences that mend an undefended model; see `check`.
+        suspects, methods: see `Checked`.
+        replace: make cells again whose artifacts were asked otherwise, in their place.
     """
 
     grid: Grid
@@ -84,21 +87,29 @@ class Sweep:
     device: str = "auto"
     precision: str = "auto"
     suspects: Sequence[str] = ()
+    methods: Mapping[str, str] = field(default_factory=dict)
+    replace: bool = False
 
     def order(self, cell: Cell) -> Order:
         """Return what a worker has to know of a cell."""
-        name, data_name = self.grid.name(cell), self.grid.data_name(cell)
-        order: dict[str, Any] = {
+        name, data_name, asked = self.grid.name(cell), self.grid.data_name(cell), self._asked(cell)
+        order = {
             "kind": "cell", "folder": str(self.folder), "name": name, "data_name": data_name,
-            "cell": cell._asdict(), "settings": self.grid.settings(cell), "device": self.device,
-            "precision": self.precision, "differences": self.grid.differences,
+            "cell": cell._asdict(), "asked": asked, "device": self.device, "precision": self.precision,
+            "differences": self.grid.differences, "replace": self.replace,
         }  # fmt: skip
-        makes = [name, data_name]
+        suspect = asked["suspect"]
+        return Order(name, (name, data_name, *([suspect["name"]] if suspect else [])), json.dumps(order))
+
+    def _asked(self, cell: Cell) -> dict[str, Any]:
+        """Return what a cell's result depends on: its settings, those of the model that it mends, and its methods."""
+        suspect = None
         if cell.defense in self.suspects:
             base = self.grid.undefended(cell)
-            order["suspect"] = {"name": self.grid.name(base), "settings": self.grid.settings(base)}
-            makes.append(order["suspect"]["name"])
-        return Order(name, tuple(makes), json.dumps(order))
+            suspect = {"name": self.grid.name(base), "settings": self.grid.settings(base)}
+        labels = (f"attack {cell.attack}", f"defense {cell.defense}")
+        methods = [self.methods[label] for label in labels if label in self.methods]
+        return {"settings": self.grid.settings(cell), "suspect": suspect, "methods": methods}
 
     def states(self) -> dict[Cell, State]:
         """Return where every cell is, in the order of the grid."""
@@ -106,8 +117,10 @@ class Sweep:
         return {cell: self._state(cell, records.get(self.grid.name(cell))) for cell in self.grid.cells}
 
     def _state(self, cell: Cell, record: Mapping[str, Any] | None) -> State:
-        if record is None or record["settings"] != self.grid.settings(cell):
+        if record is None:
             return State("waiting", {})
+        if record["asked"] != self._asked(cell):
+            return State("changed" if store.is_artifact(self.folder / self.grid.name(cell)) else "waiting", {})
         state = record["state"]
         if state == "done" and not store.is_artifact(self.folder / record["evaluation"]):
             state = "waiting"
@@ -130,13 +143,13 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:
-    """Return the record of a cell, empty if there is none; a damaged one is none: its cell is made again."""
+    """Return the record of a cell, empty if there is none; a damaged one is none: its cell is looked at again."""
     path = folder / store.SWEEP / "cells" / f"{name}.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    return found if set(worker.TOLD) <= found.keys() else {}
 
 
 def is_locked(folder: Path, name: str) -> bool:
@@ -163,10 +176,18 @@ def shard(cells: Sequence[Cell], part: str) -> list[Cell]:
 
 
 class Checked(NamedTuple):
-    """What `check` found: defences that mend a model, and usable GPUs."""
+    """What `check` found.
+
+    Attributes:
+        suspects: labels of the defences that mend an undefended model.
+        gpus: how many are usable.
+        methods: from "attack LABEL" and "defense LABEL" to a digest of version, presets and options: another digest
+            means another result.
+    """
 
     suspects: tuple[str, ...]
     gpus: int
+    methods: Mapping[str, str]
 
 
 def check(grid: Grid) -> Checked:
@@ -191,7 +212,7 @@ def check(grid: Grid) -> Checked:
     for axis, label, message in found["errors"]:
         place = line_of(lines, f"{axis}.{label}") or line_of(lines, "recipe" if axis == "defense" else label)
         raise OptionError(f"{grid.path}{place}, {axis} {label}: {message}")
-    return Checked(tuple(found["suspects"]), found["gpus"])
+    return Checked(tuple(found["suspects"]), found["gpus"], found["methods"])
 
 
 def checked_once(grid: Grid, folder: Path) -> Checked:
@@ -204,8 +225,8 @@ def checked_once(grid: Grid, folder: Path) -> Checked:
     key = hashlib.sha256("\n".join([grid.path.read_text(encoding="utf-8"), *machine]).encode()).hexdigest()
     file = store.sweep_file(folder, "checks", f"{key[:16]}.json")
     try:
-        suspects, gpus = json.loads(file.read_text(encoding="utf-8"))
-        return Checked(tuple(suspects), int(gpus))
+        suspects, gpus, methods = json.loads(file.read_text(encoding="utf-8"))
+        return Checked(tuple(suspects), int(gpus), dict(methods))
     except (OSError, ValueError, TypeError):
         found = check(grid)
     with store.replace_file(file) as path:
@@ -310,10 +331,11 @@ class Run:
         self._running: dict[int, tuple[Cell, Order, Handle]] = {}
         self._waiting = [cell for cell in self.cells if self._is_wanted(cell)]
         self._room = 0
+        self._made: set[str] = set()
 
     def _is_wanted(self, cell: Cell) -> bool:
-        state = self.states[cell].state
-        return state != "done" and (state != "failed" or self.retry)
+        wanted = {"done": False, "failed": self.retry, "changed": self.sweep.replace}
+        return wanted.get(self.states[cell].state, True)
 
     def steps(self) -> Iterator[None]:
         """Make the cells; yield now and then, so that somebody can look at `states`.
@@ -361,6 +383,9 @@ class Run:
         return None
 
     def _missing(self, order: Order) -> list[str]:
+        """Return what a cell has to make: where artifacts are replaced, all that no cell of this walk has left."""
+        if self.sweep.replace:
+            return [name for name in order.makes if name not in self._made]
         return [name for name in order.makes if not store.is_artifact(self.sweep.folder / name)]
 
     def _collect(self) -> None:
@@ -372,6 +397,7 @@ class Run:
             record = read_record(self.sweep.folder, order.name)
             if code == worker.DONE:
                 self.states[cell] = State("done", record)
+                self._made.update(order.makes)
                 self.say(f"done    {order.name}  {record.get('seconds', 0):,.0f} s")
             elif code == worker.BUSY:  # another sweep makes it; look again later
                 self._waiting.append(cell)
@@ -399,7 +425,7 @@ class Run:
         else:
             reason = f"its process ended with code {code}"
         # A worker that died at its start has left no record, or one of other settings.
-        told = {name: value for name, value in json.loads(order.text).items() if name in ("name", "cell", "settings")}
+        told = {name: value for name, value in json.loads(order.text).items() if name in worker.TOLD}
         record = {"seconds": 0.0, **record, **told, "state": "failed", "reason": reason}
         with store.replace_file(store.sweep_file(self.sweep.folder, "cells", f"{order.name}.json")) as path:
             path.write_text(json.dumps(record), encoding="utf-8")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -15,16 +16,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 from bdbench import store
-from bdbench.errors import BdbenchError, BusyError, unknown_name
+from bdbench.errors import BdbenchError, BusyError, OccupiedError, unknown_name
 
 DONE, FAILED, FULL, BUSY, INTERRUPTED = 0, 1, 74, 75, 130
 """Exit codes: made, failed with a reason, no room on the disk, another process makes this cell, stopped."""
+
+TOLD = ("name", "cell", "asked")
+"""What a record has from the order."""
 
 POLL_SECONDS = 1.0
 WRITE_SECONDS = 1.0
@@ -95,7 +100,7 @@ def _end_with_the_giver() -> None:
 def _recorded(order: dict[str, Any], folder: Path) -> int:
     record = Record(
         store.sweep_file(folder, "cells", f"{order['name']}.json"),
-        {name: order[name] for name in ("name", "cell", "settings")},
+        {name: order[name] for name in TOLD},
     )
     try:
         record.write()
@@ -117,42 +122,57 @@ def _recorded(order: dict[str, Any], folder: Path) -> int:
 
 
 def make(order: Mapping[str, Any], folder: Path, record: Record) -> str:
-    """Poison, defend and evaluate as ordered, reusing what is there; return the name of the evaluation's folder."""
-    from bdbench import stages
-    from bdbench.registry import DEFENSES
+    """Poison, defend and evaluate as ordered, reusing what is there; return the name of the evaluation's folder.
 
-    settings = order["settings"]
+    What is there but was asked otherwise is replaced if the order says so.
+    """
+    from bdbench import stages
+
+    settings, suspected = order["asked"]["settings"], order["asked"]["suspect"]
     computing = {"device": order["device"], "precision": order["precision"], "progress": record}
-    data = when_free(
-        lambda: stages.poison(
+    made = partial(when_free, replace=order["replace"])
+    data = made(
+        lambda force: stages.poison(
             settings["dataset"], settings["attack"], options=settings["attack_options"],
             source_options=settings["source_options"], trusted=settings["trusted"], seed=settings["seed"],
-            out=folder / order["data_name"], differences=order["differences"], **computing,
+            out=folder / order["data_name"], differences=order["differences"], force=force, **computing,
         )
     )  # fmt: skip
 
     def defended(name: str, wanted: Mapping[str, Any], suspect: Path | None = None) -> Path:
-        return when_free(
-            lambda: stages.defend(
+        return made(
+            lambda force: stages.defend(
                 data.path, wanted["method"], model=wanted["model"], preset=wanted["preset"],
-                options=wanted["options"], suspect=suspect, seed=wanted["seed"], out=folder / name, **computing,
+                options=wanted["options"], suspect=suspect, seed=wanted["seed"], out=folder / name, force=force,
+                **computing,
             )
         ).path  # fmt: skip
 
     suspect = None
-    if DEFENSES.load(settings["method"]).needs_suspect:
-        suspect = defended(order["suspect"]["name"], order["suspect"]["settings"])
+    if suspected is not None:
+        suspect = defended(suspected["name"], suspected["settings"])
     model = defended(order["name"], settings, suspect)
-    return when_free(lambda: stages.evaluate(model, data=data.path, **computing)).path.name
+    return made(lambda force: stages.evaluate(model, data=data.path, force=force, **computing)).path.name
 
 
-def when_free(make: Callable[[], Result]) -> Result:
-    """Make an artifact as soon as no other process is making it; then it is there, and is opened."""
+def when_free(make: Callable[[bool], Result], *, replace: bool = False) -> Result:
+    """Make an artifact as soon as no other process is making it; then it is there, and is opened.
+
+    Args:
+        make: makes it, told whether by force.
+        replace: use force where another artifact is in its place.
+    """
+    force = False
     while True:
         try:
-            return make()
+            return make(force)
         except BusyError:
+            force = False  # by force it would be made a second time
             time.sleep(POLL_SECONDS)
+        except OccupiedError:
+            if force or not replace:
+                raise
+            force = True
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -173,8 +193,8 @@ def check(order: Mapping[str, Any]) -> dict[str, Any]:
         order: `attacks` and `defenses`: from label to registered name and options; `datasets` likewise.
 
     Returns:
-        `errors`: (axis, label, message) of options that do not fit; `suspects`: labels of defences that mend a model;
-        `gpus`: how many are usable.
+        `errors`: (axis, label, message) of options that do not fit; `suspects`, `gpus`, `methods`: see
+        `bdbench.sweep.Checked`.
     """
     import torch
 
@@ -183,11 +203,12 @@ def check(order: Mapping[str, Any]) -> dict[str, Any]:
     from bdbench.engine import Recipe
     from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
 
-    errors, suspects = [], []
+    errors, suspects, methods = [], [], {}
     for axis, label, use, options in order["named"]:
         try:
             if axis == "attack":
-                ATTACKS.load(use).parse(options)
+                cls = ATTACKS.load(use)
+                methods[f"attack {label}"] = digest(use, cls.version, cls.parse(options).model_dump())
             elif axis == "dataset":
                 wanted = {**options} if use in DATASETS.rows else {"path": use, **options}
                 (DATASETS.load(use) if use in DATASETS.rows else PathSource).parse(wanted)
@@ -198,8 +219,8 @@ def check(order: Mapping[str, Any]) -> dict[str, Any]:
                     raise unknown_name(f"preset of {use}", preset, cls.presets)
                 wanted = {name: value for name, value in options.items() if name != "preset"}
                 recipe, own = stages.split_options(wanted, cls)
-                Recipe.parse(recipe)
-                cls.parse(own)
+                parsed = [Recipe.parse(recipe).model_dump(), cls.parse(own).model_dump()]
+                methods[f"defense {label}"] = digest(use, cls.version, preset, dict(cls.presets), parsed)
                 if cls.needs_suspect:
                     suspects.append(label)
         except BdbenchError as error:
@@ -209,7 +230,12 @@ def check(order: Mapping[str, Any]) -> dict[str, Any]:
             MODELS.load(model)
         except BdbenchError as error:
             errors.append(["model", model, str(error)])
-    return {"errors": errors, "suspects": suspects, "gpus": torch.cuda.device_count()}
+    return {"errors": errors, "suspects": suspects, "gpus": torch.cuda.device_count(), "methods": methods}
+
+
+def digest(*parts: object) -> str:
+    """Return a short name of what a method does."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -411,13 +411,15 @@ def test_an_empty_place_holds_nothing(tmp_path: Path) -> None:
 def test_another_artifact_in_the_way_is_told_by_what_differs(tmp_path: Path) -> None:
     path = seal(tmp_path / "a")
     other = replace(ASK, seed=8, config={"rate": 0.2, "target": 0})
-    with pytest.raises(ArtifactError, match=r"different: seed, rate 0.1 -> 0.2\); choose another --out, or --force"):
+    with pytest.raises(
+        ArtifactError, match=r"different: seed, rate 0.1 -> 0.2\); choose another --out, or replace it with --force"
+    ):
         store.existing(path, other, force=False)
     assert not store.existing(path, other, force=True)
 
 
 def test_force_does_not_replace_an_artifact_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="holds another dataset artifact"):
+    with pytest.raises(ArtifactError, match="is a dataset artifact .*, no model; choose another --out"):
         store.existing(seal(tmp_path / "a"), replace(ASK, kind="model"), force=True)
 
 

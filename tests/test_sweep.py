@@ -24,7 +24,8 @@ from filelock import FileLock
 
 from bdbench import artifacts, stages, store, sweep, tables, worker
 from bdbench.cli import app
-from bdbench.errors import ArtifactError, BusyError, DamageWarning, OptionError
+from bdbench.defenses.abl import ABL
+from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError, OptionError
 from bdbench.grid import Cell, Grid, read_grid
 from bdbench.sweep import Order, Run, State, Sweep, read_records, seconds_left, shard
 
@@ -89,7 +90,7 @@ class Stage:
         facts = {
             "name": told["name"],
             "cell": told["cell"],
-            "settings": told["settings"],
+            "asked": told["asked"],
             "started": 0.0,
             "seconds": 8.0,
         }
@@ -105,9 +106,15 @@ class Stage:
 
 
 def run_of(
-    folder: Path, jobs: int = 1, script: dict[str, list[int | None]] | None = None, text: str = GRID, **settings: Any
+    folder: Path,
+    jobs: int = 1,
+    script: dict[str, list[int | None]] | None = None,
+    text: str = GRID,
+    methods: dict[str, str] | None = None,
+    replace: bool = False,
+    **settings: Any,
 ) -> tuple[Run, Stage, list[str]]:
-    job = Sweep(grid_of(folder, text), folder / "out", suspects=["mcldef"])
+    job = Sweep(grid_of(folder, text), folder / "out", suspects=["mcldef"], methods=methods or {}, replace=replace)
     stage, said = Stage(job, script or {}), list[str]()
     return Run(job, job.grid.cells, stage.launch, jobs, say=said.append, **settings), stage, said
 
@@ -122,6 +129,7 @@ def walk(run: Run) -> None:
         pass
 
 
+METHODS = [("attack", "badnets"), *(("defense", name) for name in ("none", "abl", "mcldef"))]
 NAMES = [f"digits-badnets-s{seed}-{method}" for seed in (0, 1) for method in ("none", "abl", "mcldef")]
 
 
@@ -143,9 +151,39 @@ def test_what_is_done_is_not_made_again_and_what_changed_is(tmp_path: Path) -> N
     walk(again)
     assert stage.started == []
     shutil.rmtree(tmp_path / "out" / f"{NAMES[1]}-eval")
+    added, stage, _ = run_of(tmp_path, text=GRID.replace("[0, 1]", "[0, 1, 2]"))
+    walk(added)
+    assert stage.started == [NAMES[1], *(f"digits-badnets-s2-{name}" for name in ("none", "abl", "mcldef"))]
+    shutil.rmtree(tmp_path / "out" / NAMES[2])
     changed, stage, _ = run_of(tmp_path, text=GRID + "[defense.mcldef]\nalpha = 2\n")
+    assert states_of(changed)[NAMES[2]] == "waiting"
+    assert states_of(changed)[NAMES[5]] == "changed"
     walk(changed)
-    assert stage.started == [NAMES[1], NAMES[2], NAMES[5]]
+    assert stage.started == [NAMES[2]]
+    changed, stage, _ = run_of(tmp_path, text=GRID + "[defense.mcldef]\nalpha = 2\n", replace=True)
+    walk(changed)
+    assert stage.started == [NAMES[5]]
+    assert json.loads(stage.playing[0].order.text)["replace"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "methods", "changed"),
+    [
+        (GRID + "[defense.none]\nepochs = 3\n", {}, ["none", "mcldef"]),
+        (GRID + "[attack.badnets]\nrate = 0.2\n", {}, ["none", "abl", "mcldef"]),
+        (GRID, {"defense abl": "another"}, ["abl"]),
+        (GRID, {"attack badnets": "another"}, ["none", "abl", "mcldef"]),
+    ],
+)
+def test_a_cell_is_changed_where_what_it_depends_on_is(
+    tmp_path: Path, text: str, methods: dict[str, str], changed: list[str]
+) -> None:
+    usual = {f"{axis} {name}": name for axis, name in METHODS}
+    walk(run_of(tmp_path, methods=usual)[0])
+    found, *_ = run_of(tmp_path, text=text, methods=usual | methods)
+    assert [name for name, state in states_of(found).items() if state == "changed"] == [
+        f"digits-badnets-s{seed}-{name}" for seed in (0, 1) for name in changed
+    ]
 
 
 def test_cells_that_would_make_the_same_thing_are_not_started_together(tmp_path: Path) -> None:
@@ -312,16 +350,36 @@ def test_jobs_are_bounded_by_memory_and_a_gpu_is_for_one(monkeypatch: pytest.Mon
 
 def test_a_worker_waits_for_what_another_process_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "POLL_SECONDS", 0.0)
-    tries: list[int] = []
+    tries: list[bool] = []
 
-    def make() -> str:
-        tries.append(1)
+    def make(force: bool) -> str:
+        tries.append(force)
         if len(tries) < 3:
             raise BusyError("another process")
         return "made"
 
     assert worker.when_free(make) == "made"
-    assert len(tries) == 3
+    assert tries == [False] * 3
+
+
+def test_a_worker_replaces_what_is_in_the_way_once_and_when_told_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker that replaces the same thing at that moment is waited for, and what it made is taken."""
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.0)
+    answers: list[Exception | str] = [OccupiedError("other"), BusyError("another process"), "made"]
+    tries: list[bool] = []
+
+    def make(force: bool) -> str:
+        tries.append(force)
+        answer = answers[len(tries) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with pytest.raises(OccupiedError):
+        worker.when_free(make)
+    tries.clear()
+    assert worker.when_free(make, replace=True) == "made"
+    assert tries == [False, True, False]
 
 
 def test_a_full_disk_is_told_from_other_errors() -> None:
@@ -488,17 +546,34 @@ def test_a_grid_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def check(grid: Grid) -> sweep.Checked:
         asked.append(grid)
-        return sweep.Checked(("mcldef",), 3)
+        return sweep.Checked(("mcldef",), 3, {"attack badnets": "1"})
 
     monkeypatch.setattr(sweep, "check", check)
     for text in (GRID, GRID, GRID + "preset = 'tiny'\n"):
         found = sweep.checked_once(grid_of(tmp_path, text), tmp_path / "out")
-        assert found == (("mcldef",), 3)
+        assert found == (("mcldef",), 3, {"attack badnets": "1"})
     assert len(asked) == 2
 
 
 def test_the_check_finds_who_mends_a_model(tmp_path: Path) -> None:
-    assert sweep.check(grid_of(tmp_path)).suspects == ("mcldef",)
+    found = sweep.check(grid_of(tmp_path))
+    assert found.suspects == ("mcldef",)
+    assert found.methods.keys() == {"attack badnets", *(f"defense {name}" for name in ("none", "abl", "mcldef"))}
+
+
+def test_another_version_preset_or_option_is_another_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(**options: Any) -> str:
+        order = {"named": [["defense", "mine", "abl", options]], "models": []}
+        return str(worker.check(order)["methods"]["defense mine"])
+
+    usual = digest()
+    assert digest() == usual
+    assert len({usual, digest(gamma=1.0), digest(preset="paper"), digest(epochs=3)}) == 4
+    monkeypatch.setattr(ABL, "version", ABL.version + 1)
+    assert digest() != usual
+    monkeypatch.undo()
+    monkeypatch.setattr(ABL, "presets", {**ABL.presets, "tiny": {}})
+    assert digest() != usual
 
 
 # the commands
@@ -533,7 +608,7 @@ def test_a_dry_run_checks_the_options_and_makes_no_folder(tmp_path: Path, capsys
     out = tmp_path / "out"
     code, shown, said = ran(["sweep", str(tmp_path / "grid.toml"), "--out", str(out), "--dry-run"], capsys)
     assert code == 1
-    assert "digits-badnets-s0-none" in shown
+    assert not shown
     assert "line 2, attack badnets: unknown option 'sise'" in said
     assert not out.exists()
 
@@ -541,7 +616,7 @@ def test_a_dry_run_checks_the_options_and_makes_no_folder(tmp_path: Path, capsys
 def test_a_dry_run_counts_a_job_a_gpu_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sweep, "check", lambda _: sweep.Checked((), 5))
+    monkeypatch.setattr(sweep, "check", lambda _: sweep.Checked(("mcldef",), 5, {}))
     walk(run_of(tmp_path, script={NAMES[1]: [worker.FAILED]})[0])
     there = sorted((tmp_path / "out").rglob("*"))
     code, _, said = ran(["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--dry-run"], capsys)
@@ -550,7 +625,10 @@ def test_a_dry_run_counts_a_job_a_gpu_and_writes_nothing(
     assert sorted((tmp_path / "out").rglob("*")) == there
 
 
-def test_status_and_dry_run_say_how_far_a_sweep_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_and_dry_run_say_how_far_a_sweep_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "check", lambda _: sweep.Checked(("mcldef",), 1, {}))
     walk(run_of(tmp_path, script={NAMES[1]: [worker.FAILED]})[0])
     code, shown, said = ran(["status", str(tmp_path / "out")], capsys)
     assert code == 0
@@ -565,6 +643,28 @@ def test_status_of_no_sweep_names_the_command(tmp_path: Path, capsys: pytest.Cap
     code, _, said = ran(["status", str(tmp_path)], capsys)
     assert code == 1
     assert "holds no sweep; start one with: bdbench sweep" in said
+
+
+def test_a_changed_cell_is_refused_and_replaced_when_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_folder(tmp_path)
+    text = UNDEFENDED.replace(', "blended"', "").replace('["none"]', '["none", "mcldef"]')
+    (folder / "grid.toml").write_text(text)
+    monkeypatch.chdir(folder)
+    assert bdbench(folder, "sweep").wait(300) == 0
+    before = numbers(folder)
+    (folder / "grid.toml").write_text(f"{text}\n[attack.badnets]\nrate = 0.3\n")
+    assert ran(["sweep", "--dry-run"], capsys)[1].split()[::2] == ["changed", "changed"]
+    code, _, said = ran(["sweep"], capsys)
+    assert code == 1
+    assert "tiny-badnets-s0-none and 1 more. --replace makes them again in place" in said
+    assert numbers(folder) == before
+    assert bdbench(folder, "sweep", "--replace", "--jobs", "2").wait(300) == 0
+    after = numbers(folder)
+    assert [row[:2] for row in after] == [row[:2] for row in before]
+    assert not {row[-1] for row in after} & {row[-1] for row in before}
+    assert ran(["sweep", "--dry-run"], capsys)[1].split()[::2] == ["done", "done"]
 
 
 def test_gc_lists_and_removes_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

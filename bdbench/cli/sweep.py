@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bdbench.grid import Cell, Grid
     from bdbench.sweep import Run, State, Sweep
 
-STATES = ("done", "running", "failed", "interrupted", "waiting")
+STATES = ("done", "running", "failed", "interrupted", "waiting", "changed")
 REFRESH_SECONDS = 0.5
 SHOWN = 20
 ENGINES = ("local", "ray")
@@ -41,6 +41,9 @@ def sweep(
         bool, typer.Option("--dry-run", help="Check the grid, show its cells, what is there, and the time left.")
     ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Make cells again that failed before.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Make cells again, in place, whose options or methods have changed.")
+    ] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start nothing more after a failure.")] = False,
     seeds: Annotated[
         str | None, typer.Option(help="In place of the grid's, such as 0-4 or 0,2,5-7.", show_default=False)
@@ -71,7 +74,7 @@ def sweep(
       bdbench sweep grid.toml --out /shared/grid --engine ray --address head:6379
     """
     from bdbench import grid as grids
-    from bdbench.sweep import Run, Sweep, checked_once, local, usual_jobs
+    from bdbench.sweep import Run, Sweep, check, checked_once, local, usual_jobs
     from bdbench.sweep import shard as part_of
 
     if engine not in ENGINES:
@@ -84,11 +87,12 @@ def sweep(
     read = grids.read_grid(grid, grids.parse_seeds(seeds) if seeds is not None else None)
     folder = out or Path("runs") / grid.stem
     cells: Sequence[Cell] = part_of(read.cells, shard) if shard else read.cells
+    checked = check(read) if dry_run else checked_once(read, folder)
+    job = Sweep(read, folder.absolute(), device, precision, checked.suspects, checked.methods, replace)
     if dry_run:
-        show_plan(Sweep(read, folder), cells, jobs, as_json=json)
+        show_plan(job, cells, jobs or usual_jobs(checked.gpus), as_json=json)
         return
-    checked = checked_once(read, folder)
-    job = Sweep(read, folder.absolute(), device, precision, checked.suspects)
+    refuse_changed(job, cells)
     with ExitStack() as ending:
         if engine == "ray":
             from bdbench.cluster import connect
@@ -123,13 +127,25 @@ def write_example(path: Path, text: str) -> None:
     console.say(f"next: [cyan]bdbench sweep {path} --dry-run[/cyan]")
 
 
-def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int | None, *, as_json: bool) -> None:
-    """Print the cells and their states, check all options, and estimate the time; nothing is written.
+def refuse_changed(job: Sweep, cells: Sequence[Cell]) -> None:
+    """Refuse to start where cells were asked otherwise, unless they are to be replaced.
 
     Raises:
-        OptionError: an option does not fit; see `bdbench.sweep.check`.
+        OptionError: a cell was made with other options, or by another version of its methods.
     """
-    from bdbench.sweep import check, seconds_left, usual_jobs
+    states = job.states()
+    changed = [job.grid.name(cell) for cell in cells if states[cell].state == "changed"]
+    if changed and not job.replace:
+        named = f"{changed[0]} and {len(changed) - 1:,} more" if len(changed) > 1 else changed[0]
+        raise OptionError(
+            f"{job.folder} has cells that were made with other options or versions of their methods: {named}. "
+            "--replace makes them again in place; a label of their own in the grid, or another --out, keeps both"
+        )
+
+
+def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int, *, as_json: bool) -> None:
+    """Print the cells and their states, and estimate the time; nothing is written."""
+    from bdbench.sweep import seconds_left
 
     found = job.states()
     states = {cell: found[cell] for cell in cells}
@@ -137,8 +153,6 @@ def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int | None, *, as_json: b
         width = max(len(job.grid.name(cell)) for cell in cells)
         for cell, state in states.items():
             console.show(f"{state.state:<12}{job.grid.name(cell):<{width}}")
-    gpus = check(job.grid).gpus
-    jobs = jobs or usual_jobs(gpus)
     left = seconds_left(states, jobs)
     if as_json:
         rows = [{**cell._asdict(), "name": job.grid.name(cell), "state": state.state} for cell, state in states.items()]
