@@ -308,7 +308,7 @@ class Run:
         sweep: the grid and its folder.
         launch: starts a cell.
         jobs: cells at once.
-        retry: make cells again that failed before.
+        retry: make cells again that failed before; a sweep that replaces does so anyway.
         fail_fast: start nothing more after a failure.
         say: told one line for people.
         states: where every cell is.
@@ -334,7 +334,7 @@ class Run:
         self._made: set[str] = set()
 
     def _is_wanted(self, cell: Cell) -> bool:
-        wanted = {"done": False, "failed": self.retry, "changed": self.sweep.replace}
+        wanted = {"done": False, "failed": self.retry or self.sweep.replace, "changed": self.sweep.replace}
         return wanted.get(self.states[cell].state, True)
 
     def steps(self) -> Iterator[None]:
