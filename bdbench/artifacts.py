@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,9 @@ from bdbench.progress import Silent
 from bdbench.registry import MODELS
 from bdbench.sources import open_source
 from bdbench.store import AGAIN, Draft, Kind, Manifest
+
+AS_FOUND = "none"
+"""The method of a data set that nobody poisoned here."""
 
 
 class Artifact:
@@ -156,6 +159,18 @@ class DatasetArtifact(Artifact):
         return self.roles == Role.POISON
 
     @property
+    def is_attacked(self) -> bool:
+        """Whether bdbench poisoned it; else it was taken as found, and which samples are poisoned is not known."""
+        return self.manifest.ask.method != AS_FOUND
+
+    @property
+    def places(self) -> list[str]:
+        """The file of each training sample, where each has its own, else its row in the source's training split."""
+        if "places.parquet" in self.manifest.files:
+            return [str(record["file"]) for record in self.records("places.parquet")]
+        return [f"row {row}" for row in self.column("truth.parquet", "source_row").tolist()]
+
+    @property
     def triggered_rows(self) -> Tensor:
         """(M,) int64: the test row that each triggered image was made from."""
         return self.column("triggered.parquet", "test_row")
@@ -224,7 +239,13 @@ class DatasetArtifact(Artifact):
 
 
 def write_dataset(
-    draft: Draft, data: PoisonedDataset, *, name: str, augment: str, origin: Mapping[str, Any] | None = None
+    draft: Draft,
+    data: PoisonedDataset,
+    *,
+    name: str,
+    augment: str,
+    origin: Mapping[str, Any] | None = None,
+    files: Sequence[str] | None = None,
 ) -> None:
     """Write the files and facts of a data set artifact.
 
@@ -235,6 +256,7 @@ def write_dataset(
         augment: what `--augment auto` means for it.
         origin: store only what differs from the clean source: its address (`bdbench.sources.address_of`) and
             `fingerprint`. None stores every image.
+        files: the file of every training image, where each has its own.
     """
     splits = {"train": data.visible, "test": data.test, "triggered": data.triggered, "trusted": data.trusted}
     extra: dict[str, dict[str, Tensor]] = {"triggered": {"test_row": data.triggered_rows}}
@@ -245,6 +267,8 @@ def write_dataset(
             _write_frame(draft, f"{split}.parquet", {"label": content.labels, **extra.get(split, {})})
     truth = {"clean_label": data.clean_labels, "role": data.roles, "source_row": data.source_rows}
     _write_frame(draft, "truth.parquet", truth)
+    if files is not None:
+        pq.write_table(pa.table({"file": list(files)}), draft.folder / "places.parquet")
     if origin is None:
         save_tensors({"images": data.originals.contiguous()}, draft.folder / "originals.safetensors")
     else:

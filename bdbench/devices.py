@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 
 from bdbench.errors import DeviceError
-from bdbench.machine import memory_bytes
+from bdbench.machine import busy_cores, memory_bytes
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -55,6 +56,18 @@ def _cpu_accelerates_bf16() -> bool:
     """Say whether this CPU has AVX-512-BF16 or AMX-BF16 (torch offers only private names for it)."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def crowding(device: torch.device) -> str:
+    """Say that threads will wait for each other where other processes keep half of the cores or more, else ""."""
+    threads, cores, busy = torch.get_num_threads(), os.cpu_count() or 1, busy_cores()
+    if device.type != "cpu" or threads == 1 or 2 * busy < cores:
+        return ""
+    free = max(1, cores - busy)
+    return (
+        f"others keep {busy} of the {cores} cores of this machine busy: {threads} threads that wait for each other can "
+        f"be ten times slower than one; set OMP_NUM_THREADS={free}"
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -28,9 +28,11 @@ def trigger_distances(source: DatasetArtifact) -> dict[str, float]:
 
 def predict(engine: Engine, model: Classifier, source: DatasetArtifact) -> pd.DataFrame:
     """Return a row per clean and per triggered test image: split, row, label, clean_label, prediction, confidence."""
-    test, triggered, test_rows = source.test, source.triggered, source.triggered_rows
+    test = source.test
     frames = []
-    splits = [("test", test, torch.arange(len(test))), ("triggered", triggered, test_rows)]
+    splits = [("test", test, torch.arange(len(test)))]
+    if source.is_attacked:
+        splits.append(("triggered", source.triggered, source.triggered_rows))
     for name, split, rows in splits:
         confidence, prediction = engine.logits(model, split.images).softmax(1).max(1)
         frames.append(
@@ -53,6 +55,8 @@ def measure(
 ) -> tuple[dict[str, metrics.Rate], dict[str, float]]:
     """Return the rates, and the metrics that are no rates, of predictions; opens the truth if the model scored samples.
 
+    Of a data set as it was found only BA is known.
+
     Args:
         frame: from `predict`.
         source: the data set, with its truth.
@@ -62,6 +66,8 @@ def measure(
     def column(split: str, name: str) -> Tensor:
         return torch.from_numpy(frame.loc[frame["split"] == split, name].to_numpy(copy=True))
 
+    if not source.is_attacked:
+        return {"ba": metrics.rate(column("test", "prediction") == column("test", "clean_label"))}, {}
     config = source.manifest.ask.config
     said, wanted, rows = (column("triggered", name) for name in ("prediction", "label", "row"))
     counts = torch.ones_like(said, dtype=torch.bool)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,11 +21,18 @@ from bdbench.errors import ArtifactError
 EXAMPLES = 8
 SHOWN = 200
 GALLERY_COLUMNS = 9
+SHEET_COLUMNS, SHEET_ROWS, LONGEST_NAME = 10, 5, 16
 
 
 def contact_sheet(data: DatasetArtifact, path: Path) -> None:
-    """Draw triggered test images under their clean ones, and the difference, amplified to the full range."""
+    """Draw triggered test images under their clean ones, and the difference, amplified to the full range.
+
+    Raises:
+        ArtifactError: nothing is triggered.
+    """
     triggered, test, rows = data.triggered, data.test, data.triggered_rows
+    if not len(triggered):
+        raise ArtifactError(f"{data.path} was taken as it was found: there is no trigger to draw")
     places = np.linspace(0, len(triggered) - 1, min(EXAMPLES, len(triggered))).round().astype(int)
     figure = Figure(figsize=(1.3 * len(places) + 1.2, 4.6), layout="constrained")
     axes = figure.subplots(3, len(places), squeeze=False)
@@ -90,6 +98,26 @@ def shared_row(sources: Sequence[DatasetArtifact]) -> int:
     rows = sorted(shared)[:SHOWN]
     contrast = first[rows].float().flatten(1).std(1)
     return rows[int(contrast.argsort()[len(rows) // 2])]
+
+
+def suspect_sheet(ranked: pd.DataFrame, data: DatasetArtifact, path: Path) -> None:
+    """Draw the most suspect training images, with the class that they are labelled as and where they lie.
+
+    Args:
+        ranked: from `bdbench.suspects.rank`.
+        data: the data set.
+        path: of the picture.
+    """
+    shown = ranked.head(SHEET_COLUMNS * SHEET_ROWS)
+    lines = math.ceil(len(shown) / SHEET_COLUMNS)
+    figure = Figure(figsize=(1.4 * SHEET_COLUMNS, 1.65 * lines), layout="constrained")
+    axes = figure.subplots(lines, SHEET_COLUMNS, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (_, item) in zip(axes.flat, shown.iterrows(), strict=False):
+        name = str(item["place"]).rpartition("/")[2]
+        _show(axis, data.train.images[int(item["row"])].float(), f"{item['class']}\n{name[-LONGEST_NAME:]}")
+    _save(figure, path)
 
 
 class Example(NamedTuple):

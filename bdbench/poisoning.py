@@ -64,6 +64,24 @@ def poison_source(source: SourceData, attack: Attack, lab: Lab, trusted: float) 
     )
 
 
+def as_found(source: SourceData) -> PoisonedDataset:
+    """Return a source as it is: nothing is poisoned, triggered or reserved, and what it holds is not known."""
+    train, test = source.train, source.test
+    none = torch.empty(0, dtype=torch.int64)
+    return PoisonedDataset(
+        visible=train,
+        clean_labels=train.labels,
+        roles=torch.zeros(len(train), dtype=torch.uint8),
+        source_rows=torch.arange(len(train)),
+        originals=train.images[none],
+        test=test,
+        triggered=test.take(none),
+        triggered_rows=none,
+        trusted=train.take(none),
+        trigger_state={},
+    )
+
+
 def eligible_for_test(labels: Tensor, attack: Attack) -> Tensor:
     """Return the rows of test images to trigger: all for all-to-all, else those of other classes than the target.
 

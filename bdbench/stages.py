@@ -1,4 +1,4 @@
-"""The three stages: images -> data set artifact -> model artifact -> evaluation artifact. The Python API.
+"""The stages: images -> data set artifact -> model artifact -> evaluation artifact. The Python API.
 
     from bdbench import stages
 
@@ -14,6 +14,7 @@ underscores. A defence gets the visible training images and nothing that tells w
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from bdbench import judging, store
 from bdbench.artifacts import (
+    AS_FOUND,
     Artifact,
     DatasetArtifact,
     EvaluationArtifact,
@@ -36,12 +38,12 @@ from bdbench.augment import parse_augment
 from bdbench.data import ImageDataset, PoisonedDataset, Role
 from bdbench.datasets.cache import cache_folder
 from bdbench.defenses.base import Defended, Defense, Task, Truth
-from bdbench.devices import Precision, resolve_device, use_bf16
+from bdbench.devices import Precision, crowding, resolve_device, use_bf16
 from bdbench.engine import Engine, Recipe
 from bdbench.errors import ArtifactError, OptionError, did_you_mean, unknown_name
 from bdbench.models.classifier import Classifier, build_classifier
 from bdbench.options import Options
-from bdbench.poisoning import poison_source
+from bdbench.poisoning import as_found, poison_source
 from bdbench.progress import Progress, Silent
 from bdbench.registry import ATTACKS, DEFENSES, MODELS
 from bdbench.seeds import scoped
@@ -129,6 +131,41 @@ def poison(
     return DatasetArtifact.open(out)
 
 
+def take(
+    dataset: str | Path,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    out: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> DatasetArtifact:
+    """Take a data set as it is found, for training on what may be poisoned already; nothing is triggered or reserved.
+
+    Args:
+        dataset, source_options, force, progress: see `poison`.
+        out: folder of the artifact; default ``runs/<dataset>``.
+
+    Raises:
+        BdbenchError: the images or the place do not fit; the message has the way out.
+    """
+    watch, progress = Stopwatch(), progress or Silent()
+    origin = open_source(dataset, source_options or {})
+    source, files = origin.open(progress), origin.files()
+    inputs = {"source": source.fingerprint[:16]}
+    if files is not None:
+        inputs["files"] = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
+    ask = Ask("dataset", AS_FOUND, 1, {"dataset": source.name}, 0, inputs)
+    out = out or store.ROOT / source.name
+    if store.existing(out, ask, force=force):
+        progress.note(f"{out} is there already ({ask.id}); --force makes it again")
+        return DatasetArtifact.open(out)
+    with store.create(out, ask) as draft:
+        write_dataset(draft, as_found(source), name=source.name, augment=source.augment, files=files)
+        draft.facts |= {"replay": False, "source_options": origin.chosen()}
+        draft.made |= watch.made(resolve_device("cpu"), bf16=False) | {"training_seconds": 0.0}
+    return DatasetArtifact.open(out)
+
+
 def _write_victim(path: Path, ask: Ask, data: PoisonedDataset, engine: Engine, made: dict[str, Any]) -> None:
     """Write the attacker's own model as an artifact."""
     with store.create(path, ask) as draft:
@@ -183,8 +220,14 @@ def defend(
     bf16 = use_bf16(precision, place)
     data = DatasetArtifact.open(store.locate(dataset, "dataset"))
     preset, defense, recipe = resolve_budget(method, preset, options or {}, data)
+    if defense.needs_truth and not data.is_attacked:
+        raise OptionError(
+            f"'{method}' reads which samples are poisoned, and of {data.path}, taken as it was found, nobody knows it; "
+            "choose a defence"
+        )
     seed = data.manifest.ask.seed if seed is None else seed
     inputs = {"dataset": data.id}
+    _check_trusted(defense, method, data)
     suspect_model = _open_suspect(defense, method, suspect, data, model, seed)
     if suspect_model is not None:
         inputs["suspect"] = suspect_model.id
@@ -197,6 +240,8 @@ def defend(
     if store.existing(out, ask, force=force):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
         return ModelArtifact.open(out)
+    if crowded := crowding(place):
+        progress.note(crowded)
 
     with store.create(out, ask) as draft:
         limit = None if image_memory is None else int(image_memory * 1e9)
@@ -206,7 +251,7 @@ def defend(
             new_model=lambda purpose: fresh_model(model, data.train, seed, purpose),
             recipe=recipe,
             engine=engine,
-            trusted=_open_trusted(defense, method, data),
+            trusted=data.trusted if defense.needs_trusted else None,
             suspect=suspect_model.classifier() if suspect_model else None,
             truth=Truth(data.is_poison, data.unpoisoned) if defense.needs_truth else None,
             cache=cache_folder(),
@@ -314,14 +359,11 @@ def _open_suspect(
     )
 
 
-def _open_trusted(defense: Defense, method: str, data: DatasetArtifact) -> ImageDataset | None:
-    if not defense.needs_trusted:
-        return None
-    if data.trusted is None:
-        raise ArtifactError(
-            f"method '{method}' needs trusted clean images, and {data.path} has none; poison again with --trusted 0.05"
-        )
-    return data.trusted
+def _check_trusted(defense: Defense, method: str, data: DatasetArtifact) -> None:
+    """Refuse a method that needs trusted images where there are none."""
+    if defense.needs_trusted and not data.manifest.facts["counts"]["trusted"]:
+        way_out = "poison again with --trusted 0.05" if data.is_attacked else "nobody vouches for data taken as found"
+        raise ArtifactError(f"method '{method}' needs trusted clean images, and {data.path} has none; {way_out}")
 
 
 def _check_result(result: Defended, count: int, method: str) -> None:
@@ -355,7 +397,7 @@ def evaluate(
     place = resolve_device(device)
     bf16 = use_bf16(precision, place)
     judged = ModelArtifact.open(store.locate(model, "model"))
-    source = _dataset_of(judged, data)
+    source = dataset_of(judged, data)
     ask = Ask("evaluation", "evaluate", 1, {}, judged.manifest.ask.seed, {"model": judged.id, "dataset": source.id})
     out = out or judged.path.with_name(f"{judged.path.name}-eval")
     if store.existing(out, ask, force=force):
@@ -371,7 +413,12 @@ def evaluate(
     return EvaluationArtifact.open(out)
 
 
-def _dataset_of(model: ModelArtifact, data: str | Path | None) -> DatasetArtifact:
+def dataset_of(model: ModelArtifact, data: str | Path | None = None) -> DatasetArtifact:
+    """Return the data set that a model was trained on: the one given, else found by id beside it or under ``runs/``.
+
+    Raises:
+        ArtifactError: it is another one, or is not found.
+    """
     wanted = model.dataset_id
     if data is not None:
         found = DatasetArtifact.open(store.locate(data, "dataset"))

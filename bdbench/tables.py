@@ -69,6 +69,7 @@ SPARED = ("peak_memory_bytes", "seconds", "target_recall", "detection_precision"
 
 MARKS = {
     "w": "the attack failed: its undefended ASR is under 0.5 or within 0.1 of its floor; do not score defences by it",
+    "n": "the data as they were found: no trigger is known, and so no ASR",
     "?": "no undefended row of the same data set and model here: neither DER nor the strength of the attack is known",
     "b": "a small budget, not the paper's",
     "o": "the defence was told the target class",
@@ -116,11 +117,14 @@ def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         near = undefended.get((*_pairing(row), row["preset"]), undefended.get(_pairing(row)))
         base = row if row["defense"] == "none" else near
-        failed = None if base is None else bool(base["asr"] < WEAK_ATTACK or base["asr"] - base["floor"] < FLOOR_MARGIN)
+        attacked = row["asr"] is not None
+        failed = None
+        if base is not None and attacked:
+            failed = bool(base["asr"] < WEAK_ATTACK or base["asr"] - base["floor"] < FLOOR_MARGIN)
         der = None
-        if base is not None and row["defense"] != "none" and not row.get("reads_truth"):
+        if base is not None and attacked and row["defense"] != "none" and not row.get("reads_truth"):
             der = defence_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
-        marks = "?" if base is None else "w" if failed else ""
+        marks = "n" if not attacked else "?" if base is None else "w" if failed else ""
         marks += "" if row["preset"] == "paper" else "b"
         marks += "o" if row["defense_options"].get("oracle_target") is not None else ""
         marks += "r" if row.get("reads_truth") else ""

@@ -22,6 +22,7 @@ from toys import (
     weights_of,
 )
 
+from bdbench import devices, machine
 from bdbench import engine as engine_module
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import mean_cross_entropy
@@ -497,6 +498,32 @@ def test_a_frozen_module_has_no_gradients_and_is_in_evaluation_mode() -> None:
 def test_auto_finds_a_device() -> None:
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
     assert resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("loads", "threads", "advice"),
+    [
+        ("0.00 0.01 0.05 1/87 32463\n", 8, None),
+        ("3.00 0.01 0.05 4/87 32463\n", 8, None),
+        ("3.00 0.01 0.05 5/87 32463\n", 8, "OMP_NUM_THREADS=4"),
+        ("3.00 0.01 0.05 30/87 32463\n", 8, "OMP_NUM_THREADS=1"),
+        ("3.00 0.01 0.05 30/87 32463\n", 1, None),
+        ("nonsense", 8, None),
+        (None, 8, None),
+    ],
+)
+def test_a_crowded_machine_is_told_of(
+    loads: str | None, threads: int, advice: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "LOADS", tmp_path / "loadavg")
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    if loads is not None:
+        machine.LOADS.write_text(loads)
+    said = devices.crowding(torch.device("cpu"))
+    assert bool(said) == (advice is not None)
+    assert (advice or "") in said
+    assert devices.crowding(torch.device("cuda")) == ""
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "", "meta", "cuda:-1"])

@@ -419,7 +419,7 @@ def test_another_artifact_in_the_way_is_told_by_what_differs(tmp_path: Path) -> 
 
 
 def test_force_does_not_replace_an_artifact_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="is a dataset artifact .*, no model; choose another --out"):
+    with pytest.raises(ArtifactError, match=r"is a dataset artifact .*, no model; choose another --out"):
         store.existing(seal(tmp_path / "a"), replace(ASK, kind="model"), force=True)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdbench import __version__
-from bdbench.cli import console, evaluate, explain, inspection, quickstart, report, sweep, train, verify
+from bdbench.cli import console, evaluate, explain, inspection, quickstart, report, suspects, sweep, train, verify
 from bdbench.cli import poison as poison_command
 from bdbench.cli.flags import expand_config, read_toml, value_of, with_options
 from bdbench.errors import BdbenchError, DamageWarning, OptionError
@@ -67,8 +67,10 @@ def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:
     commands: dict[str, Callable[..., None]] = {
         "quickstart": quickstart.quickstart,
         "poison": poison_command.poison,
+        "take": poison_command.take,
         "train": train.train,
         "defend": train.defend,
+        "suspects": suspects.suspects,
         "evaluate": evaluate.evaluate,
         "table": evaluate.table,
         "report": report.report,

@@ -106,6 +106,9 @@ def _say_dataset(found: DatasetArtifact) -> None:
     console.show(f"\n{facts['name']}: {height}x{width}, {'gray' if channels == 1 else 'colour'}; " + ", ".join(
         f"{count:,} {split}" for split, count in facts["counts"].items()
     ))  # fmt: skip
+    if not found.is_attacked:
+        _say_labels(found)
+        return
     truth = found.truth
     counts = pd.crosstab(truth["clean_label"], truth["role"]).reindex(columns=list(Role), fill_value=0)
     seen = found.train.labels.bincount(minlength=len(facts["class_names"]))
@@ -121,6 +124,18 @@ def _say_dataset(found: DatasetArtifact) -> None:
             f"trigger: PSNR {far['psnr']:.1f} dB, SSIM {far['ssim']:.3f}, {far['changed']:.1%} of pixels changed, "
             f"by at most {far['max_change']:.0f} of 255"
         )
+
+
+def _say_labels(found: DatasetArtifact) -> None:
+    """Print all that is known of a data set that was taken as found."""
+    from rich.table import Table
+
+    console.show("training split, as it was found:")
+    table = Table("class", "as labelled")
+    counts = found.train.labels.bincount(minlength=len(found.class_names)).tolist()
+    for index, (name, count) in enumerate(zip(found.class_names, counts, strict=True)):
+        table.add_row(f"{index} {name}", f"{count:,}")
+    console.show(table)
 
 
 def _say_model(found: ModelArtifact) -> None:

@@ -26,6 +26,13 @@ DatasetName = Annotated[
         autocompletion=names_of(DATASETS),
     ),
 ]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder of a local copy of a named data set.")]
+Download = Annotated[bool, typer.Option(help="Download a named data set that is missing.")]
+ImageSize = Annotated[int | None, typer.Option(help="Resize the shorter side to this many pixels and crop the centre.")]
+Images = Annotated[
+    int | None, typer.Option(help="Keep so many training images, chosen at random, the same for every seed.", min=20)
+]
+TestFraction = Annotated[float, typer.Option(help="Test share, where the source has no test split.")]
 AttackName = Annotated[str, typer.Option(help="Attack.", autocompletion=names_of(ATTACKS))]
 MethodName = Annotated[str, typer.Option(help="Defence.", autocompletion=names_of(DEFENSES))]
 ModelName = Annotated[

@@ -1,15 +1,31 @@
-"""bdbench poison."""
+"""bdbench poison and bdbench take: from images to a data set artifact."""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from bdbench.cli import console
-from bdbench.cli.parameters import AttackName, Config, DatasetName, Device, Force, Json, Out, PrecisionName, Seed
+from bdbench.cli.parameters import (
+    AttackName,
+    Config,
+    DataRoot,
+    DatasetName,
+    Device,
+    Download,
+    Force,
+    Images,
+    ImageSize,
+    Json,
+    Out,
+    PrecisionName,
+    Seed,
+    TestFraction,
+    names_of,
+)
+from bdbench.registry import DATASETS
 
 if TYPE_CHECKING:
     from bdbench.devices import Precision
@@ -24,16 +40,11 @@ def poison(
         float,
         typer.Option(help="Share of the training split reserved, clean, for defences that need it.", min=0, max=1),
     ] = 0.05,
-    data_root: Annotated[Path | None, typer.Option(help="Folder of a local copy of a named data set.")] = None,
-    download: Annotated[bool, typer.Option(help="Download a named data set that is missing.")] = True,
-    image_size: Annotated[
-        int | None, typer.Option(help="Resize the shorter side to this many pixels and crop the centre.")
-    ] = None,
-    images: Annotated[
-        int | None,
-        typer.Option(help="Keep so many training images, chosen at random, the same for every seed.", min=20),
-    ] = None,
-    test_fraction: Annotated[float, typer.Option(help="Test share, where the source has no test split.")] = 0.2,
+    data_root: DataRoot = None,
+    download: Download = True,
+    image_size: ImageSize = None,
+    images: Images = None,
+    test_fraction: TestFraction = 0.2,
     differences: Annotated[
         bool,
         typer.Option(
@@ -61,11 +72,9 @@ def poison(
     """
     from bdbench import stages
 
-    source = {
-        "download": download, "test_fraction": test_fraction, "data_root": data_root, "image_size": image_size,
-        "images": images,
-    }  # fmt: skip
-    given = {name: value for name, value in source.items() if value is not None}
+    given = source_options(
+        download=download, test_fraction=test_fraction, data_root=data_root, image_size=image_size, images=images
+    )
     with console.live_progress() as progress:
         made = stages.poison(
             dataset, attack, options=options, source_options=given, trusted=trusted, seed=seed, out=out, device=device,
@@ -86,3 +95,62 @@ def poison(
     )
     if json:
         console.show_json({"path": made.path, "id": made.id, "roles": roles, **facts})
+
+
+def take(
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET",
+            help="Registered name, or a path: image folder, Parquet (file or folder of shards), .npz.",
+            autocompletion=names_of(DATASETS),
+        ),
+    ],
+    data_root: DataRoot = None,
+    download: Download = True,
+    image_size: ImageSize = None,
+    images: Images = None,
+    test_fraction: TestFraction = 0.05,
+    out: Out = None,
+    force: Force = False,
+    config: Config = None,  # read before the command runs
+    json: Json = False,
+) -> None:
+    """Take a data set as it is found, to train on what may be poisoned and to see which samples are suspect.
+
+    Writes a data set artifact in which nothing is poisoned, triggered or reserved. Of models on it BA is known and ASR
+    is not. Only training images are scored: a source without a test split of its own lends few to it.
+
+    Examples:
+      bdbench take photos/ --image-size 64
+
+      bdbench defend --method abl
+
+      bdbench suspects --image suspects.png
+    """
+    from bdbench import stages
+
+    given = source_options(
+        download=download, test_fraction=test_fraction, data_root=data_root, image_size=image_size, images=images
+    )
+    with console.live_progress() as progress:
+        made = stages.take(dataset, source_options=given, out=out, force=force, progress=progress)
+    facts = made.manifest.facts
+    counts = facts["counts"]
+    console.say(
+        f"{facts['name']}: {counts['train']:,} training and {counts['test']:,} test images of "
+        f"{len(facts['class_names']):,} classes, as they were found"
+    )
+    console.say_made(
+        made.path,
+        made.id,
+        made.manifest.made,
+        [f"bdbench defend {made.path} --method abl", f"bdbench defend {made.path} --method cbd"],
+    )
+    if json:
+        console.show_json({"path": made.path, "id": made.id, **facts})
+
+
+def source_options(**given: object) -> dict[str, Any]:
+    """Return the options of a source that were given."""
+    return {name: value for name, value in given.items() if value is not None}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from bdbench.data import SourceData
 from bdbench.errors import OptionError
@@ -49,8 +50,17 @@ class Source(Options, ABC):
         count = len(data.train)
         if self.images > count:
             raise OptionError(f"images {self.images} is more than the {count} training images of {data.name}")
-        rows = torch.randperm(count, generator=generator(0, "images"))[: self.images].sort().values
-        return replace(data, name=f"{data.name}-{self.images}", train=data.train.take(rows))
+        return replace(data, name=f"{data.name}-{self.images}", train=data.train.take(self.kept(count)))
+
+    def files(self) -> list[str] | None:
+        """Return the file of every training image that `open` returns, where each image has its own."""
+        return None
+
+    def kept(self, count: int) -> Tensor:
+        """Return which of `count` training images `images` keeps, ascending."""
+        if self.images is None:
+            return torch.arange(count)
+        return torch.randperm(count, generator=generator(0, "images"))[: self.images].sort().values
 
     def chosen(self) -> dict[str, Any]:
         """Return the options that decide which images there are, where they are not the defaults."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from bdbench.data import ImageDataset
 from bdbench.datasets.cache import Plan
 from bdbench.datasets.images import Fit, decode_images, in_chunks, match_channels
-from bdbench.datasets.splits import split_dataset
+from bdbench.datasets.splits import split_dataset, stratified_split
 from bdbench.errors import DataError
 from bdbench.progress import Progress
 
@@ -42,11 +42,7 @@ def plan_folder(path: Path, name: str, augment: str, fit: Fit | None, test_fract
     Raises:
         DataError: there are no class folders, a class has no images, or the test split has a new class.
     """
-    train_root = path / "train"
-    is_divided = train_root.is_dir() and any(_folders(train_root))
-    if not is_divided:
-        train_root = path
-    test_root = next((path / test for test in TEST_NAMES if (path / test).is_dir()), None) if is_divided else None
+    train_root, test_root = _roots(path)
     names = class_folders(train_root)
     train = list_images(train_root, names)
     test = None if test_root is None else _list_test(test_root, names)
@@ -63,6 +59,28 @@ def plan_folder(path: Path, name: str, augment: str, fit: Fit | None, test_fract
         },
         decode=partial(_decode, path, train, test, names, fit, test_fraction),
     )
+
+
+def training_files(path: Path, test_fraction: float) -> list[str]:
+    """Return the file of every image that `plan_folder` puts into the training split, in its order, relative to `path`.
+
+    Raises:
+        DataError: see `plan_folder`.
+    """
+    train_root, test_root = _roots(path)
+    listing = list_images(train_root, class_folders(train_root))
+    names = [file.relative_to(path).as_posix() for file in listing.files]
+    if test_root is not None:
+        return names
+    return [names[row] for row in stratified_split(listing.labels, test_fraction)[0].tolist()]
+
+
+def _roots(path: Path) -> tuple[Path, Path | None]:
+    """Return the folders of the training and of the test split; without the second, the first is split."""
+    train_root = path / "train"
+    if not train_root.is_dir() or not any(_folders(train_root)):
+        return path, None
+    return train_root, next((path / test for test in TEST_NAMES if (path / test).is_dir()), None)
 
 
 def class_folders(root: Path) -> tuple[str, ...]:

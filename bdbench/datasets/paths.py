@@ -44,6 +44,16 @@ class PathSource(Source):
 
         return load_cached(plan_folder(*arguments), progress)
 
+    def files(self) -> list[str] | None:
+        """See `Source.files`: an image folder has them, relative to it."""
+        path = self.path.expanduser()
+        if _layout(path) != "folder":
+            return None
+        from bdbench.datasets.folder import training_files
+
+        names = training_files(path, self.test_fraction)
+        return [names[row] for row in self.kept(len(names)).tolist()]
+
 
 def display_name(path: Path) -> str:
     """Return a path's last part without suffix, in a-z, 0-9, _ and -: ``My Pets.npz`` gives ``my-pets``."""

@@ -9,6 +9,7 @@ from typing import Any, cast
 from bdbench import stages
 from bdbench.artifacts import DatasetArtifact, ModelArtifact, plain
 from bdbench.attacks.base import Attack
+from bdbench.datasets.base import Source
 from bdbench.errors import OptionError
 from bdbench.registry import ATTACKS, DATASETS
 from bdbench.store import Manifest
@@ -20,6 +21,11 @@ FOLDER = "again"
 def poison_command(data: DatasetArtifact) -> str:
     """Return the command that makes a data set."""
     asked = data.manifest.ask
+    if not data.is_attacked:
+        _, dataset, *options = _source(data)
+        if "--test-fraction" not in options:  # `take` has another default
+            options += ["--test-fraction", str(Source.model_fields["test_fraction"].default)]
+        return _line(["bdbench", "take", dataset, *options, "--out", _place(data.path.name)])
     config = dict(asked.config)
     trusted = config.pop("trusted")
     del config["dataset"]

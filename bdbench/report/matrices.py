@@ -30,7 +30,7 @@ class Cell:
         method: registered name of the defence.
         runs: places of its rows among all rows.
         seeds: of the runs.
-        failed: runs whose attack failed; unknown: runs without an undefended row to tell.
+        failed: runs whose attack failed; unknown: runs without an undefended row to tell, or without any known attack.
         marks: see `tables.MARKS`.
         values: of every metric the mean, and under `<metric>_sd` and `<metric>_half` the spread, as in `tables`.
     """
@@ -135,7 +135,7 @@ def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
                 runs=tuple(place[id(run)] for run in group),
                 seeds=tuple(run["seed"] for run in group),
                 failed=sum("w" in run["marks"] for run in group),
-                unknown=sum("?" in run["marks"] for run in group),
+                unknown=sum("?" in run["marks"] or "n" in run["marks"] for run in group),
                 marks=row["marks"],
                 values=values,
             )

@@ -112,7 +112,7 @@ def _facts(model: ModelArtifact | None, data: DatasetArtifact | None, judged: Ma
     if data is not None:
         counts = data.manifest.facts["counts"]
         facts["images"] = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-        facts["poisoned in"] = f"{data.manifest.made['seconds']:.1f} s"
+        facts["data set made in"] = f"{data.manifest.made['seconds']:.1f} s"
     if judged is not None:
         facts["evaluated in"] = f"{judged.made['seconds']:.1f} s"
     return facts
@@ -167,7 +167,7 @@ class Picture(NamedTuple):
 
 
 def trigger_gallery(labels: Mapping[str, tuple[str, str]], shelf: Shelf) -> tuple[list[Picture], list[str]]:
-    """Return a picture per data set, of the same image where that is possible, and what could not be shown.
+    """Return a picture per attacked data set, of the same image where that is possible, and what could not be shown.
 
     Args:
         labels: id of a data set -> name of its source and of its attack.
@@ -176,6 +176,8 @@ def trigger_gallery(labels: Mapping[str, tuple[str, str]], shelf: Shelf) -> tupl
     sources: dict[str, list[DatasetArtifact]] = {}
     missing = []
     for dataset_id, (name, attack) in labels.items():
+        if dataset_id in shelf.datasets and not shelf.datasets[dataset_id].is_attacked:
+            continue
         if dataset_id in shelf.datasets:
             sources.setdefault(name, []).append(shelf.datasets[dataset_id])
         else:
