@@ -11,17 +11,20 @@ from bdbench.datasets.base import Source
 from bdbench.datasets.paths import PathSource
 from bdbench.errors import OptionError, did_you_mean
 from bdbench.registry import DATASETS
+from bdbench.store import is_artifact
 
 
 def open_source(dataset: str | Path, options: Mapping[str, Any]) -> Source:
     """Return the source of a registered name, or of a path.
 
     Raises:
-        OptionError: neither is known, or an option does not fit.
+        OptionError: neither is known, the path is an artifact, or an option does not fit.
     """
     if str(dataset) in DATASETS.rows:
         return cast("Source", DATASETS.load(str(dataset)).parse(options))
     path = Path(dataset).expanduser()
+    if is_artifact(path):
+        raise OptionError(f"{path} is an artifact already; go on with: bdbench defend {path} --method abl")
     if not path.exists() and not re.search(r"[/\\.]", str(dataset)):
         raise OptionError(
             f"unknown data set '{dataset}'.{did_you_mean(str(dataset), DATASETS.rows)} Known: "

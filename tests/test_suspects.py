@@ -90,6 +90,11 @@ def test_a_file_that_is_named_otherwise_makes_another_artifact(tmp_path: Path) -
     assert stages.take(photos, out=tmp_path / "taken", force=True).id != taken.id
 
 
+def test_an_artifact_is_no_source(toys: DatasetArtifact) -> None:
+    with pytest.raises(OptionError, match=r"is an artifact already; go on with: bdbench defend .* --method abl"):
+        stages.take(toys.path)
+
+
 # what is not known is not claimed
 
 
