@@ -161,7 +161,7 @@ def read_grid(path: Path, seeds: list[int] | None = None) -> Grid:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(f"{path} is not TOML: {error}") from error
-    return _Reader(path, text, raw if seeds is None else {**raw, "seeds": seeds}).grid()
+    return _Reader(path, text, raw, seeds).grid()
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -183,17 +183,18 @@ def parse_seeds(text: str) -> list[int]:
 class _Reader:
     """Turns a parsed file into a grid, or into an error that names a line of it."""
 
-    def __init__(self, path: Path, text: str, raw: dict[str, Any]) -> None:
-        self.path, self.lines, self.raw = path, text.splitlines(), raw
+    def __init__(self, path: Path, text: str, raw: dict[str, Any], seeds: list[int] | None) -> None:
+        self.path, self.lines, self.raw, self.seeds = path, text.splitlines(), raw, seeds
 
     def grid(self) -> Grid:
         self._check_keys(self.raw, {*DEFAULTS, *TABLES, "recipe", "include", "exclude"}, "key")
-        lists = {axis: self._list(axis) for axis in AXES}
+        written = {axis: self._list(axis) for axis in AXES}
+        lists = {**written, "seed": written["seed"] if self.seeds is None else self.seeds}
         includes = [self._rule("include", number) for number in range(len(self._tables("include")))]
         excludes = [self._rule("exclude", number) for number in range(len(self._tables("exclude")))]
         product = list(_cells(lists))
         for number, rule in enumerate(excludes):
-            if not any(_matches(cell, rule) for cell in product):
+            if not any(_matches(cell, rule) for cell in (*product, *_cells(written))):
                 raise self._wrong(
                     f"[[exclude]] number {number + 1} matches no cell of the product", "[[exclude]]", number
                 )

@@ -111,6 +111,19 @@ seed = [3, 4]
 """
 
 
+def test_an_exclude_of_a_seed_of_the_file_holds_where_other_seeds_are_given(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text('seeds = [0, 1]\ndefenses = ["none", "abl"]\n[[exclude]]\ndefense = "abl"\nseed = 1\n')
+    assert [(cell.seed, cell.defense) for cell in read_grid(path, [0, 2]).cells] == [
+        (0, "none"), (0, "abl"), (2, "none"), (2, "abl"),
+    ]  # fmt: skip
+    assert [cell.defense for cell in read_grid(path, [1]).cells] == ["none"]
+    path.write_text("seeds = [0, 1]\n[[exclude]]\nseed = 3\n")
+    with pytest.raises(OptionError, match="matches no cell"):
+        read_grid(path, [0])
+    assert all(cell.seed == 4 for cell in read_grid(path, [3, 4]).cells)
+
+
 def test_excludes_take_out_and_includes_add(tmp_path: Path) -> None:
     found = {(cell.attack, cell.defense, cell.seed) for cell in grid_of(tmp_path, RULES).cells}
     product = {("badnets", defense, 0) for defense in ("none", "abl", "cbd")} | {("sig", "none", 0)}
