@@ -108,7 +108,8 @@ def show_classes(classes: pd.DataFrame) -> None:
     """Print how the suspects spread over the classes."""
     from rich.table import Table
 
-    table = Table("labelled as", header_style="bold")
+    table = Table(header_style="bold")
+    table.add_column("labelled as", overflow="fold")
     for heading in ("images", "suspects", "of the class"):
         table.add_column(heading, justify="right")
     listed = min(CLASSES, int((classes["suspects"] > 0).sum()))
@@ -126,7 +127,9 @@ def show_top(ranked: pd.DataFrame) -> None:
 
     if not len(ranked):
         return
-    table = Table("", "place", "labelled as", header_style="bold")
+    table = Table("", header_style="bold")
+    for heading in ("place", "labelled as"):
+        table.add_column(heading, overflow="fold")
     table.add_column("score", justify="right")
     for number, row in enumerate(ranked.itertuples(), 1):
         table.add_row(str(number), str(row.place), str(row[4]), f"{row.score:.4g}")
