@@ -107,6 +107,7 @@ TABLES: Mapping[str, tuple[Path, str, Callable[[Sequence[Row]], str]]] = Mapping
         "grid": (README, "grid", grid),
         "quickstart": (README, "quickstart", quickstart),
         "attacks": (compare.PAGE, "attacks", attacks),
+        "budget": (compare.PAGE, "cifar10-budget", cifar),
     }
 )
 """Marker -> page that has it, suite, and what makes its table."""
