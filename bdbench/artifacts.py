@@ -165,10 +165,10 @@ class DatasetArtifact(Artifact):
 
     @property
     def places(self) -> list[str]:
-        """The file of each training sample, where each has its own, else its row in the source's training split."""
+        """The file of each training sample, where each has its own, else its row of the training split."""
         if "places.parquet" in self.manifest.files:
             return [str(record["file"]) for record in self.records("places.parquet")]
-        return [f"row {row}" for row in self.column("truth.parquet", "source_row").tolist()]
+        return [f"row {row}" for row in range(self.manifest.facts["counts"]["train"])]
 
     @property
     def triggered_rows(self) -> Tensor:

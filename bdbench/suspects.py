@@ -16,7 +16,7 @@ def rank(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
         data: what it was trained on.
 
     Returns:
-        row (of the artifact), place (file, or row of the source), label, class (its name), score (higher is more
+        row (of the artifact), place (file, or the row again), label, class (its name), score (higher is more
         suspect; only the order of one model's scores means anything), set_aside.
 
     Raises:
@@ -28,7 +28,7 @@ def rank(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
             f"{model.path} is by {model.manifest.ask.method}, which scores no samples; a defence such as abl does: "
             f"bdbench defend {data.path} --method abl"
         )
-    labels = data.train.labels.tolist()
+    labels = data.column("train.parquet", "label").tolist()
     frame = pd.DataFrame(
         {
             "row": samples["row"],

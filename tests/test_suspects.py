@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bdbench import stages, suspects, tables
+from bdbench import stages, store, suspects, tables
 from bdbench.artifacts import DatasetArtifact, ModelArtifact
 from bdbench.cli.app import run
 from bdbench.errors import ArtifactError, OptionError
@@ -154,8 +154,9 @@ def test_the_report_names_the_command_that_takes_it_again(options: dict[str, Any
 def scored() -> tuple[ModelArtifact, DatasetArtifact]:
     samples = pd.DataFrame({"row": range(6), "score": SCORES, "set_aside": [score > 0.8 for score in SCORES]})
     model = SimpleNamespace(samples=samples)
-    train = SimpleNamespace(labels=torch.tensor(LABELS))
-    data = SimpleNamespace(train=train, places=[f"{row}.png" for row in range(6)], class_names=("ant", "bee"))
+    data = SimpleNamespace(
+        column=lambda *_: torch.tensor(LABELS), places=[f"{row}.png" for row in range(6)], class_names=("ant", "bee")
+    )
     return cast("ModelArtifact", model), cast("DatasetArtifact", data)
 
 
@@ -212,8 +213,10 @@ def test_the_walk_from_a_folder_to_a_list_of_suspects(
 
 def test_the_truth_plays_no_part(toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = stages.defend(toys.path, "abl", options=FEW, out=tmp_path / "abl", **CPU)
-    monkeypatch.setattr(DatasetArtifact, "roles", property(lambda _: pytest.fail("read the roles")))
-    monkeypatch.setattr(DatasetArtifact, "truth", property(lambda _: pytest.fail("read the truth")))
+    opened: list[str] = []
+    checked = store.checked_file
+    monkeypatch.setattr(store, "checked_file", lambda *where: opened.append(where[-1]) or checked(*where))
     ranked = suspects.rank(model, toys)
     assert sorted(ranked["row"]) == list(range(120))
     assert ranked["score"].is_monotonic_decreasing
+    assert opened == ["samples.parquet", "train.parquet"]
