@@ -104,10 +104,11 @@ class Sweep:
     def _asked(self, cell: Cell) -> dict[str, Any]:
         """Return what a cell's result depends on: its settings, those of the model that it mends, and its methods."""
         suspect = None
+        labels = [f"attack {cell.attack}", f"defense {cell.defense}"]
         if cell.defense in self.suspects:
             base = self.grid.undefended(cell)
             suspect = {"name": self.grid.name(base), "settings": self.grid.settings(base)}
-        labels = (f"attack {cell.attack}", f"defense {cell.defense}")
+            labels.append(f"defense {base.defense}")
         methods = [self.methods[label] for label in labels if label in self.methods]
         return {"settings": self.grid.settings(cell), "suspect": suspect, "methods": methods}
 

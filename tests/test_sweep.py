@@ -172,6 +172,7 @@ def test_what_is_done_is_not_made_again_and_what_changed_is(tmp_path: Path) -> N
         (GRID + "[defense.none]\nepochs = 3\n", {}, ["none", "mcldef"]),
         (GRID + "[attack.badnets]\nrate = 0.2\n", {}, ["none", "abl", "mcldef"]),
         (GRID, {"defense abl": "another"}, ["abl"]),
+        (GRID, {"defense none": "another"}, ["none", "mcldef"]),
         (GRID, {"attack badnets": "another"}, ["none", "abl", "mcldef"]),
     ],
 )
