@@ -378,6 +378,9 @@ def test_a_switch_is_turned_off_and_on_and_a_flag_wins_over_the_file(here: Path,
     assert asked("--config", "on.toml") is True
     assert asked("--config", "on.toml", "--no-exclude-target") is False
     assert asked("--config", "off.toml", "--exclude-target") is True
+    assert "contradict each other" in bdbench("poison", "--exclude-target", "--no-exclude-target").err
+    (here / "no.toml").write_text("no_exclude_target = true\n")
+    assert "unknown key 'no_exclude_target'" in bdbench("poison", "--config", "no.toml").err
 
 
 def test_help_starts_without_torch_pandas_and_pyarrow() -> None:

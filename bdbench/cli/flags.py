@@ -48,8 +48,11 @@ def with_options(command: Callable[..., None], groups: Mapping[str, type[Options
 
     def call(**given: Any) -> None:  # noqa: ANN401 - each flag has its own type
         options = {info.name: given.pop(info.name) for info, _ in described}
-        for name in options:
+        for name, value in options.items():
             if given.pop(f"no_{name}", None):
+                if value:
+                    flag = name.replace("_", "-")
+                    raise OptionError(f"--{flag} and --no-{flag} contradict each other; give one")
                 options[name] = False
         if takes_options:
             given["options"] = {name: value for name, value in options.items() if value is not None}
@@ -125,7 +128,7 @@ def expand_config(arguments: Sequence[str], parameters: Mapping[str, Any]) -> li
     flags: list[str] = []
     for key, value in read_toml(Path(name)).items():
         parameter = key.replace("-", "_")
-        if parameter not in parameters:
+        if parameter not in parameters or parameter.removeprefix("no_") in parameters.keys() - {parameter}:
             raise OptionError(f"{name}: unknown key '{key}'.{did_you_mean(parameter, parameters)}")
         flag = f"--{parameter.replace('_', '-')}"
         if not {flag, f"--no-{flag[2:]}"} & set(arguments):
