@@ -176,12 +176,11 @@ def trigger_gallery(labels: Mapping[str, tuple[str, str]], shelf: Shelf) -> tupl
     sources: dict[str, list[DatasetArtifact]] = {}
     missing = []
     for dataset_id, (name, attack) in labels.items():
-        if dataset_id in shelf.datasets and not shelf.datasets[dataset_id].is_attacked:
-            continue
-        if dataset_id in shelf.datasets:
-            sources.setdefault(name, []).append(shelf.datasets[dataset_id])
-        else:
+        data = shelf.datasets.get(dataset_id)
+        if data is None:
             missing.append(f"{name}, {attack}: the data set {dataset_id} is not here")
+        elif data.is_attacked:
+            sources.setdefault(name, []).append(data)
     pictures = []
     for alike in sources.values():
         shared = _row(alike)
