@@ -19,13 +19,9 @@ def names_of(registry: Registry):  # type: ignore[no-untyped-def]  # noqa: ANN20
     return complete
 
 
-DatasetName = Annotated[
-    str,
-    typer.Option(
-        help="Registered name, or a path: image folder, Parquet (file or folder of shards), .npz.",
-        autocompletion=names_of(DATASETS),
-    ),
-]
+SOURCE = "Registered name, or a path: image folder, Parquet (file or folder of shards), .npz."
+DatasetName = Annotated[str, typer.Option(help=SOURCE, autocompletion=names_of(DATASETS))]
+DatasetPlace = Annotated[str, typer.Argument(metavar="DATASET", help=SOURCE, autocompletion=names_of(DATASETS))]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder of a local copy of a named data set.")]
 Download = Annotated[bool, typer.Option(help="Download a named data set that is missing.")]
 ImageSize = Annotated[int | None, typer.Option(help="Resize the shorter side to this many pixels and crop the centre.")]

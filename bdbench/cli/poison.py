@@ -13,6 +13,7 @@ from bdbench.cli.parameters import (
     Config,
     DataRoot,
     DatasetName,
+    DatasetPlace,
     Device,
     Download,
     Force,
@@ -23,9 +24,7 @@ from bdbench.cli.parameters import (
     PrecisionName,
     Seed,
     TestFraction,
-    names_of,
 )
-from bdbench.registry import DATASETS
 
 if TYPE_CHECKING:
     from bdbench.devices import Precision
@@ -98,14 +97,7 @@ def poison(
 
 
 def take(
-    dataset: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATASET",
-            help="Registered name, or a path: image folder, Parquet (file or folder of shards), .npz.",
-            autocompletion=names_of(DATASETS),
-        ),
-    ],
+    dataset: DatasetPlace,
     data_root: DataRoot = None,
     download: Download = True,
     image_size: ImageSize = None,
