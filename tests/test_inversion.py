@@ -124,6 +124,17 @@ def test_a_mask_mixes_pattern_and_image() -> None:
     torch.testing.assert_close(triggers.stamp(images)[0], 0.75 * images + 0.25 * triggers.pattern[0])
 
 
+def test_a_mask_can_grow_where_every_image_is_black_or_white() -> None:
+    """A gradient that is cut at the bounds would leave it at 0 for ever."""
+    triggers = masks_of(0)
+    set_mask(triggers, 0)
+    image = torch.zeros(1, *SHAPE)
+    image[:, :, :, 4:] = 1
+    triggers.stamp(image).sum().backward()
+    # d/dm of (1 - m) x + m P, over channels
+    torch.testing.assert_close(triggers.mask.grad, (triggers.pattern - image).sum(1, keepdim=True).detach())
+
+
 def test_pixels_are_added_and_taken_away() -> None:
     triggers = pixels_of(0)
     with torch.no_grad():
@@ -216,6 +227,21 @@ def test_a_mask_that_grows_or_stops_working_has_not_shrunk() -> None:
         set_mask(triggers, value)
         ends.append(epoch(triggers, success))
     assert ends == [False, False, False, True]
+
+
+def test_the_end_compares_with_the_smallest_also_where_the_last_is_kept() -> None:
+    triggers = masks_of(0, keep="last", patience=2)
+    ends = []
+    for value in (0.5, 0.7, 0.6, 0.5):
+        set_mask(triggers, value)
+        ends.append(epoch(triggers, 1))
+    assert ends == [False, False, False, True]
+
+
+def test_a_last_mask_that_fails_now_and_then_has_not_shrunk() -> None:
+    triggers = masks_of(0, keep="last", patience=2)
+    set_mask(triggers, 0.5)
+    assert [epoch(triggers, success) for success in (1, 0.5, 1, 0.5)] == [False, False, False, True]
 
 
 def test_masks_do_not_end_before_all_work() -> None:

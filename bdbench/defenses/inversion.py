@@ -55,6 +55,7 @@ class Triggers(nn.Module):
     hits: Tensor
     tries: Tensor
     streak: Tensor
+    smallest: Tensor
     best_size: Tensor
     best_success: Tensor
     best_keep: Tensor
@@ -71,6 +72,7 @@ class Triggers(nn.Module):
         self.register_buffer("cost", torch.full((count,), self.first_cost if cost is None else cost))
         for name in ("hits", "tries", "streak", "best_success"):
             self.register_buffer(name, torch.zeros(count))
+        self.register_buffer("smallest", torch.full((count,), torch.inf))  # that ever worked, kept or not
         self.register_buffer("best_size", torch.full((count,), float(height * width)))
         self.register_buffer("best_keep", torch.ones(count, 1, height, width))
         self.register_buffer("best_add", torch.zeros(count, channels, height, width))
@@ -105,7 +107,7 @@ class Triggers(nn.Module):
     def stamp(self, images: Tensor) -> Tensor:
         """Stamp images (B, C, H, W) with every trigger: (k, B, C, H, W)."""
         keep, add = self.current()
-        return (keep[:, None] * images + add[:, None]).clamp(0, 1)
+        return keep[:, None] * images + add[:, None]
 
     def count(self, before: Tensor, after: Tensor) -> None:
         """Count, per class, the images (B,) that were not of it before, and those of them (k, B) that are after."""
@@ -119,10 +121,10 @@ class Triggers(nn.Module):
         self.clamp()
         success = self.hits / self.tries.clamp_min(1)
         sizes = self.sizes()
-        worked = self.best_success >= SUCCESS
-        improved = (success >= SUCCESS) & (~worked | (sizes < self.best_size))
+        improved = (success >= SUCCESS) & (sizes < self.smallest)
         taken = improved if self.keep == "best" else torch.ones_like(improved)
-        taken = taken | (~worked & (success >= self.best_success))
+        taken = taken | (self.smallest.isinf() & (success >= self.best_success))
+        self.smallest.copy_(torch.where(improved, sizes, self.smallest))
         keep, add = self.kept()
         for name, new in (("size", sizes), ("success", success), ("keep", keep), ("add", add)):
             old = getattr(self, f"best_{name}")
@@ -169,7 +171,7 @@ class MaskTriggers(Triggers):
 
     def adapt(self, success: Tensor, improved: Tensor) -> bool:  # noqa: ARG002
         """End when all masks work and none has shrunk for more than `patience` epochs."""
-        self.streak.copy_(torch.where(improved | (self.best_success < SUCCESS), 0, self.streak + 1))
+        self.streak.copy_(torch.where(improved | self.smallest.isinf(), 0, self.streak + 1))
         return bool((self.streak > self.patience).all())
 
 
@@ -189,6 +191,10 @@ class PixelTriggers(Triggers):
         """Return the k triggers; what would leave [0, 1] is cut when they are stamped."""
         change = self.plus.clamp(0, 1) - self.minus.clamp(0, 1)
         return Stamp(torch.ones_like(change[:, :1]), change)
+
+    def stamp(self, images: Tensor) -> Tensor:
+        """Stamp images, and cut what leaves [0, 1]; masks leave it nowhere, and a cut would hold them at its bounds."""
+        return super().stamp(images).clamp(0, 1)
 
     def kept(self) -> Stamp:
         """Return them without changes that a stored image cannot show."""

@@ -44,14 +44,19 @@ class MCLDef(Defense):
     penalised) and `--form pixel` (2023: a pattern that is added, its cost raised while it works and lowered while it
     does not). Both are told the target (`--oracle-target`), which here is inferred. The first one keeps the last
     trigger, however well it works (`--inversion-keep last`), augments (`--inversion-augment crop,flip`), and clamps
-    patterns in normalised space, where black and white cannot be reached; here pixels are pixels. In both the tuned
-    model sees stamped images only, so its batch-norm statistics are those of stamped images (`--clean-norms` adds the
-    clean ones), and nothing holds its accuracy (`--clean-weight`). The learning rate of purification is 0.1, 0.01 and
-    0.001, as there for CIFAR-10; for GTSRB it begins at 0.01.
+    patterns in normalised space, where black and white cannot be reached; here pixels are pixels. The second one keeps
+    a pattern that has a lower penalty and fewer changed pixels, goes on from what it kept, zeroes what is under 1/255
+    on either side, and leaves out a last batch that is not full; here the pattern that changes least is kept, training
+    goes on from where it is, and what is zeroed is the difference of the sides. Success is counted over the images that
+    are not of the class before. Images of the target class are purified too, as there. In both the tuned model sees
+    stamped images only, so its batch-norm statistics are those of stamped images (`--clean-norms` adds the clean ones),
+    and nothing holds its accuracy (`--clean-weight`, which takes `--clean-norms` with it). The learning rate of
+    purification is 0.1, 0.01 and 0.001, as there for CIFAR-10; for GTSRB it begins at 0.01.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.04411"
     threat: ClassVar[str] = "the defender has the backdoored model and a few trusted clean images, no training set"
+    version: ClassVar[int] = 2
     needs_trusted: ClassVar[bool] = True
     needs_suspect: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -91,7 +96,9 @@ class MCLDef(Defense):
         "best", description="Keep the smallest trigger that works, or the last one."
     )
     tau: float = Field(0.5, gt=0, description="Temperature of the contrast.")
-    clean_weight: float = Field(0.0, ge=0, description="Weight of a cross entropy on the clean trusted images.")
+    clean_weight: float = Field(
+        0.0, ge=0, description="Weight of a cross entropy on the clean trusted images; takes --clean-norms with it."
+    )
     clean_norms: bool = Field(
         False, description="Let batch norm see the clean images too, in one batch with the stamped."
     )
