@@ -6,13 +6,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from bdbench import checkpoints
 from bdbench.augment import augmented, parse_augment
 from bdbench.data import ImageDataset
 from bdbench.devices import memory_for_images, out_of_memory_advice
-from bdbench.errors import TrainingError
+from bdbench.errors import ArtifactError, TrainingError
 from bdbench.feeding import Feed
 from bdbench.models.classifier import Classifier
 from bdbench.options import Options
@@ -59,7 +60,9 @@ class Recipe(Options):
             done = (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-9)
             return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         if self.schedule == "step":
-            return self.lr * 0.1 ** sum(math.floor(epoch) >= round(part * self.epochs) for part in self.milestones)
+            # However few epochs there are, the first one has the whole rate.
+            drops = [max(1, round(part * self.epochs)) for part in self.milestones]
+            return self.lr * 0.1 ** sum(math.floor(epoch) >= drop for drop in drops)
         return self.lr
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -109,6 +112,7 @@ class Engine:
         checkpoint_seconds: the least time between two checkpoints of one phase.
         image_memory: bytes of training images that may lie on the device, more are streamed; None for what is there.
         compile: let torch compile the networks that are trained; where it cannot, say why and go on without.
+        cannot_compile: it could not.
     """
 
     device: torch.device
@@ -120,6 +124,7 @@ class Engine:
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     image_memory: int | None = None
     compile: bool = False
+    cannot_compile: bool = field(default=False, init=False)
     _fed: Feed | None = field(default=None, init=False, repr=False)
 
     def fit(
@@ -196,20 +201,38 @@ class Engine:
             what: what to call it in notes, such as "features".
             train: changes the objects; its rows of the history are kept with them.
         """
-        point = checkpoints.load(folder, key, objects) if folder else None
-        if point is not None:
-            self.progress.note(f"{what}: from the cache ({key[:16]})")
-            self.history.extend(point.rows)
+        if folder is None:
+            train()
             return
-        before = len(self.history)
-        train()
-        if folder:
+        with self._alone(folder / f"{key}.lock", what):
+            point = checkpoints.load(folder, key, objects)
+            if point is not None:
+                self.progress.note(f"{what}: from the cache ({key[:16]})")
+                self.history.extend(point.rows)
+                return
+            before = len(self.history)
+            train()
             try:
-                folder.mkdir(parents=True, exist_ok=True)
                 done = checkpoints.Point(0, stopped=True, rows=self.history[before:])
                 checkpoints.save(folder, key, done, objects)
-            except OSError as error:
+            except ArtifactError as error:
                 self.progress.note(f"{what}: not kept for other runs ({error})")
+
+    @contextmanager
+    def _alone(self, file: Path, what: str) -> Iterator[None]:
+        """Hold the lock of what is cached, so that two runs do not train it at once; go without where there is none."""
+        lock = FileLock(file)
+        with suppress(OSError, NotImplementedError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                self.progress.note(f"{what}: another run trains the same; waiting for it")
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def logits(self, model: Classifier, images: Tensor) -> Tensor:
         """Return the logits (N, K) float32, on the CPU, of uint8 images (N, C, H, W), unaugmented."""
@@ -234,14 +257,13 @@ class Engine:
         model.eval()
         with (
             torch.inference_mode(),
-            # Compiling for a pass over the images does not pay.
-            torch.compiler.set_stance("force_eager") if self.compile else nullcontext(),
+            _eager(self.compile),  # compiling for a pass over the images does not pay
             self.autocast(),
             out_of_memory_advice("the load of the device, or use --device cpu"),
         ):
             chunks = images.split(EVALUATION_BATCH)
             outputs = [function(chunk.to(self.device).float() / 255) for chunk in chunks]
-        return torch.cat(outputs).cpu() if outputs else torch.empty(0)
+        return torch.cat(outputs).cpu()
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -274,7 +296,7 @@ class _Phase(Generic[Module]):
         self.frozen_norms = frozen_norms
         self.optimizer = optimizer or recipe.optimizer(model)
         self.state: dict[str, Stateful] = {"model": model, "optimizer": self.optimizer, **companions}
-        self.compiled = engine.compile and isinstance(model, Classifier)
+        self.compiled = engine.compile and not engine.cannot_compile and isinstance(model, Classifier)
         if self.compiled:
             cast("nn.Module", model.features).compile()
         self.step = 0
@@ -353,15 +375,14 @@ class _Phase(Generic[Module]):
             if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             self.engine.progress.note(f"not compiled: {str(error).strip().splitlines()[0]}")
-            self.compiled = False
-            torch.compiler.set_stance("force_eager")
+            self.compiled, self.engine.cannot_compile = False, True
             loss = self._descend(batch)
         self.optimizer.step()
         return loss
 
     def _descend(self, batch: Batch) -> Tensor:
         """Compute the gradients and return the loss, detached."""
-        with self.engine.autocast():
+        with _eager(self.engine.cannot_compile), self.engine.autocast():
             loss = self.loss(self.model, batch)
         loss.backward()
         return loss.detach().float()
@@ -390,6 +411,11 @@ class _Phase(Generic[Module]):
             point = checkpoints.Point(self.step, self.stopped, self.rows)
             checkpoints.save(self.engine.work, self.name, point, self.state)
             self.saved_at = time.monotonic()
+
+
+def _eager(wanted: bool) -> AbstractContextManager[object]:
+    """Run what was compiled as it was written, if wanted."""
+    return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
 
 
 def frozen(module: Module) -> Module:

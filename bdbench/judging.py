@@ -125,10 +125,12 @@ def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
         "defense_options": dict(asked.config),
         "preset": asked.config["preset"],
         "findings": dict(model.manifest.facts.get("findings", {})),
+        "changed": list(model.manifest.facts.get("changed", [])),
         "reads_truth": model.manifest.facts.get("reads_truth", False),
         "seed": asked.seed,
         "attack_seed": attacked.seed,
-        "seconds": model.manifest.made["seconds"],
+        # Counted by epochs too: those before an interruption are in the history, not in the last start's seconds.
+        "seconds": max(model.manifest.made["seconds"], model.manifest.made["training_seconds"]),
         "peak_memory_bytes": model.manifest.made["peak_memory_bytes"],
         "device": model.manifest.made["device"],
         "precision": model.manifest.made["precision"],

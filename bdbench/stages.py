@@ -24,6 +24,7 @@ from torch import Tensor
 from bdbench import judging, store
 from bdbench.artifacts import (
     AS_FOUND,
+    OPENERS,
     Artifact,
     DatasetArtifact,
     EvaluationArtifact,
@@ -234,7 +235,8 @@ def defend(
         model = suspect_model.manifest.facts["model"]
         progress.note(f"suspect: {suspect_model.path}")
     model = model_name(model, data.image_shape)
-    config = {"model": model, "preset": preset, **plain(recipe.model_dump()), **plain(defense.model_dump())}
+    settings = _settings(recipe, defense)
+    config = {"model": model, "preset": preset, **settings}
     ask = Ask("model", method, defense.version, config, seed, inputs)
     out = out or data.path.with_name(f"{data.path.name}-{method}")
     if store.existing(out, ask, force=force):
@@ -260,6 +262,9 @@ def defend(
         _check_result(result, len(data.train), method)
         write_model(draft, model, result.model, data.train, engine.history, result.scores, result.set_aside)
         draft.facts |= {"findings": plain(dict(result.findings)), "reads_truth": defense.needs_truth}
+        _, usual, usual_recipe = resolve_budget(method, preset, {}, data)
+        usual_settings = _settings(usual_recipe, usual)
+        draft.facts["changed"] = [name for name, value in settings.items() if value != usual_settings[name]]
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
     return ModelArtifact.open(out)
 
@@ -284,6 +289,11 @@ def resolve_budget(
         recipe = recipe.model_copy(update={"augment": data.manifest.facts["augment"]})
     parse_augment(recipe.augment)
     return preset, cls.parse(method_values), recipe
+
+
+def _settings(recipe: Recipe, defense: Defense) -> dict[str, Any]:
+    """Return all options of a run as JSON values."""
+    return {**plain(recipe.model_dump()), **plain(defense.model_dump())}
 
 
 def split_options(values: Mapping[str, Any], cls: type[Options]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -436,7 +446,5 @@ def dataset_of(model: ModelArtifact, data: str | Path | None = None) -> DatasetA
 
 def latest(kind: store.Kind, root: Path = store.ROOT) -> Artifact | None:
     """Return the newest artifact of a kind under a folder, or None."""
-    from bdbench.artifacts import OPENERS
-
     found = store.find_artifacts(root, kind)
     return OPENERS[kind](*found[-1]) if found else None

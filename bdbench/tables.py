@@ -72,6 +72,7 @@ MARKS = {
     "n": "the data as they were found: no trigger is known, and so no ASR",
     "?": "no undefended row of the same data set and model here: neither DER nor the strength of the attack is known",
     "b": "a small budget, not the paper's",
+    "c": "other options than the preset's",
     "o": "the defence was told the target class",
     "r": "a reference that reads the truth, no defence",
     "p": "the attack's generator was trained with a victim of its own, then frozen and replayed as data",
@@ -126,6 +127,7 @@ def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             der = defence_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
         marks = "n" if not attacked else "?" if base is None else "w" if failed else ""
         marks += "" if row["preset"] == "paper" else "b"
+        marks += "c" if row.get("changed") else ""
         marks += "o" if row["defense_options"].get("oracle_target") is not None else ""
         marks += "r" if row.get("reads_truth") else ""
         marks += "p" if row.get("replay") else ""
@@ -220,7 +222,8 @@ def render(rows: Sequence[dict[str, Any]], style: Format) -> Fitting | str:
         return json.dumps({"rows": list(rows)}, indent=1)
     if style == "csv":
         flat = [
-            {key: json.dumps(item) if isinstance(item, dict) else item for key, item in row.items()} for row in rows
+            {key: json.dumps(item) if isinstance(item, dict | list) else item for key, item in row.items()}
+            for row in rows
         ]
         return pd.DataFrame(flat).to_csv(index=False)
     merged = _grouped(merge(rows))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ from bdbench.defenses.cbd import (
 from bdbench.engine import Engine, Recipe, frozen
 from bdbench.feeding import Feed
 from bdbench.models.classifier import Classifier
-from bdbench.options import describe_options
 from bdbench.seeds import generator, scoped
 
 DISENTANGLED: dict[str, Any] = {
@@ -698,11 +696,6 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(options: dict[str, Any]
 )  # fmt: skip
 def test_every_option_changes_the_model(options: dict[str, Any]) -> None:
     assert not are_equal(weights_of(defend().model), weights_of(defend(**options).model))
-
-
-def test_every_flag_that_the_help_names_exists() -> None:
-    known = {info.flag for cls in (CBD, Recipe) for info in describe_options(cls)} | {"--preset"}
-    assert set(re.findall(r"--[a-z][a-z-]+", CBD.__doc__ or "")) <= known
 
 
 # a backdoor

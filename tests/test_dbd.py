@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 from toys import CLASSES, Fuse, are_equal, toy_batch, toy_data, toy_engine, toy_model, toy_recipe, weights_of
 
@@ -497,7 +498,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(folder.rglob("*.safetensors"))
 
 
 def test_a_second_run_takes_the_features_from_the_cache_and_ends_bit_equal(
@@ -522,6 +523,22 @@ def test_a_run_says_that_it_takes_features_from_the_cache(tmp_path: Path) -> Non
         task = cached(tmp_path).task(toy_engine(progress=Notes()))
         DBD.parse(QUICK)._learn_features(task, task.new_model("model"))
         assert notes == expected
+
+
+def test_a_run_waits_for_another_that_trains_the_same_features(tmp_path: Path) -> None:
+    (tmp_path / "encoders").mkdir()
+    other = FileLock(tmp_path / "encoders" / f"{key_of()}.lock")
+    other.acquire()
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+            other.release()
+
+    task = cached(tmp_path).task(toy_engine(progress=Notes()))
+    DBD.parse(QUICK)._learn_features(task, task.new_model("model"))
+    assert notes == ["features: another run trains the same; waiting for it"]
 
 
 def test_only_the_history_of_the_features_is_kept_with_them(tmp_path: Path) -> None:

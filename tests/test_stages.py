@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -811,6 +812,90 @@ def test_every_defence_has_every_budget(name: str, preset: str, toys: DatasetArt
     assert chosen == preset
     assert isinstance(defense, DEFENSES.load(name))
     assert recipe.epochs >= 1
+
+
+@every_defense
+def test_every_flag_that_the_help_of_a_defence_names_exists(name: str) -> None:
+    cls = DEFENSES.load(name)
+    flags = {info.flag for options in (cls, Recipe) for info in describe_options(options)}
+    known = flags | {flag.replace("--", "--no-", 1) for flag in flags} | {"--preset", "--augment"}
+    assert set(re.findall(r"--[a-z][a-z-]+", cls.__doc__ or "")) <= known
+
+
+PAPER: dict[str, dict[str, Any]] = {
+    "none": {
+        "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4,
+        "schedule": "step", "warmup": 0,
+    },
+    "cbd": {
+        "twin_epochs": 5, "twin_step_limit": 0, "twin_lr": 0.1, "twin_schedule": "constant", "twin_augment": "auto",
+        "twin_judges": "batch", "epochs": 100, "batch_size": 64, "lr": 0.1, "momentum": 0.9, "nesterov": True,
+        "weight_decay": 1e-4, "schedule": "step", "information_weight": 0.01, "bottleneck": 1e-4, "reweight": True,
+        "critic_dropout": 0.2,
+    },
+    "abl": {
+        "isolation_epochs": 20, "isolation_rate": 0.01, "isolation_lr": 0.1, "isolation_augment": "none", "gamma": 0.5,
+        "trap": "batch", "epochs": 60, "batch_size": 64, "lr": 0.1, "momentum": 0.9, "nesterov": True,
+        "weight_decay": 1e-4, "schedule": "step", "objective": "joint", "unlearn_batch_size": 64,
+    },
+    "dbd": {
+        "ssl_epochs": 100, "ssl_batch_size": 512, "ssl_lr": 0.4, "ssl_weight_decay": 1e-4, "ssl_warmup": 0,
+        "temperature": 0.5, "symmetric": True, "head_epochs": 10, "head_batch_size": 128, "sce_alpha": 0.1,
+        "sce_beta": 1, "credible_rate": 0.5, "split_by": "all", "split_augmented": False, "steps_per_epoch": 1024,
+        "sharpening": 0.5, "mixup": 0.75, "unlabelled_weight": 15, "epochs": 190, "batch_size": 64, "lr": 0.002,
+        "schedule": "constant", "weight_decay": 0,
+    },
+    "mcldef": {
+        "form": "pixel", "oracle_target": None, "inversion_epochs": 100, "inversion_batch_size": 64,
+        "inversion_augment": "none", "tau": 0.5, "clean_weight": 0, "clean_norms": False, "epochs": 20,
+        "batch_size": 64, "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "schedule": "step",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_preset_has_the_papers_constants(name: str, toys: DatasetArtifact) -> None:
+    _, defense, recipe = stages.resolve_budget(name, "paper", {}, toys)
+    found = {**recipe.model_dump(), **defense.model_dump()}
+    assert {option: found[option] for option in PAPER[name]} == PAPER[name]
+
+
+@pytest.mark.parametrize(("name", "epochs", "rates"), [
+    ("none", (0, 19, 20, 69, 70, 99), (0.1, 0.1, 0.01, 0.01, 0.001, 0.001)),
+    ("cbd", (0, 19, 20, 69, 70, 99), (0.1, 0.1, 0.01, 0.01, 0.001, 0.001)),
+    ("abl", (0, 39, 40, 59), (0.1, 0.1, 0.01, 0.01)),
+    ("mcldef", (0, 1, 9, 10, 19), (0.1, 0.01, 0.01, 0.001, 0.001)),
+])  # fmt: skip
+def test_the_paper_preset_has_the_papers_learning_rates(
+    name: str, epochs: tuple[int, ...], rates: tuple[float, ...], toys: DatasetArtifact
+) -> None:
+    _, _, recipe = stages.resolve_budget(name, "paper", {}, toys)
+    assert [recipe.lr_at(epoch) for epoch in epochs] == pytest.approx(rates)
+
+
+def test_a_model_says_which_options_are_not_its_presets(toys: DatasetArtifact, tmp_path: Path) -> None:
+    """Else a run of one epoch under the name of the paper's preset would read as the paper's."""
+    options = {"epochs": 1, "lr": 0.05, "momentum": 0.5}  # the second one is what `tiny` has
+    model = stages.defend(toys.path, "none", preset="tiny", options=options, out=tmp_path / "none", **CPU)
+    assert model.manifest.facts["changed"] == ["epochs", "momentum"]
+    (row,) = tables.mark_rows([tables.evaluation_row(stages.evaluate(model.path, data=toys.path))])
+    assert row["changed"] == ["epochs", "momentum"]
+    assert "c" in row["marks"]
+
+
+def test_a_model_of_a_preset_as_it_is_has_nothing_changed(toys: DatasetArtifact, tmp_path: Path) -> None:
+    model = stages.defend(toys.path, "none", preset="tiny", out=tmp_path / "none", **CPU)
+    assert model.manifest.facts["changed"] == []
+
+
+def test_seconds_count_the_epochs_before_an_interruption(
+    toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = defend(toys, "none", tmp_path / "none", options={"epochs": 1})
+    for counted in (0.25, 1e6):
+        monkeypatch.setitem(model.manifest.made, "training_seconds", counted)
+        facts = judging.row_facts(model, toys)
+        assert facts["seconds"] == max(model.manifest.made["seconds"], counted)
 
 
 def test_a_defence_that_scores_other_samples_is_a_mistake_of_ours(

@@ -43,7 +43,7 @@ def at_work(folder: Path | None, progress: Silent) -> Lab:
 
 
 def kept(folder: Path) -> set[str]:
-    return {path.name for path in (folder / "surrogates").iterdir()}
+    return {path.name for path in (folder / "surrogates").glob("*.safetensors")}
 
 
 # trained once

@@ -36,8 +36,11 @@ class ABL(Defense):
     Paper: Li et al., Anti-Backdoor Learning: Training Clean Models on Poisoned Data, NeurIPS 2021,
     https://arxiv.org/abs/2110.11571.
 
-    The paper goes from isolation straight to the joint objective: `--no-finetune --objective joint --unlearn-steps N`,
-    N as many as the remaining epochs have; `--epochs`, `--lr` and `--schedule` then train nothing. Its formula of local
+    What runs unless told otherwise joins both forms: the code's fine-tuning, then the paper's joint objective, in every
+    preset for 300 steps of a rate and a weight decay (2e-3, none) that are ours, chosen on training data.
+    The paper goes from isolation straight to the joint objective: `--no-finetune --objective joint --unlearn-lr 5e-4
+    --unlearn-weight-decay 1e-4 --unlearn-stop 1000 --unlearn-steps N`, N as many as the remaining epochs have;
+    `--epochs`, `--lr` and `--schedule` then train nothing. Its formula of local
     ascent read per sample is `--trap sample`, which also pushes triggered samples back up to gamma; the code acts on
     the batch mean. The cap is ours: ascent on cross entropy has no bound, and beyond guessing it only teaches the model
     never to say the target class, which target recall shows and papers that leave that class out do not. A batch's
@@ -53,7 +56,8 @@ class ABL(Defense):
     norm as they are while unlearning, but does not use them: `--unlearn-norms untracked`.
 
     Differs from the published code in every mode: isolation shuffles its batches, a last batch of one image is left
-    out, all runs are seeded.
+    out, all runs are seeded. The joint objective draws as many of the rest, augmented, as there are isolated ones in
+    the step, with replacement. An accuracy on the rest, as a second reason to stop, is not there.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2110.11571"

@@ -50,10 +50,11 @@ class DBD(Defense):
     the head learns (here nothing of them does), the split is by losses on augmented images (`--split-augmented`), and a
     resumed run begins its ramp again. As there, guessing runs in training mode and moves batch-norm statistics, one
     Adam serves head and fine-tuning, there is one mixing weight a batch, and weights are not averaged. Batches cycle
-    through shuffled samples without dropping any. Ranking by symmetric cross entropy is ranking by plain cross
-    entropy, which is what is computed. `--split-by class` is ours: with features of few epochs the joint ranking soon
-    keeps labels of some classes only, and the others are forgotten; the presets `fast` and `tiny` use it. How many
-    epochs the paper gives the first stage is not verified: 100 is what its code loads.
+    through shuffled samples without dropping any, but the head leaves out a last batch of one. The learning rate of
+    the first stage falls with every step, there with every epoch. Ranking by symmetric cross entropy is ranking by
+    plain cross entropy, which is what is computed. `--split-by class` is ours: with features of few epochs the joint
+    ranking soon keeps labels of some classes only, and the others are forgotten; the presets `fast` and `tiny` use it.
+    How many epochs the paper gives the first stage is not verified: 100 is what its code loads.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2202.03423"
