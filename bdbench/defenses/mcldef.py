@@ -56,7 +56,6 @@ class MCLDef(Defense):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.04411"
     threat: ClassVar[str] = "the defender has the backdoored model and a few trusted clean images, no training set"
-    version: ClassVar[int] = 2
     needs_trusted: ClassVar[bool] = True
     needs_suspect: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
