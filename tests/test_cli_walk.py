@@ -297,6 +297,49 @@ def test_a_wrong_toml_file_is_named(here: Path, bdbench: Any, text: str, said: s
     assert said in result.err
 
 
+def test_keys_of_a_toml_file_are_the_flags_of_the_command(in_walk: Path, bdbench: Any) -> None:
+    Path("a.toml").write_text('format = "csv"\nassert = ["ba>=0", "asr>=2"]\njson = false\n')
+    result = bdbench("table", "--config", "a.toml")
+    assert result.code == 3
+    assert result.out.startswith("attack,attack_options,")
+    assert "is not >= 2" in result.err
+    assert "is not >= 0" not in result.err
+    assert bdbench("table", "--config", "a.toml", "--assert=ba>=0").code == 0
+
+
+def test_keys_of_a_toml_file_may_have_dashes_and_switches_may_be_off(here: Path, bdbench: Any) -> None:
+    Path("a.toml").write_text("test-fraction = 0.3\ndownload = false\nforce = false\ncolour = [1, 2, 3]\n")
+    assert bdbench("poison", "--config", "a.toml", "--out", "a").code == 0
+    manifest = json.loads(Path("a/manifest.json").read_text())
+    assert manifest["facts"]["source_options"] == {"test_fraction": 0.3}
+    assert manifest["ask"]["config"]["colour"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "said"),
+    [
+        ("table", 'style = "csv"', "unknown key 'style'"),
+        ("table", 'assertions = ["asr<=1"]', "unknown key 'assertions'. Did you mean 'assert'?"),
+        ("table", 'places = "runs"', "places is not a flag; give it on the command line"),
+        ("train", 'dataset = "runs/x"', "dataset is not a flag; give it on the command line"),
+        ("defend", "method = 3", "method must be a name in quotes, not 3"),
+        ("poison", "[attack.badnets]\nrate = 0.1", "attack must be a name in quotes, not {'badnets'"),
+        ("poison", "seed = [1, 2]", "seed cannot be [1, 2]; --seed takes one value"),
+        ("poison", "colour = 7", "colour cannot be 7; --colour takes 3 values"),
+        ("poison", "seed = true", "seed cannot be true; --seed takes a value"),
+        ("poison", 'force = "yes"', "force cannot be yes; --force is a switch: true or false"),
+        ("poison", "[seed]", "seed is a table"),
+    ],
+)
+def test_a_toml_key_that_is_no_flag_or_has_a_wrong_value_is_named(
+    here: Path, bdbench: Any, command: str, text: str, said: str
+) -> None:
+    Path("a.toml").write_text(text)
+    result = bdbench(command, "--config", "a.toml")
+    assert result.code == 1
+    assert f"a.toml: {said}" in result.err
+
+
 @pytest.mark.parametrize("kind", ["attacks", "defenses", "datasets", "models"])
 def test_list_gives_names_and_summaries(bdbench: Any, kind: str) -> None:
     rows = bdbench("list", kind, "--json").json
