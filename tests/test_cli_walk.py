@@ -243,6 +243,7 @@ def test_another_question_for_the_same_place_is_refused_with_what_differs(in_wal
         (["defend", "--preset", "fats"], 1, "Did you mean 'fast'"),
         (["defend", "--device", "cuda:7"], 1, "--device auto or cpu"),
         (["defend", "--device", "tpu"], 1, "unknown device"),
+        (["defend", "--precision", "fp16"], 1, "unknown precision 'fp16'"),
         (["defend", "--augment", "crp"], 1, "Did you mean 'crop'"),
         (["defend", "runs/digits-badnets-s0-none"], 1, "a dataset artifact is needed"),
         (["evaluate", "runs/digits-badnets-s0"], 1, "a model artifact is needed"),

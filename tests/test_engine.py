@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -554,6 +554,12 @@ def test_precision_is_as_asked() -> None:
     cpu = torch.device("cpu")
     assert use_bf16("bf16", cpu)
     assert not use_bf16("fp32", cpu)
+
+
+@pytest.mark.parametrize("name", ["fp16", "BF16", ""])
+def test_an_unknown_precision_is_refused_with_the_choices(name: str) -> None:
+    with pytest.raises(OptionError, match=f"unknown precision '{name}'.* Known: auto, bf16, fp32"):
+        use_bf16(cast("devices.Precision", name), torch.device("cpu"))
 
 
 def test_automatic_precision_asks_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
