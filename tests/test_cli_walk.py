@@ -182,6 +182,13 @@ def test_inspect_draws_the_loss_curves_of_a_model(in_walk: Path, bdbench: Any, t
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_inspect_says_what_was_set_aside_only_where_the_method_decides(in_walk: Path, bdbench: Any) -> None:
+    assert "1,366 training samples scored, 68 set aside" in bdbench("inspect", "runs/digits-badnets-s0-abl").out
+    scored = bdbench("inspect", "runs/digits-badnets-s0-cbd").out
+    assert "1,366 training samples scored" in scored
+    assert "set aside" not in scored
+
+
 def test_inspect_refuses_a_picture_of_an_unknown_kind(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
     result = bdbench("inspect", "runs/digits-badnets-s0", "--image", tmp_path / "sheet.xyz")
     assert result.code == 1
