@@ -147,6 +147,13 @@ def test_table_writes_a_file(in_walk: Path, bdbench: Any, tmp_path: Path) -> Non
     assert "| cbd |" in (tmp_path / "t.md").read_text()
 
 
+@pytest.mark.parametrize("style", ["markdown", "csv", "latex", "json"])
+def test_a_table_in_a_file_ends_with_one_line_end(in_walk: Path, bdbench: Any, tmp_path: Path, style: str) -> None:
+    assert bdbench("table", "--format", style, "--out", tmp_path / "t").code == 0
+    text = (tmp_path / "t").read_text()
+    assert text == text.rstrip("\n") + "\n"
+
+
 def test_inspect_counts_roles_and_draws_a_contact_sheet(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
     result = bdbench("inspect", "runs/digits-badnets-s0", "--image", tmp_path / "sheet.png")
     assert result.code == 0
