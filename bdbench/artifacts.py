@@ -411,10 +411,11 @@ def open_any(path: Path) -> Artifact:
 
 
 def verify(path: Path) -> Artifact:
-    """Check every hash, schema and cross-reference of an artifact, and return it.
+    """Check every hash of an artifact, of a data set its counts, of a model that its weights fit, and return it.
 
     Raises:
         ArtifactError: says the first thing that is wrong.
+        OptionError: a model is of a network that is not registered here.
     """
     artifact = open_any(path)
     artifact.verify()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,20 @@ def test_verify_passes_what_is_whole_and_names_what_is_damaged(in_walk: Path, bd
     assert result.code == 1
     assert [item["ok"] for item in result.json] == [False, True]
     assert "model.safetensors" in result.err
+
+
+def test_verify_goes_on_after_a_model_whose_network_is_not_installed(
+    in_walk: Path, bdbench: Any, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree("runs/digits-badnets-s0-cbd", copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["facts"]["model"] = "netty"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    result = bdbench("verify", copy, "runs/digits-badnets-s0", "--json")
+    assert result.code == 1
+    assert [item["ok"] for item in result.json] == [False, True]
+    assert "unknown model 'netty'" in result.json[0]["error"]
 
 
 def test_an_id_works_where_a_path_does(in_walk: Path, bdbench: Any) -> None:
