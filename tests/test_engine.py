@@ -25,9 +25,8 @@ from toys import (
 from bdbench import devices, machine
 from bdbench import engine as engine_module
 from bdbench.data import ImageDataset
-from bdbench.defenses.base import mean_cross_entropy
 from bdbench.devices import out_of_memory_advice, resolve_device, use_bf16
-from bdbench.engine import Batch, Engine, Recipe, frozen
+from bdbench.engine import Batch, Engine, Recipe, frozen, mean_cross_entropy
 from bdbench.errors import DeviceError, OptionError, TrainingError
 from bdbench.models.classifier import Classifier
 from bdbench.progress import Silent
