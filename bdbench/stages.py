@@ -382,7 +382,9 @@ def evaluate(
     force: bool = False,
     progress: Progress | None = None,
 ) -> EvaluationArtifact:
-    """Judge a model on the clean and the triggered test images of its data set; the one stage that opens the truth.
+    """Judge a model on the clean and the triggered test images of its data set.
+
+    If its method scored training samples, these scores are judged by the truth.
 
     Args:
         model: path or id of a model artifact.
