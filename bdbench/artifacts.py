@@ -366,12 +366,14 @@ def write_model(
         model: weights are stored on the CPU, contiguous.
         data: what it classifies: classes and image shape.
         history: rows of the engine.
-        scores: (N,) float, higher is more suspect, or None.
-        set_aside: (N,) bool, the samples that the method did not train on in the end, or None.
+        scores: (N,) float, higher is more suspect; None takes the decision, if there is one, for a score.
+        set_aside: (N,) bool, the samples that the method took for poison, or None if it takes no decision.
     """
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_tensors(weights, draft.folder / "model.safetensors")
     pq.write_table(pa.Table.from_pylist(history, HISTORY), draft.folder / "history.parquet")
+    if scores is None and set_aside is not None:
+        scores = set_aside.float()
     if scores is not None:
         chosen = torch.zeros(len(scores), dtype=torch.bool) if set_aside is None else set_aside
         _write_frame(draft, "samples.parquet", {"score": scores.float(), "set_aside": chosen})
@@ -409,10 +411,11 @@ def open_any(path: Path) -> Artifact:
 
 
 def verify(path: Path) -> Artifact:
-    """Check every hash, schema and cross-reference of an artifact, and return it.
+    """Check every hash of an artifact, of a data set its counts, of a model that its weights fit, and return it.
 
     Raises:
         ArtifactError: says the first thing that is wrong.
+        OptionError: a model is of a network that is not registered here.
     """
     artifact = open_any(path)
     artifact.verify()

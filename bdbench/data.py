@@ -49,7 +49,7 @@ class MappedFile(NamedTuple):
 
 
 class Role(IntEnum):
-    """What a training sample really is; only `truth.parquet` and `evaluate` know."""
+    """What a training sample really is, as `truth.parquet` says; no defence sees it, only reference rows do."""
 
     CLEAN = 0
     POISON = 1

@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-from bdbench.errors import DeviceError
+from bdbench.errors import DeviceError, unknown_name
 from bdbench.machine import busy_cores, memory_bytes
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -44,7 +44,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def use_bf16(precision: Precision, device: torch.device) -> bool:
-    """Say whether to compute in bfloat16: as asked, or, for ``auto``, where the hardware really accelerates it."""
+    """Say whether to compute in bfloat16: as asked, or, for ``auto``, where the hardware really accelerates it.
+
+    Raises:
+        OptionError: no such precision.
+    """
+    if precision not in get_args(Precision):
+        raise unknown_name("precision", precision, get_args(Precision))
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

@@ -88,6 +88,11 @@ LossFunction = Callable[[Classifier, Batch], Tensor]
 """From the model in training mode and a batch to the scalar that is minimised."""
 
 
+def mean_cross_entropy(model: Classifier, batch: Batch) -> Tensor:
+    """Return the loss of plain training."""
+    return F.cross_entropy(model(batch.images), batch.labels)
+
+
 class Stateful(Protocol):
     """Anything a phase trains beside its model, such as a critic or its optimiser."""
 

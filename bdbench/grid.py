@@ -291,8 +291,7 @@ class _Reader:
         return Named(str(use), options)
 
     def _check_name(self, registry: Registry, name: object, own: Mapping[str, Any] | None = None) -> None:
-        family = str(name).partition(":")[0]
-        if name in registry.rows or f"{family}:NAME" in registry.rows:
+        if registry.find(str(name)) is not None:
             return
         known = [*registry.rows, *(own or {})]
         raise self._wrong(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bdbench.errors import OptionError, did_you_mean
+from bdbench.errors import OptionError, unknown_name
 
 
 class Options(BaseModel):
@@ -32,9 +32,7 @@ class Options(BaseModel):
         known = cls.model_fields
         for name in values:
             if name not in known:
-                raise OptionError(
-                    f"unknown option '{name}'.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}"
-                )
+                raise unknown_name("option", name, known)
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:

@@ -54,7 +54,7 @@ def rank(rows: Sequence[dict[str, Any]], metric: str = "der") -> Ranking:
     rows are not ranked.
 
     Args:
-        rows: from `bdbench.tables.over_seeds`.
+        rows: from `bdbench.tables.merge`.
         metric: der, ba or asr.
     """
     blocks: dict[str, dict[tuple[str, str], float]] = {}

@@ -45,16 +45,21 @@ class Registry:
         """All names, in the order of the table."""
         return list(self.rows)
 
+    def find(self, name: str) -> Row | None:
+        """Return the row of a name, for a member of a family the row `FAMILY:NAME`; None if it is not registered."""
+        family, _, member = name.partition(":")
+        return None if member == "NAME" else self.rows.get(f"{family}:NAME" if member else name)
+
     def load(self, name: str) -> Any:  # noqa: ANN401 - each registry holds its own kind of class
         """Import and return the object of a name; for a row `FAMILY:NAME` it is called with the member's name first.
 
         Raises:
             OptionError: no such name; the message has the nearest one and all of them.
         """
-        family, _, member = name.partition(":")
-        row = self.rows.get(f"{family}:NAME" if member else name)
-        if row is None or member == "NAME":
+        row = self.find(name)
+        if row is None:
             raise unknown_name(self.kind, name, self.rows)
+        member = name.partition(":")[2]
         module, _, attribute = row.target.partition(":")
         found = getattr(import_module(module), attribute)
         return partial(found, member) if member else found

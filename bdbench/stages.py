@@ -41,7 +41,7 @@ from bdbench.datasets.cache import cache_folder
 from bdbench.defenses.base import Defended, Defense, Task, Truth
 from bdbench.devices import Precision, crowding, resolve_device, use_bf16
 from bdbench.engine import Engine, Recipe
-from bdbench.errors import ArtifactError, OptionError, did_you_mean, unknown_name
+from bdbench.errors import ArtifactError, OptionError, unknown_name
 from bdbench.models.classifier import Classifier, build_classifier
 from bdbench.options import Options
 from bdbench.poisoning import as_found, poison_source
@@ -305,7 +305,7 @@ def split_options(values: Mapping[str, Any], cls: type[Options]) -> tuple[dict[s
     known = {*Recipe.model_fields, *cls.model_fields}
     for name in values:
         if name not in known:
-            raise OptionError(f"unknown option '{name}'.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}")
+            raise unknown_name("option", name, known)
     recipe = {name: value for name, value in values.items() if name in Recipe.model_fields}
     return recipe, {name: value for name, value in values.items() if name not in recipe}
 
@@ -392,7 +392,9 @@ def evaluate(
     force: bool = False,
     progress: Progress | None = None,
 ) -> EvaluationArtifact:
-    """Judge a model on the clean and the triggered test images of its data set; the one stage that opens the truth.
+    """Judge a model on the clean and the triggered test images of its data set.
+
+    If its method scored training samples, these scores are judged by the truth.
 
     Args:
         model: path or id of a model artifact.

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bdbench.artifacts import EvaluationArtifact
+from bdbench.errors import ArtifactError
 from bdbench.metrics import defence_effectiveness, mean_interval
 from bdbench.ranking import Ranked, Ranking, rank
 from bdbench.registry import DEFENSES
@@ -80,15 +81,23 @@ MARKS = {
 }
 
 
-def read_rows(places: Iterable[Path]) -> list[dict[str, Any]]:
+def read_rows(places: Sequence[Path]) -> list[dict[str, Any]]:
     """Return a row per evaluation found at or under the given folders, oldest first.
 
     A row has dataset, model, attack, defense, preset, seed, and for every rate its value, n, low and high.
+
+    Raises:
+        ArtifactError: a place is no folder, or no evaluation is there.
     """
+    for place in places:
+        if not place.is_dir():
+            raise ArtifactError(f"{place} is not a folder; give the folder that holds your runs")
     seen: dict[str, dict[str, Any]] = {}
     for place in places:
         for path, manifest in find_artifacts(place, "evaluation"):
             seen[manifest.id] = evaluation_row(EvaluationArtifact(path, manifest))
+    if not seen:
+        raise ArtifactError(f"no evaluation under {', '.join(map(str, places))}; make one with: bdbench evaluate")
     return mark_rows(list(seen.values()))
 
 
@@ -155,10 +164,15 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         out: dict[str, Any] = {key: group[0][key] for key in KEYS}
         out |= {"seeds": seeds, "marks": "".join(sorted({mark for row in group for mark in row["marks"]}))}
         for name in (*RATES, *SCORES, "der", "seconds", "peak_memory_bytes"):
-            mean, spread, half = mean_interval([math.nan if row.get(name) is None else row[name] for row in group])
-            out |= {name: _finite(mean), f"{name}_sd": _finite(spread), f"{name}_half": _finite(half)}
+            out |= mean_and_spread(name, [row.get(name) for row in group])
         merged.append(out)
     return merged
+
+
+def mean_and_spread(name: str, values: Iterable[float | None]) -> dict[str, float | None]:
+    """Return mean, standard deviation and half interval of a metric under the names that `over_seeds` gives them."""
+    parts = mean_interval([math.nan if value is None else value for value in values])
+    return dict(zip((name, f"{name}_sd", f"{name}_half"), map(_finite, parts), strict=True))
 
 
 def merge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

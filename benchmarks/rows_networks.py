@@ -34,9 +34,9 @@ from torch.utils.data import DataLoader
 
 from bdbench.augment import augmented
 from bdbench.data import ImageDataset, MappedFile
-from bdbench.defenses.base import lowest, mean_cross_entropy
+from bdbench.defenses.base import lowest
 from bdbench.defenses.dbd import ranked_groups
-from bdbench.engine import Recipe
+from bdbench.engine import Recipe, mean_cross_entropy
 from bdbench.feeding import AHEAD
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator

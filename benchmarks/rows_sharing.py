@@ -12,9 +12,8 @@ from dataclasses import replace
 import torch
 from measuring import BATCH, Bench, Row, Rows, compare, first, per_second, summarise, take_turns
 
-from bdbench.defenses.base import mean_cross_entropy
 from bdbench.devices import resolve_device
-from bdbench.engine import Recipe
+from bdbench.engine import Recipe, mean_cross_entropy
 
 GPU_JOBS = (2, 4, 8)
 

@@ -28,8 +28,8 @@ from bdbench import stages
 from bdbench.artifacts import DatasetArtifact
 from bdbench.data import ImageDataset, Role
 from bdbench.defenses.abl import ABL, Trap, capped_loss, isolated_count, trap_losses, trapped_loss
-from bdbench.defenses.base import Defended, Task, lowest, mean_cross_entropy
-from bdbench.engine import Engine
+from bdbench.defenses.base import Defended, Task, lowest
+from bdbench.engine import Engine, mean_cross_entropy
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator

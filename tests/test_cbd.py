@@ -27,7 +27,7 @@ from toys import (
 from bdbench.artifacts import DatasetArtifact
 from bdbench.data import ImageDataset, Role
 from bdbench.defenses import cbd
-from bdbench.defenses.base import Defended, Task, mean_cross_entropy
+from bdbench.defenses.base import Defended, Task
 from bdbench.defenses.cbd import (
     CBD,
     Critic,
@@ -38,7 +38,7 @@ from bdbench.defenses.cbd import (
     largest_singular_value,
     sample_weights,
 )
-from bdbench.engine import Engine, Recipe, frozen
+from bdbench.engine import Engine, Recipe, frozen, mean_cross_entropy
 from bdbench.feeding import Feed
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator, scoped

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,13 @@ def test_table_writes_a_file(in_walk: Path, bdbench: Any, tmp_path: Path) -> Non
     assert "| cbd |" in (tmp_path / "t.md").read_text()
 
 
+@pytest.mark.parametrize("style", ["markdown", "csv", "latex", "json"])
+def test_a_table_in_a_file_ends_with_one_line_end(in_walk: Path, bdbench: Any, tmp_path: Path, style: str) -> None:
+    assert bdbench("table", "--format", style, "--out", tmp_path / "t").code == 0
+    text = (tmp_path / "t").read_text()
+    assert text == text.rstrip("\n") + "\n"
+
+
 def test_inspect_counts_roles_and_draws_a_contact_sheet(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
     result = bdbench("inspect", "runs/digits-badnets-s0", "--image", tmp_path / "sheet.png")
     assert result.code == 0
@@ -182,6 +190,13 @@ def test_inspect_draws_the_loss_curves_of_a_model(in_walk: Path, bdbench: Any, t
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_inspect_says_what_was_set_aside_only_where_the_method_decides(in_walk: Path, bdbench: Any) -> None:
+    assert "1,366 training samples scored, 68 set aside" in bdbench("inspect", "runs/digits-badnets-s0-abl").out
+    scored = bdbench("inspect", "runs/digits-badnets-s0-cbd").out
+    assert "1,366 training samples scored" in scored
+    assert "set aside" not in scored
+
+
 def test_inspect_refuses_a_picture_of_an_unknown_kind(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
     result = bdbench("inspect", "runs/digits-badnets-s0", "--image", tmp_path / "sheet.xyz")
     assert result.code == 1
@@ -200,6 +215,20 @@ def test_verify_passes_what_is_whole_and_names_what_is_damaged(in_walk: Path, bd
     assert result.code == 1
     assert [item["ok"] for item in result.json] == [False, True]
     assert "model.safetensors" in result.err
+
+
+def test_verify_goes_on_after_a_model_whose_network_is_not_installed(
+    in_walk: Path, bdbench: Any, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree("runs/digits-badnets-s0-cbd", copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["facts"]["model"] = "netty"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    result = bdbench("verify", copy, "runs/digits-badnets-s0", "--json")
+    assert result.code == 1
+    assert [item["ok"] for item in result.json] == [False, True]
+    assert "unknown model 'netty'" in result.json[0]["error"]
 
 
 def test_an_id_works_where_a_path_does(in_walk: Path, bdbench: Any) -> None:
@@ -243,6 +272,7 @@ def test_another_question_for_the_same_place_is_refused_with_what_differs(in_wal
         (["defend", "--preset", "fats"], 1, "Did you mean 'fast'"),
         (["defend", "--device", "cuda:7"], 1, "--device auto or cpu"),
         (["defend", "--device", "tpu"], 1, "unknown device"),
+        (["defend", "--precision", "fp16"], 1, "unknown precision 'fp16'"),
         (["defend", "--augment", "crp"], 1, "Did you mean 'crop'"),
         (["defend", "runs/digits-badnets-s0-none"], 1, "a dataset artifact is needed"),
         (["evaluate", "runs/digits-badnets-s0"], 1, "a model artifact is needed"),
@@ -295,6 +325,49 @@ def test_a_wrong_toml_file_is_named(here: Path, bdbench: Any, text: str, said: s
     assert result.code == 1
     assert "a.toml" in result.err
     assert said in result.err
+
+
+def test_keys_of_a_toml_file_are_the_flags_of_the_command(in_walk: Path, bdbench: Any) -> None:
+    Path("a.toml").write_text('format = "csv"\nassert = ["ba>=0", "asr>=2"]\njson = false\n')
+    result = bdbench("table", "--config", "a.toml")
+    assert result.code == 3
+    assert result.out.startswith("attack,attack_options,")
+    assert "is not >= 2" in result.err
+    assert "is not >= 0" not in result.err
+    assert bdbench("table", "--config", "a.toml", "--assert=ba>=0").code == 0
+
+
+def test_keys_of_a_toml_file_may_have_dashes_and_switches_may_be_off(here: Path, bdbench: Any) -> None:
+    Path("a.toml").write_text("test-fraction = 0.3\ndownload = false\nforce = false\ncolour = [1, 2, 3]\n")
+    assert bdbench("poison", "--config", "a.toml", "--out", "a").code == 0
+    manifest = json.loads(Path("a/manifest.json").read_text())
+    assert manifest["facts"]["source_options"] == {"test_fraction": 0.3}
+    assert manifest["ask"]["config"]["colour"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "said"),
+    [
+        ("table", 'style = "csv"', "unknown key 'style'"),
+        ("table", 'assertions = ["asr<=1"]', "unknown key 'assertions'. Did you mean 'assert'?"),
+        ("table", 'places = "runs"', "places is not a flag; give it on the command line"),
+        ("train", 'dataset = "runs/x"', "dataset is not a flag; give it on the command line"),
+        ("defend", "method = 3", "method must be a name in quotes, not 3"),
+        ("poison", "[attack.badnets]\nrate = 0.1", "attack must be a name in quotes, not {'badnets'"),
+        ("poison", "seed = [1, 2]", "seed cannot be [1, 2]; --seed takes one value"),
+        ("poison", "colour = 7", "colour cannot be 7; --colour takes 3 values"),
+        ("poison", "seed = true", "seed cannot be true; --seed takes a value"),
+        ("poison", 'force = "yes"', "force cannot be yes; --force is a switch: true or false"),
+        ("poison", "[seed]", "seed is a table"),
+    ],
+)
+def test_a_toml_key_that_is_no_flag_or_has_a_wrong_value_is_named(
+    here: Path, bdbench: Any, command: str, text: str, said: str
+) -> None:
+    Path("a.toml").write_text(text)
+    result = bdbench(command, "--config", "a.toml")
+    assert result.code == 1
+    assert f"a.toml: {said}" in result.err
 
 
 @pytest.mark.parametrize("kind", ["attacks", "defenses", "datasets", "models"])

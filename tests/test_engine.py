@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,9 +27,8 @@ from toys import (
 from bdbench import devices, machine
 from bdbench import engine as engine_module
 from bdbench.data import ImageDataset
-from bdbench.defenses.base import mean_cross_entropy
 from bdbench.devices import out_of_memory_advice, resolve_device, use_bf16
-from bdbench.engine import Batch, Engine, Recipe, frozen
+from bdbench.engine import Batch, Engine, Recipe, frozen, mean_cross_entropy
 from bdbench.errors import DeviceError, OptionError, TrainingError
 from bdbench.models.classifier import Classifier
 from bdbench.progress import Silent
@@ -562,6 +561,12 @@ def test_precision_is_as_asked() -> None:
     cpu = torch.device("cpu")
     assert use_bf16("bf16", cpu)
     assert not use_bf16("fp32", cpu)
+
+
+@pytest.mark.parametrize("name", ["fp16", "BF16", ""])
+def test_an_unknown_precision_is_refused_with_the_choices(name: str) -> None:
+    with pytest.raises(OptionError, match=f"unknown precision '{name}'.* Known: auto, bf16, fp32"):
+        use_bf16(cast("devices.Precision", name), torch.device("cpu"))
 
 
 def test_automatic_precision_asks_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,8 @@ from toys import are_equal, toy_data, toy_engine, toy_model, toy_recipe, weights
 
 from bdbench import stages
 from bdbench.data import ImageDataset, MappedFile
-from bdbench.defenses.base import mean_cross_entropy
 from bdbench.devices import memory_for_images
-from bdbench.engine import Engine
+from bdbench.engine import Engine, mean_cross_entropy
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.feeding import AHEAD, Feed
 from bdbench.progress import Silent

@@ -136,6 +136,7 @@ def test_excludes_take_out_and_includes_add(tmp_path: Path) -> None:
         ('seeds = [0]\nattacks = ["badnet"]\n', r"line 2: unknown attack 'badnet'\. Did you mean 'badnets'\?"),
         ('defenses = ["none", "ablx"]\n', r"line 1: unknown defense 'ablx'\. Did you mean 'abl'\?"),
         ('models = ["wrn"]\n', r"line 1: unknown model 'wrn'"),
+        ('models = ["torchvision"]\n', r"line 1: unknown model 'torchvision'\. Did you mean 'torchvision:NAME'\?"),
         ('datasets = ["cifar"]\n', r"line 1: unknown data set 'cifar'\. Did you mean 'cifar1"),
         ('\nsead = [0]\n', r"line 2: unknown key 'sead'\. Did you mean 'seeds'\?"),
         ("seeds = [-1]\n", "line 1: seeds must not be negative"),

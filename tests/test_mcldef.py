@@ -16,10 +16,10 @@ from toys import Fuse, are_equal, toy_batch, toy_data, toy_engine, toy_model, to
 
 from bdbench.data import ImageDataset
 from bdbench.defenses import inversion, mcldef
-from bdbench.defenses.base import Defended, Task, mean_cross_entropy
+from bdbench.defenses.base import Defended, Task
 from bdbench.defenses.inversion import Stamp, Triggers
 from bdbench.defenses.mcldef import Found, MCLDef, contrast
-from bdbench.engine import Engine, Recipe
+from bdbench.engine import Engine, Recipe, mean_cross_entropy
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.progress import Silent

@@ -393,6 +393,33 @@ def mender(monkeypatch: pytest.MonkeyPatch) -> str:
     return "mender"
 
 
+class Decider(Defense):
+    """Takes the first six samples for poison and says no more."""
+
+    paper = "none"
+    threat = "none"
+    presets = {"tiny": {}}  # noqa: RUF012
+
+    def run(self, task: Task) -> Defended:
+        return Defended(task.new_model("model"), set_aside=torch.arange(len(task.train)) < 6)
+
+
+def test_a_decision_without_scores_is_kept_and_judged(
+    toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = type(DEFENSES.rows["none"])(f"{__name__}:Decider", "decides")
+    monkeypatch.setitem(DEFENSES.rows, "decider", row)
+    model = stages.defend(toys.path, "decider", preset="tiny", out=tmp_path / "decided", **CPU)
+    assert model.samples is not None
+    assert model.samples["set_aside"].tolist() == [True] * 6 + [False] * 114
+    assert model.samples["score"].tolist() == [1.0] * 6 + [0.0] * 114
+    table = stages.evaluate(model.path, data=toys.path, **CPU).metrics.set_index("metric")
+    hits = int((toys.truth["role"][:6] == Role.POISON).sum())
+    assert table.loc["detection_precision", ["numerator", "denominator"]].tolist() == [hits, 6]
+    # One threshold: the mean of its true-positive rate and of the share of clean samples left alone.
+    assert table.loc["auroc", "value"] == pytest.approx((hits / 12 + 1 - (6 - hits) / 108) / 2)
+
+
 def test_a_method_that_trains_from_scratch_takes_no_suspect(toys: DatasetArtifact, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="method 'none' trains from scratch and takes no --suspect"):
         defend(toys, "none", tmp_path / "none", suspect=tmp_path)

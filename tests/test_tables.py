@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from bdbench import tables
+from bdbench.errors import ArtifactError
 
 
 def row(defense: str = "none", seed: int = 0, ba: float = 0.9, asr: float = 1.0, **other: Any) -> dict[str, Any]:
@@ -25,6 +27,13 @@ def row(defense: str = "none", seed: int = 0, ba: float = 0.9, asr: float = 1.0,
     for name in tables.RATES:
         full |= {name: metrics.get(name), f"{name}_n": 100, f"{name}_low": None, f"{name}_high": None}
     return {**full, **dict.fromkeys(tables.SCORES), **other}
+
+
+def test_a_place_without_evaluations_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nowhere is not a folder; give the folder that holds your runs"):
+        tables.read_rows([tmp_path, tmp_path / "nowhere"])
+    with pytest.raises(ArtifactError, match=f"no evaluation under {tmp_path}; make one with: bdbench evaluate"):
+        tables.read_rows([tmp_path])
 
 
 def test_der_compares_with_the_undefended_row_of_the_same_data_and_seed() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from bdbench.attacks.base import Attack, Lab
 from bdbench.data import ImageDataset
 from bdbench.devices import out_of_memory_advice
-from bdbench.engine import Batch, Recipe, frozen
+from bdbench.engine import Batch, Recipe, frozen, mean_cross_entropy
 from bdbench.errors import OptionError, TrainingError
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator
@@ -56,7 +56,7 @@ class SurrogateAttack(Attack):
         """
         model = lab.new_model(self.surrogate, clean, "surrogate")
         recipe = Recipe(epochs=self.surrogate_epochs, lr=self.surrogate_lr, augment=lab.augment)
-        loss = adversarial_cross_entropy if self.surrogate_adversarial else cross_entropy
+        loss = adversarial_cross_entropy if self.surrogate_adversarial else mean_cross_entropy
         phase = "surrogate-adversarial" if self.surrogate_adversarial else "surrogate"
         key = surrogate_key(model, clean, recipe, phase, lab)
         if key not in lab.surrogates:
@@ -103,11 +103,6 @@ def check_learned(lab: Lab, model: Classifier, clean: ImageDataset, name: str, o
             f"the {name} did not learn: accuracy {accuracy:.3f} on its training images, at least {least:.3f} is needed "
             f"for {clean.num_classes} classes; raise {option}"
         )
-
-
-def cross_entropy(model: Classifier, batch: Batch) -> Tensor:
-    """Return the loss of plain training."""
-    return F.cross_entropy(model(batch.images), batch.labels)
 
 
 def adversarial_cross_entropy(model: Classifier, batch: Batch) -> Tensor:

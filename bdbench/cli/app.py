@@ -94,8 +94,7 @@ def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:
         application.command(name)(_mending(command))
         if name == named and named in arguments:
             start = arguments.index(named) + 1
-            parameters = inspect.signature(command).parameters
-            expanded = [*arguments[:start], *expand_config(arguments[start:], parameters)]
+            expanded = [*arguments[:start], *expand_config(arguments[start:], command)]
     return application, expanded
 
 
@@ -132,10 +131,19 @@ def _option_groups(command: str, arguments: Sequence[str] | None) -> dict[str, t
 
 
 def _named(arguments: Sequence[str], what: str) -> str | None:
-    """Return the method that the flags or the TOML file name."""
+    """Return the method that the flags or the TOML file name.
+
+    Raises:
+        OptionError: the file has something else than a name there.
+    """
     config = value_of(arguments, "--config")
     given = value_of(arguments, f"--{what}")
-    return given or (read_toml(Path(config)).get(what) if config else None)
+    if given or config is None:
+        return given
+    found = read_toml(Path(config)).get(what)
+    if not isinstance(found, str | None):
+        raise OptionError(f"{config}: {what} must be a name in quotes, not {found!r}; `bdbench list` has the names")
+    return found
 
 
 def _completed_words() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -106,27 +106,20 @@ def table(
     from bdbench.errors import unknown_name
     from bdbench.ranking import METRICS
 
-    formats = ("rich", "markdown", "csv", "latex", "json")
     style = "json" if json else style
-    if style not in formats:
-        raise unknown_name("format", style, formats)
+    if style not in get_args(tables.Format):
+        raise unknown_name("format", style, get_args(tables.Format))
     if ranks is not None and ranks not in METRICS:
         raise unknown_name("metric to rank by", ranks, METRICS)
     checks = read_checks(assertions, junit)
-    folders = places or [ROOT]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ArtifactError(f"{folder} is not a folder; give the folder that holds your runs")
-    rows = tables.read_rows(folders)
-    if not rows:
-        raise ArtifactError(f"no evaluation under {', '.join(map(str, folders))}; make one with: bdbench evaluate")
+    rows = tables.read_rows(places or [ROOT])
     written = cast("tables.Format", style)
     rendered = tables.render_ranking(rows, ranks, written) if ranks else tables.render(rows, written)
     if out is None:
         console.show(rendered)
     elif isinstance(rendered, str):
         try:
-            out.write_text(rendered + "\n", encoding="utf-8")
+            out.write_text(rendered.rstrip("\n") + "\n", encoding="utf-8")
         except OSError as error:
             raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
         console.say(f"wrote [bold]{out}[/bold]")

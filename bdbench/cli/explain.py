@@ -11,7 +11,7 @@ import typer
 from bdbench.cli import console
 from bdbench.cli.parameters import Json
 from bdbench.errors import unknown_name
-from bdbench.registry import REGISTRIES, Registry
+from bdbench.registry import REGISTRIES, Registry, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,9 +79,8 @@ def show(
     from rich.console import Group
     from rich.text import Text
 
-    registry = _registry_of(name)
-    found = registry.load(name)
-    facts = _describe(registry, name, found)
+    registry, row = _row_of(name)
+    facts = _describe(registry, row, name)
     if json:
         console.show_json(facts)
         return
@@ -93,19 +92,19 @@ def show(
     console.show(Group(*parts))
 
 
-def _registry_of(name: str) -> Registry:
-    family = name.partition(":")[0]
+def _row_of(name: str) -> tuple[Registry, Row]:
     for registry in REGISTRIES.values():
-        if name in registry.rows or (family != name and f"{family}:NAME" in registry.rows):
-            return registry
+        row = registry.find(name)
+        if row is not None:
+            return registry, row
     raise unknown_name("name", name, [known for registry in REGISTRIES.values() for known in registry.names()])
 
 
-def _describe(registry: Registry, name: str, found: Any) -> dict[str, Any]:  # noqa: ANN401 - a class of any registry
+def _describe(registry: Registry, row: Row, name: str) -> dict[str, Any]:
     from bdbench.options import Options, describe_options
 
+    found = registry.load(name)
     cls = found if isinstance(found, type) else found.func
-    row = registry.rows.get(name) or registry.rows[f"{name.partition(':')[0]}:NAME"]
     options = describe_options(cls) if issubclass(cls, Options) else []
     needs = [text for what, text in NEEDS.items() if getattr(cls, f"needs_{what}", False)]
     return {

@@ -112,28 +112,40 @@ def _flag_type(info: OptionInfo) -> tuple[Any, tuple[str, ...]]:
     return str, ()
 
 
-def expand_config(arguments: Sequence[str], parameters: Mapping[str, Any]) -> list[str]:
+def expand_config(arguments: Sequence[str], command: Callable[..., None]) -> list[str]:
     """Put the settings of `--config FILE.toml` as flags before the given ones, so that given flags win.
 
     Args:
         arguments: of one command, without its name.
-        parameters: the flags that the command knows, as names of parameters.
+        command: from `with_options`.
 
     Raises:
-        OptionError: unreadable file, or a key that is no flag of the command.
+        OptionError: unreadable file, a key that is no flag of the command, or a value that its flag cannot take.
     """
     name = value_of(arguments, "--config")
     if name is None:
         return list(arguments)
+    application = typer.Typer(add_completion=False)
+    application.command()(command)
+    parameters = typer.main.get_command(application).params
+    keys = {_key(parameter.opts[0]): parameter for parameter in parameters if not getattr(parameter, "hidden", False)}
+    known = {word for parameter in parameters for word in (*parameter.opts, *parameter.secondary_opts)}
+    given = {argument.partition("=")[0] for argument in arguments}
     flags: list[str] = []
     for key, value in read_toml(Path(name)).items():
-        parameter = key.replace("-", "_")
-        if parameter not in parameters or parameter.removeprefix("no_") in parameters.keys() - {parameter}:
-            raise OptionError(f"{name}: unknown key '{key}'.{did_you_mean(parameter, parameters)}")
-        flag = f"--{parameter.replace('_', '-')}"
-        if not {flag, f"--no-{flag[2:]}"} & set(arguments):
-            flags += _as_flags(flag, value, f"{name}: {key}")
+        parameter = keys.get(_key(key))
+        if parameter is None:
+            raise OptionError(f"{name}: unknown key '{key}'.{did_you_mean(_key(key), keys)}")
+        words = _as_words(parameter, value, f"{name}: {key}")
+        flag, off = parameter.opts[0], f"--no-{parameter.opts[0][2:]}"
+        if not {flag, off} & given and (value is not False or off in known):
+            flags += words
     return [*flags, *arguments]
+
+
+def _key(flag: str) -> str:
+    """Return what a TOML file calls a flag."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -150,9 +162,26 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise OptionError(f"{path} is not TOML: {error}") from error
 
 
-def _as_flags(flag: str, value: object, place: str) -> list[str]:
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
+def _as_words(parameter: Any, value: object, place: str) -> list[str]:  # noqa: ANN401 - of the parser inside typer
+    """Return a setting as words of the command line.
+
+    Raises:
+        OptionError: the parameter has no flag, or the flag cannot take such a value.
+    """
+    flag = parameter.opts[0]
+    if parameter.param_type_name == "argument":
+        raise OptionError(f"{place} is not a flag; give it on the command line")
     if isinstance(value, dict):
         raise OptionError(f"{place} is a table; settings are plain keys")
-    return [flag, *(str(part) for part in value)] if isinstance(value, list) else [flag, str(value)]
+    if isinstance(value, bool) != parameter.is_flag:
+        takes = "is a switch: true or false" if parameter.is_flag else "takes a value"
+        raise OptionError(f"{place} cannot be {str(value).lower()}; {flag} {takes}")
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    parts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    if parameter.multiple:
+        return [word for part in parts for word in (flag, part)]
+    if len(parts) != parameter.nargs:
+        count = "one value" if parameter.nargs == 1 else f"{parameter.nargs} values"
+        raise OptionError(f"{place} cannot be {value}; {flag} takes {count}")
+    return [flag, *parts]

@@ -152,7 +152,8 @@ def _say_model(found: ModelArtifact) -> None:
     console.show(table)
     samples = found.samples
     if samples is not None:
-        console.show(f"{len(samples):,} training samples scored, {int(samples['set_aside'].sum()):,} set aside")
+        aside = f", {int(samples['set_aside'].sum()):,} set aside" if found.manifest.facts["sets_aside"] else ""
+        console.show(f"{len(samples):,} training samples scored{aside}")
 
 
 def _draw(opened: list[Artifact], image: Path) -> None:

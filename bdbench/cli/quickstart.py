@@ -12,6 +12,8 @@ from bdbench.cli import console
 from bdbench.cli.parameters import Device, Force, Json, Seed
 
 METHODS = ("none", "oracle", "cbd", "abl", "dbd", "mcldef")
+"""`none` comes first: mcldef mends it."""
+
 ATTACK_OPTIONS = {"margin": 1}
 """One pixel from the border, the crops of training never cut the patch, so that it is learned before the digits are."""
 

@@ -52,15 +52,15 @@ def suspects(
       bdbench suspects runs/photos-abl --csv suspects.csv --image suspects.png
     """
     from bdbench import stages
-    from bdbench import suspects as ranking
     from bdbench.artifacts import ModelArtifact
     from bdbench.store import locate
+    from bdbench.suspects import by_class, rank
 
     found = ModelArtifact.open(locate(model, "model") if model is not None else newest_scored())
     source = stages.dataset_of(found, data)
-    ranked = ranking.rank(found, source)
+    ranked = rank(found, source)
     count = max(1, round(share * len(ranked)))
-    classes = ranking.by_class(ranked, count)
+    classes = by_class(ranked, count)
     if json:
         facts = {"model": found.path, "dataset": source.path, "method": found.manifest.ask.method, "counted": count}
         listed = {"classes": classes.to_dict("records"), "suspects": ranked.head(top).to_dict("records")}

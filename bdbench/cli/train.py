@@ -52,22 +52,9 @@ def train(
       bdbench train runs/cifar10-badnets-s0 --model wrn-16-1 --epochs 20
     """
     defend(
-        options,
-        dataset,
-        "none",
-        model,
-        preset,
-        None,
-        seed,
-        device,
-        precision,
-        image_memory,
-        compile,
-        out,
-        force,
-        config,
-        json,
-    )
+        options, dataset, model=model, preset=preset, seed=seed, device=device, precision=precision,
+        image_memory=image_memory, compile=compile, out=out, force=force, json=json,
+    )  # fmt: skip
 
 
 def defend(

@@ -15,13 +15,16 @@ def verify(
     artifacts: Annotated[list[str], typer.Argument(help="Paths or ids of artifacts of any kind.")],
     json: Json = False,
 ) -> None:
-    """Check every hash, schema and cross-reference of artifacts; exit code 1 if one is damaged.
+    """Check that artifacts are whole; exit code 1 if one is not.
+
+    Checked are every hash, of a data set the counts and the test images that are triggered, of a model that its weights
+    fit its network.
 
     Example:
       bdbench verify runs/*
     """
     from bdbench.artifacts import verify as check
-    from bdbench.errors import ArtifactError
+    from bdbench.errors import BdbenchError
     from bdbench.store import locate
 
     results: list[dict[str, Any]] = []
@@ -32,9 +35,9 @@ def verify(
             console.say(
                 f"[green]ok[/green]       {reference}  {found.kind} {found.id}, {len(found.manifest.files)} files"
             )
-        except ArtifactError as error:
+        except BdbenchError as error:
             results.append({"artifact": reference, "ok": False, "kind": None, "id": None, "error": str(error)})
-            console.say(f"[red]damaged[/red]  {Path(reference)}")
+            console.say(f"[red]not ok[/red]   {Path(reference)}")
             console.say_error(str(error))
     if json:
         console.show_json(results)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from bdbench.augment import parse_augment
 from bdbench.data import ImageDataset
-from bdbench.defenses.base import Defended, Defense, Task, lowest, mean_cross_entropy
-from bdbench.engine import Batch, LossFunction
+from bdbench.defenses.base import Defended, Defense, Task, lowest
+from bdbench.engine import Batch, LossFunction, mean_cross_entropy
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator

@@ -10,11 +10,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bdbench.data import ImageDataset
-from bdbench.engine import Batch, Engine, Recipe
+from bdbench.engine import Engine, Recipe
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.options import Options
@@ -103,11 +102,6 @@ class Defense(Options, ABC):
     @abstractmethod
     def run(self, task: Task) -> Defended:
         """Train (or mend) a classifier."""
-
-
-def mean_cross_entropy(model: Classifier, batch: Batch) -> Tensor:
-    """Return the loss of plain training."""
-    return F.cross_entropy(model(batch.images), batch.labels)
 
 
 def lowest(losses: Tensor, count: int) -> Tensor:

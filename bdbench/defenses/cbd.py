@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from bdbench.augment import parse_augment
-from bdbench.defenses.base import Defended, Defense, Task, mean_cross_entropy
-from bdbench.engine import Batch, frozen
+from bdbench.defenses.base import Defended, Defense, Task
+from bdbench.engine import Batch, frozen, mean_cross_entropy
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator, scoped
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bdbench.data import ImageDataset
-from bdbench.defenses.base import Defended, Defense, Task, mean_cross_entropy
+from bdbench.defenses.base import Defended, Defense, Task
+from bdbench.engine import mean_cross_entropy
 
 
 class NoDefense(Defense):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bdbench import tables
-from bdbench.metrics import mean_interval
 from bdbench.registry import ATTACKS, DEFENSES, Registry
 
 COMPARED = ("asr", "ba", "lift")
@@ -122,7 +121,7 @@ def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
     for row, group in zip(merged, groups, strict=True):
         names = ("ba", "asr", "floor", "ra", "target_recall", "der", "auroc", "seconds", "peak_memory_bytes")
         values = {f"{name}{part}": row[f"{name}{part}"] for name in names for part in ("", "_sd", "_half")}
-        values |= _spread("lift", [_lift(run) for run in group])
+        values |= tables.mean_and_spread("lift", [_lift(run) for run in group])
         told_twice = (row["dataset"], row["model"], row["defense"]) in twice
         cells.append(
             Cell(
@@ -145,13 +144,6 @@ def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
 
 def _lift(row: dict[str, Any]) -> float | None:
     return None if row["asr"] is None or row["floor"] is None else row["asr"] - row["floor"]
-
-
-def _spread(name: str, values: Iterable[float | None]) -> dict[str, float | None]:
-    """Return mean, standard deviation and half interval under the names that `tables` gives them."""
-    parts = mean_interval([math.nan if value is None else value for value in values])
-    named = zip((name, f"{name}_sd", f"{name}_half"), parts, strict=True)
-    return {key: None if math.isnan(value) else value for key, value in named}
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
@@ -202,9 +194,9 @@ def summarise(cells: Sequence[Cell]) -> Summary:
     counted = [cell for cell in cells if cell.counts]
     values: dict[str, float | None] = {}
     for name in SUMMARISED:
-        values |= _spread(name, [cell.values[name] for cell in counted])
+        values |= tables.mean_and_spread(name, [cell.values[name] for cell in counted])
     for name in ("seconds", "peak_memory_bytes"):
-        values |= _spread(name, [cell.values[name] for cell in cells])
+        values |= tables.mean_and_spread(name, [cell.values[name] for cell in cells])
     left_out = {
         "failed": sum(bool(cell.failed) for cell in cells),
         "unproven": sum(bool(cell.unknown and not cell.failed) for cell in cells),

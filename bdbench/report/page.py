@@ -37,16 +37,11 @@ def write_report(folders: Sequence[Path], out: Path) -> Written:
     Raises:
         ArtifactError: no evaluation is there, or `out` cannot be written.
     """
-    for folder in folders:
-        if not folder.is_dir():
-            raise ArtifactError(f"{folder} is not a folder; give the folder that holds your runs")
     if out.is_dir():
         raise ArtifactError(f"{out} is a folder; give a file, such as {out / 'report.html'}")
     if not out.parent.is_dir():
         raise ArtifactError(f"{out.parent} is not a folder; make it, or choose another --out")
     rows = tables.read_rows(folders)
-    if not rows:
-        raise ArtifactError(f"no evaluation under {', '.join(map(str, folders))}; make one with: bdbench evaluate")
     # A folder that is an evaluation itself has its model and data set beside it.
     around = {Path(row["path"]).parent for row in rows if Path(row["path"]) in folders}
     cells = cells_of(rows)
