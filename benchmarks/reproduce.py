@@ -254,8 +254,6 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
         model = trained(cell, data, settings)
     row = tables.evaluation_row(stages.evaluate(model.path, data=data.path, device=device, precision=precision))
     made = model.manifest.made
-    # The manifest counts from the last start only; the history counts every epoch, those before an interruption too.
-    row["seconds"] = max(row["seconds"], made["training_seconds"])
     return row | {"variant": cell.variant, "made": made, "processor": processor(), "cores": os.cpu_count()}
 
 
