@@ -375,11 +375,11 @@ class Run:
             self.states[cell] = State("running", {})
 
     def _next(self) -> tuple[Cell, Order] | None:
-        """Return the first cell that needs nothing which another one is making now."""
+        """Return the first cell that needs nothing which another one is making now, and that no other sweep makes."""
         busy = {name for _, order, _ in self._running.values() for name in self._missing(order)}
         for cell in self._waiting:
             order = self.sweep.order(cell)
-            if not busy.intersection(self._missing(order)):
+            if not busy.intersection(self._missing(order)) and not is_locked(self.sweep.folder, order.name):
                 return cell, order
         return None
 

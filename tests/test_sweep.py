@@ -266,6 +266,18 @@ def test_a_cell_that_another_sweep_makes_is_asked_for_again(tmp_path: Path) -> N
 
 def test_a_full_disk_pauses_the_sweep_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = [10 * 2**20]
+def test_a_cell_that_another_sweep_makes_is_not_started_until_that_ends(tmp_path: Path) -> None:
+    run, stage, _ = run_of(tmp_path)
+    steps = run.steps()
+    with FileLock(store.sweep_file(tmp_path / "out", "locks", f"{NAMES[0]}.lock")):
+        for _ in range(20):
+            next(steps)
+        assert stage.started == NAMES[1:]
+        assert states_of(run)[NAMES[0]] == "waiting"
+    walk_on(steps)
+    assert stage.started == [*NAMES[1:], NAMES[0]]
+
+
     monkeypatch.setattr(sweep.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
     run, stage, said = run_of(tmp_path, script={NAMES[1]: [worker.FULL]})
     steps = run.steps()
