@@ -150,16 +150,15 @@ def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int, *, as_json: bool) ->
     found = job.states()
     states = {cell: found[cell] for cell in cells}
     if not as_json:
-        width = max(len(job.grid.name(cell)) for cell in cells)
         for cell, state in states.items():
-            console.show(f"{state.state:<12}{job.grid.name(cell):<{width}}")
+            console.show(f"{state.state:<12}{job.grid.name(cell)}")
     left = seconds_left(states, jobs)
     if as_json:
         rows = [{**cell._asdict(), "name": job.grid.name(cell), "state": state.state} for cell, state in states.items()]
         console.show_json({"cells": rows, "seconds_left": left})
         return
     counts = Counter(state.state for state in states.values())
-    console.say(", ".join(f"{counts[name]:,} {name}" for name in STATES if counts[name]))
+    console.say(", ".join(f"{counts[name]:,} {name}" for name in STATES if counts[name]) or "no cell in this shard")
     console.say("no time known yet" if left is None else f"about {duration(left)} left with {jobs} at once")
 
 
