@@ -307,11 +307,12 @@ class Run:
 
     Attributes:
         sweep: the grid and its folder.
+        cells: those of the grid to make.
         launch: starts a cell.
         jobs: cells at once.
+        say: told one line for people.
         retry: make cells again that failed before; a sweep that replaces does so anyway.
         fail_fast: start nothing more after a failure.
-        say: told one line for people.
         states: where every cell is.
         paused: why nothing is started at the moment, or "".
     """
@@ -320,9 +321,9 @@ class Run:
     cells: Sequence[Cell]
     launch: Launch
     jobs: int
+    say: Callable[[str], None]
     retry: bool = False
     fail_fast: bool = False
-    say: Callable[[str], None] = print
     states: dict[Cell, State] = field(default_factory=dict)
     paused: str = ""
 

@@ -23,7 +23,8 @@ import pytest
 from filelock import FileLock
 
 from bdbench import artifacts, stages, store, sweep, tables, worker
-from bdbench.cli import app
+from bdbench.cli import app, console
+from bdbench.cli.sweep import watch
 from bdbench.defenses.abl import ABL
 from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError, OptionError
 from bdbench.grid import Cell, Grid, read_grid
@@ -68,6 +69,7 @@ class Stage:
 
     sweep: Sweep
     script: dict[str, list[int | None]] = field(default_factory=dict)
+    reason: str = "the loss is nan"
     started: list[str] = field(default_factory=list)
     playing: list[Played] = field(default_factory=list)
     at_once: list[set[str]] = field(default_factory=list)
@@ -99,7 +101,7 @@ class Stage:
                 seal(folder, name)
             facts |= {"state": "done", "evaluation": f"{played.order.name}-eval"}
         elif code == worker.FAILED:
-            facts |= {"state": "failed", "reason": "the loss is nan"}
+            facts |= {"state": "failed", "reason": self.reason}
         else:
             facts |= {"state": "running"}
         store.sweep_file(folder, "cells", f"{told['name']}.json").write_text(json.dumps(facts))
@@ -264,8 +266,6 @@ def test_a_cell_that_another_sweep_makes_is_asked_for_again(tmp_path: Path) -> N
     assert set(states_of(run).values()) == {"done"}
 
 
-def test_a_full_disk_pauses_the_sweep_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = [10 * 2**20]
 def test_a_cell_that_another_sweep_makes_is_not_started_until_that_ends(tmp_path: Path) -> None:
     run, stage, _ = run_of(tmp_path)
     steps = run.steps()
@@ -278,6 +278,8 @@ def test_a_cell_that_another_sweep_makes_is_not_started_until_that_ends(tmp_path
     assert stage.started == [*NAMES[1:], NAMES[0]]
 
 
+def test_a_full_disk_pauses_the_sweep_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [10 * 2**20]
     monkeypatch.setattr(sweep.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
     run, stage, said = run_of(tmp_path, script={NAMES[1]: [worker.FULL]})
     steps = run.steps()
@@ -612,11 +614,11 @@ def test_init_writes_a_grid_that_dry_run_reads(
     assert code == 0
     assert shown.split()[:2] == ["waiting", "digits-badnets-s0-none"]
     assert "6 waiting" in said
-    assert ran(["sweep", "--dry-run", "--seeds", "5"], capsys)[1].split()[:2] == ["waiting", "digits-badnets-s5-none"]
-    assert not (tmp_path / "runs").exists()
     code, shown, said = ran(["sweep", "--dry-run", "--shard", "6/6", "--seeds", "0"], capsys)
     assert (code, shown) == (0, "")
     assert "no cell" in said
+    assert ran(["sweep", "--dry-run", "--seeds", "5"], capsys)[1].split()[:2] == ["waiting", "digits-badnets-s5-none"]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_dry_run_checks_the_options_and_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -653,6 +655,20 @@ def test_status_and_dry_run_say_how_far_a_sweep_is(
     code, shown, said = ran(["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--dry-run"], capsys)
     assert shown.count("done") == 5
     assert "about 0 s left" in said
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_reason_of_a_failure_is_shown_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    run, stage, _ = run_of(tmp_path, script={NAMES[1]: [worker.FAILED]})
+    run.say, stage.reason = console.say_plainly, "cannot open [/usr/lib/x.so]: [enforce fail at alloc_cpu.cpp:117]"
+    watch(run)
+    assert set(states_of(run).values()) == {"done", "failed"}
+    assert f"{NAMES[1]}: {stage.reason}" in capsys.readouterr().err
+    assert stage.reason in ran(["status", str(tmp_path / "out")], capsys)[1]
 
 
 def test_status_of_no_sweep_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bdbench import store
 from bdbench.cli import console
 from bdbench.cli.parameters import Device, Json, PrecisionName
 from bdbench.errors import OptionError, unknown_name
@@ -85,7 +87,7 @@ def sweep(
         write_example(grid, grids.EXAMPLE)
         return
     read = grids.read_grid(grid, grids.parse_seeds(seeds) if seeds is not None else None)
-    folder = out or Path("runs") / grid.stem
+    folder = out or store.ROOT / grid.stem
     cells: Sequence[Cell] = part_of(read.cells, shard) if shard else read.cells
     checked = check(read) if dry_run else checked_once(read, folder)
     job = Sweep(read, folder.absolute(), device, precision, checked.suspects, checked.methods, replace)
@@ -103,7 +105,7 @@ def sweep(
         else:
             jobs = jobs or usual_jobs(checked.gpus)
             launch = local(job.folder, jobs, checked.gpus)
-        run = Run(job, cells, launch, jobs, retry, fail_fast)
+        run = Run(job, cells, launch, jobs, console.say_plainly, retry, fail_fast)
         there = sum(state.state == "done" for state in run.states.values())
         console.say(f"{len(cells):,} cells in {folder}, {there:,} of them there; {jobs} at once")
         watch(run)
@@ -167,15 +169,14 @@ def watch(run: Run) -> None:
     import sys
 
     if not sys.stderr.isatty():
-        run.say = console.say
         for _ in run.steps():
             pass
         return
     from rich.console import Console
     from rich.live import Live
 
-    with Live(console=Console(stderr=True), refresh_per_second=4) as live:
-        run.say = live.console.print
+    with Live(console=Console(stderr=True, highlight=False), refresh_per_second=4) as live:
+        run.say = partial(live.console.print, markup=False)
         shown = 0.0
         for _ in run.steps():
             if time.monotonic() - shown > REFRESH_SECONDS:
@@ -210,7 +211,7 @@ def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") 
 
 def finish(run: Run, *, as_json: bool) -> None:
     """Print the table of what is done, name what failed, and end with exit code 1 if anything did."""
-    from bdbench import store, tables
+    from bdbench import tables
     from bdbench.artifacts import EvaluationArtifact
 
     folder = run.sweep.folder
@@ -246,6 +247,9 @@ def status(
     Examples:
       bdbench status runs/grid
     """
+    from rich.markup import escape
+    from rich.table import Table
+
     from bdbench.sweep import read_records
 
     records = read_records(folder)
@@ -254,8 +258,6 @@ def status(
     if json:
         console.show_json({"cells": list(records.values())})
         return
-    from rich.table import Table
-
     table = Table(box=None, pad_edge=False)
     for column in ("cell", "state", "phase", "", "seconds", "reason"):
         table.add_column(column, justify="right" if column in ("", "seconds") else "left")
@@ -264,7 +266,7 @@ def status(
         share = f"{record['done'] / max(1, record['total']):.0%}" if active and record.get("total") else ""
         table.add_row(
             record["name"], record["state"], str(record.get("phase", "")) if active else "", share,
-            f"{record['seconds']:,.0f}", record.get("reason", "") if record["state"] == "failed" else "",
+            f"{record['seconds']:,.0f}", escape(record.get("reason", "")) if record["state"] == "failed" else "",
         )  # fmt: skip
     console.show(table)
     counts = Counter(record["state"] for record in records.values())
@@ -285,8 +287,6 @@ def gc(
 
       bdbench gc runs/grid --remove
     """
-    from bdbench import store
-
     if not folder.is_dir():
         raise OptionError(f"{folder} is not a folder")
     found = [(path, store.folder_bytes(path)) for path in store.unneeded(folder)]
