@@ -188,6 +188,7 @@ def watch(run: Run) -> None:
 
 def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") -> Table:
     """Return what a sweep is doing: a line per running cell, and how many are where."""
+    from rich.markup import escape
     from rich.table import Table
 
     from bdbench.sweep import seconds_left
@@ -204,7 +205,7 @@ def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") 
     left = seconds_left(states, jobs)
     parts = [f"{counts[name]:,} {name}" for name in STATES if counts[name]]
     parts += [f"about {duration(left)} left"] if left else []
-    table.caption = paused or ", ".join(parts)
+    table.caption = escape(paused) or ", ".join(parts)
     table.caption_justify = "left"
     return table
 
