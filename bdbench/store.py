@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -29,6 +30,8 @@ AGAIN = "make the artifact again with --force"
 """What mends a damaged artifact."""
 SWEEP = ".sweep"
 """Folder of what a sweep knows of its cells: records, logs, locks."""
+PLACE_ERRORS = frozenset({errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EROFS})
+"""What another place, or room, mends."""
 
 Kind = Literal["dataset", "model", "evaluation"]
 
@@ -166,7 +169,8 @@ def _describe(file: Path) -> dict[str, Any]:
 
 
 def _cannot_write(path: Path, error: OSError) -> ArtifactError:
-    return ArtifactError(f"cannot write {path}: {error.strerror or error}; choose another --out or make room")
+    advice = "; choose another --out or make room" if error.errno in PLACE_ERRORS else ""
+    return ArtifactError(f"cannot write {path}: {error}{advice}")
 
 
 def file_sha256(path: Path) -> str:
