@@ -20,8 +20,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple, Protocol
 
-from filelock import FileLock, Timeout
-
 import bdbench
 from bdbench import store, worker
 from bdbench.errors import ArtifactError, OptionError
@@ -155,11 +153,7 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
 
 def is_locked(folder: Path, name: str) -> bool:
     """Say whether a worker is making a cell."""
-    try:
-        with FileLock(store.sweep_file(folder, "locks", f"{name}.lock"), timeout=0):
-            return False
-    except Timeout:
-        return True
+    return store.is_locked(store.sweep_file(folder, "locks", f"{name}.lock"))
 
 
 def shard(cells: Sequence[Cell], part: str) -> list[Cell]:

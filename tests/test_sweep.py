@@ -712,6 +712,23 @@ def test_gc_lists_and_removes_when_told(tmp_path: Path, capsys: pytest.CaptureFi
     assert not leftover.exists()
 
 
+@pytest.mark.parametrize("lock", [".data.work/lock", ".sweep/locks/digits-badnets-s0-none.lock"])
+def test_gc_removes_nothing_while_something_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lock: str
+) -> None:
+    (tmp_path / ".gone.work").mkdir()
+    held = tmp_path / "grid" / lock
+    held.parent.mkdir(parents=True)
+    with FileLock(held):
+        code, _, said = ran(["gc", str(tmp_path), "--remove"], capsys)
+        assert code == 1
+        assert f"{held} is held" in said
+        assert (tmp_path / ".gone.work").exists()
+        assert ran(["gc", str(tmp_path)], capsys)[0] == 0
+    assert ran(["gc", str(tmp_path), "--remove"], capsys)[0] == 0
+    assert not (tmp_path / ".gone.work").exists()
+
+
 # what is not needed
 
 

@@ -281,7 +281,8 @@ def gc(
 ) -> None:
     """List, or remove, artifacts that no result needs, and leftovers of interrupted work.
 
-    Needed are evaluations, their models and their data sets, and all that these were made from.
+    Needed are evaluations, their models and their data sets, and all that these were made from. Nothing is removed
+    while anything under DIR is being made.
 
     Examples:
       bdbench gc runs/grid
@@ -290,6 +291,8 @@ def gc(
     """
     if not folder.is_dir():
         raise OptionError(f"{folder} is not a folder")
+    if remove:
+        store.check_idle(folder)
     found = [(path, store.folder_bytes(path)) for path in store.unneeded(folder)]
     if json:
         console.show_json({"removed": remove, "unneeded": [{"path": path, "bytes": size} for path, size in found]})
