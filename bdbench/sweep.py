@@ -24,7 +24,7 @@ import bdbench
 from bdbench import store, worker
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.grid import Cell, Grid, Named, line_of
-from bdbench.machine import memory_bytes
+from bdbench.machine import cores, memory_bytes
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
@@ -242,7 +242,7 @@ def usual_jobs(gpus: int) -> int:
     """
     if gpus:
         return gpus
-    return max(1, min(os.cpu_count() or 1, memory_bytes() // JOB_BYTES))
+    return max(1, min(cores(), memory_bytes() // JOB_BYTES))
 
 
 @dataclass
@@ -271,7 +271,7 @@ class LocalJob:
 
 def local(folder: Path, jobs: int, gpus: int) -> Launch:
     """Return what starts a cell here: cores are shared among the jobs, a GPU belongs to one of them."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, cores() // jobs)
 
     def launch(order: Order, job: int) -> LocalJob:
         own = {"OMP_NUM_THREADS": str(threads)} if "OMP_NUM_THREADS" not in os.environ else {}

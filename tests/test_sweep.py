@@ -353,11 +353,21 @@ def test_the_time_left_comes_from_the_cells_most_alike(tmp_path: Path) -> None:
 
 def test_jobs_are_bounded_by_memory_and_a_gpu_is_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "memory_bytes", lambda: 3 * 10**9)
-    monkeypatch.setattr(sweep.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(sweep, "cores", lambda: 8)
     assert sweep.usual_jobs(0) == 1
     monkeypatch.setattr(sweep, "memory_bytes", lambda: 300 * 10**9)
     assert sweep.usual_jobs(0) == 8
     assert sweep.usual_jobs(4) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_only_the_cores_that_this_process_may_use_count() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert sweep.usual_jobs(0) == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 # the worker
