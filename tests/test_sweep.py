@@ -566,6 +566,22 @@ def test_options_are_checked_before_anything_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '[recipe]\naugment = "crop,flap"\n',
+            r"line 2, defense none: unknown augmentation 'flap'\. Did you mean 'flip'",
+        ),
+        ('datasets = ["mine"]\n[dataset.mine]\nuse = "{place}"\n', "line 3, dataset mine: .* is an artifact already"),
+    ],
+)
+def test_what_no_cell_could_be_made_with_is_found_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:
+    seal(tmp_path, "data")
+    with pytest.raises(OptionError, match=message):
+        sweep.check(grid_of(tmp_path, f'defenses = ["none"]\n{text}'.replace("{place}", str(tmp_path / "data"))))
+
+
 def test_a_grid_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Grid] = []
 
