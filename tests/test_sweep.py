@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from bdbench import artifacts, stages, store, sweep, tables, worker
 from bdbench.cli import app, console
-from bdbench.cli.sweep import watch
+from bdbench.cli.sweep import view, watch
 from bdbench.defenses.abl import ABL
 from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError, OptionError
 from bdbench.grid import Cell, Grid, read_grid
@@ -695,6 +695,13 @@ def test_the_reason_of_a_failure_is_shown_as_it_is(
     assert set(states_of(run).values()) == {"done", "failed"}
     assert f"{NAMES[1]}: {stage.reason}" in capsys.readouterr().err
     assert stage.reason in ran(["status", str(tmp_path / "out")], capsys)[1]
+
+
+def test_a_sweep_without_room_shows_its_folder_as_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.show(view(grid_of(tmp_path), {}, 1, "no room on the disk of [/data]"))
+    assert "no room on the disk of [/data]" in " ".join(capsys.readouterr().out.split())
 
 
 def test_status_of_no_sweep_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
