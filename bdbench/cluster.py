@@ -13,7 +13,8 @@ from typing import Any
 
 from bdbench import store, worker
 from bdbench.errors import DeviceError, OptionError
-from bdbench.sweep import Launch, Order
+from bdbench.machine import cores
+from bdbench.sweep import Launch, Order, usual_jobs
 
 CONNECT_SECONDS = 5.0
 RETRIES = 3
@@ -43,7 +44,8 @@ class Cluster:
         )
 
         def launch(order: Order, _: int) -> RayJob:
-            return RayJob(self.ray, made.remote(order.text, order.name, str(folder), str(Path.cwd()), self.threads))
+            task = made.remote(order.text, order.name, str(folder), str(Path.cwd()), self.threads)
+            return RayJob(self.ray, task, store.sweep_file(folder, "logs", f"{order.name}.log"))
 
         return launch
 
@@ -57,7 +59,8 @@ def connect(address: str | None, jobs: int | None) -> Cluster:
 
     Args:
         address: HOST:PORT, ray://HOST:PORT, or None for this machine.
-        jobs: cells at once on this machine; default: one a core.
+        jobs: cells at once; default on this machine: see `bdbench.sweep.usual_jobs`, on a cluster: one a GPU, else one
+            a CPU.
 
     Raises:
         OptionError: Ray is not installed, or the address has another form.
@@ -71,17 +74,18 @@ def connect(address: str | None, jobs: int | None) -> Cluster:
         raise OptionError("--engine ray needs Ray; install it with: pip install 'bdbench[ray]'") from error
     if address is not None:
         _knock(address)
-    else:
-        jobs = jobs or os.cpu_count() or 1
     try:
         ray.init(
-            address=address, num_cpus=None if address else jobs, include_dashboard=None if address else False,
-            configure_logging=False, log_to_driver=False,
+            address=address, num_cpus=None if address else max(cores(), jobs or 1),
+            include_dashboard=None if address else False, configure_logging=False, log_to_driver=False,
         )  # fmt: skip
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise DeviceError(f"cannot use the Ray cluster at {address or 'this machine'}: {error}") from error
     known = found.cluster_resources()
     gpus, cpus = int(known.get("GPU", 0)), max(1, int(known.get("CPU", 1)))
+    if address is None:
+        jobs = jobs or usual_jobs(gpus)
+        return Cluster(found, gpus, jobs, max(1, cpus // jobs))
     return Cluster(found, gpus, jobs or gpus or cpus, max(1, cpus // gpus) if gpus else 1)
 
 
@@ -123,15 +127,18 @@ class RayJob:
 
     ray: Any
     task: Any
+    log: Path
 
     def poll(self) -> int | None:
-        """Return the exit code of the worker, that of an interrupted one where Ray gave up, or None."""
+        """Return the exit code of the worker, or None; where Ray gave up, that of an interrupted one, and log why."""
         ready, _ = self.ray.wait([self.task], timeout=0)
         if not ready:
             return None
         try:
             return int(self.ray.get(self.task))
-        except self.ray.exceptions.RayError:
+        except self.ray.exceptions.RayError as error:
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(f"{error}\n")
             return worker.INTERRUPTED
 
     def stop(self) -> None:

@@ -231,20 +231,27 @@ class _Reader:
                 order[cell],
             )
         )
-        return Grid(
+        grid = Grid(
             self.path, tuple(cells), named, self._table("recipe"), self._value("preset", str),
             self._value("trusted", (int, float)),
             self._value("differences", bool),
         )  # fmt: skip
+        self._check_folders(grid)
+        return grid
 
     def _list(self, axis: str) -> list[Any]:
         key = AXES[axis]
-        values = self.raw.get(key, DEFAULTS[key])
+        return self._values(axis, self.raw.get(key, DEFAULTS[key]), f"`{key}`", key)
+
+    def _values(self, axis: str, values: object, what: str, word: str, number: int = 0) -> list[Any]:
+        """Return the labels or seeds of an axis, checked; errors name `what`, and the line of `word`."""
         kind = int if axis == "seed" else str
         if not isinstance(values, list) or not all(type(value) is kind for value in values):
-            raise self._wrong(f"`{key}` must be a list of {'whole numbers' if kind is int else 'names'}", key)
+            raise self._wrong(
+                f"{what} must be a list of {'whole numbers' if kind is int else 'names'}, not {values!r}", word, number
+            )
         if kind is int and any(value < 0 for value in values):
-            raise self._wrong("seeds must not be negative", key)
+            raise self._wrong("seeds must not be negative", word, number)
         return values
 
     def _value(self, key: str, kind: Any) -> Any:  # noqa: ANN401 - what TOML holds
@@ -269,7 +276,12 @@ class _Reader:
         """Return the axes that a rule names, each with a list of labels."""
         table = self._tables(key)[number]
         self._check_keys(table, set(AXES), f"key of [[{key}]]")
-        rule = {axis: value if isinstance(value, list) else [value] for axis, value in table.items()}
+        rule = {
+            axis: self._values(
+                axis, value if isinstance(value, list) else [value], f"`{axis}` of [[{key}]]", f"[[{key}]]", number
+            )
+            for axis, value in table.items()
+        }
         if not rule:
             raise self._wrong(f"[[{key}]] number {number + 1} is empty", f"[[{key}]]", number)
         return rule
@@ -289,6 +301,26 @@ class _Reader:
         if not is_path:
             self._check_name(TABLES[axis], use, own=tables)
         return Named(str(use), options)
+
+    def _check_folders(self, grid: Grid) -> None:
+        """Refuse labels under which two artifacts would lie in one folder."""
+        owners: dict[str, tuple[str, str]] = {}
+        for cell in grid.cells:
+            data, name = grid.data_name(cell), grid.name(cell)
+            images, whole = f"{cell.dataset} x {cell.attack} x {cell.seed}", " x ".join(map(str, cell))
+            for folder, owner in (
+                (data, (f"the data set of {images}", cell.attack)),
+                (f"{data}-victim", (f"the attacker's model of {images}", "")),
+                (name, (f"the model of {whole}", cell.defense)),
+                (f"{name}-eval", (f"the evaluation of {whole}", cell.defense)),
+            ):
+                other = owners.setdefault(folder, owner)
+                if other != owner:
+                    label = max(other[1], owner[1], key=len)  # the longer one spells out what the other name ends with
+                    raise self._wrong(
+                        f"{other[0]} and {owner[0]} would lie in one folder, {folder}; choose another label in place "
+                        f"of '{label}'", label,
+                    )  # fmt: skip
 
     def _check_name(self, registry: Registry, name: object, own: Mapping[str, Any] | None = None) -> None:
         if registry.find(str(name)) is not None:

@@ -17,6 +17,14 @@ def busy_cores() -> int:
         return 0
 
 
+def cores() -> int:
+    """Return how many cores this process may use: those that it is bound to, where the system says so, else all."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows bind nothing
+        return os.cpu_count() or 1
+
+
 def memory_bytes() -> int:
     """Return how much RAM there is; on Windows, which does not say, no limit."""
     try:

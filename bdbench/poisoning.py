@@ -126,13 +126,14 @@ def choose_poisoned(labels: Tensor, attack: Attack, rng: torch.Generator) -> Ten
     else:
         eligible = torch.ones_like(in_target)
     rows = torch.nonzero(eligible).flatten()
-    counted = int((labels == attack.source if attack.labels == "source-specific" else in_target).sum())
+    of_class = int((labels == attack.source if attack.labels == "source-specific" else in_target).sum())
     if attack.class_rate is not None:
-        said, count = f"class_rate {attack.class_rate}", round(attack.class_rate * counted)
+        said, rate, counted = f"class_rate {attack.class_rate}", attack.class_rate, of_class
     else:
-        said, count = f"rate {attack.rate}", round((attack.rate or 0) * len(labels))
+        said, rate, counted = f"rate {attack.rate}", attack.rate or 0, len(labels)
+    count = round(rate * counted)
     if count < 1:
-        raise OptionError(f"{said} of {len(labels)} samples is less than one sample; raise it")
+        raise OptionError(f"{said} of {counted} samples is less than one sample; raise it")
     if count > len(rows):
         raise OptionError(f"{said} asks for {count} samples, only {len(rows)} are eligible; lower it")
     return rows[torch.randperm(len(rows), generator=rng)[:count]].sort().values

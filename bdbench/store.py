@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -29,6 +30,8 @@ AGAIN = "make the artifact again with --force"
 """What mends a damaged artifact."""
 SWEEP = ".sweep"
 """Folder of what a sweep knows of its cells: records, logs, locks."""
+PLACE_ERRORS = frozenset({errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EROFS})
+"""What another place, or room, mends."""
 
 Kind = Literal["dataset", "model", "evaluation"]
 
@@ -166,7 +169,8 @@ def _describe(file: Path) -> dict[str, Any]:
 
 
 def _cannot_write(path: Path, error: OSError) -> ArtifactError:
-    return ArtifactError(f"cannot write {path}: {error.strerror or error}; choose another --out or make room")
+    advice = "; choose another --out or make room" if error.errno in PLACE_ERRORS else ""
+    return ArtifactError(f"cannot write {path}: {error}{advice}")
 
 
 def file_sha256(path: Path) -> str:
@@ -356,7 +360,7 @@ def locate(reference: str | Path, kind: Kind | None = None, root: Path = ROOT) -
 def unneeded(root: Path) -> list[Path]:
     """Return the artifacts under a folder that no evaluation there was made from, and leftovers of interrupted work.
 
-    What another process is making now is left out.
+    Leftovers that another process is writing now are left out; what it reads is not known here: see `check_idle`.
     """
     found = find_artifacts(root)
     by_id: dict[str, list[Path]] = {}
@@ -378,14 +382,29 @@ def unneeded(root: Path) -> list[Path]:
         for path, manifest in found
         if manifest.ask.method == "victim" and not needed.isdisjoint(by_id.get(manifest.ask.inputs["dataset"], []))
     }
-    leftovers = [path for path in root.glob("**/.*.work") if path.is_dir() and not _is_locked(path)]
+    leftovers = [path for path in root.glob("**/.*.work") if path.is_dir() and not is_locked(path / "lock")]
     leftovers += root.glob("**/.*.done-*")
     return sorted([*(path for path, _ in found if path not in needed), *leftovers])
 
 
-def _is_locked(hidden: Path) -> bool:
+def check_idle(root: Path) -> None:
+    """Refuse a folder in which an artifact, or a cell of a sweep, is being made: it may need any other one there.
+
+    Raises:
+        BusyError: names the lock that is held.
+    """
+    for lock in (*root.glob("**/.*.work/lock"), *root.glob(f"**/{SWEEP}/locks/*.lock")):
+        if is_locked(lock):
+            raise BusyError(
+                f"something under {root} is being made right now ({lock} is held), and may need what would be removed; "
+                "wait for it, or stop it"
+            )
+
+
+def is_locked(lock: Path) -> bool:
+    """Say whether a process holds the lock of this file."""
     try:
-        with FileLock(hidden / "lock", timeout=0):
+        with FileLock(lock, timeout=0):
             return False
     except Timeout:
         return True

@@ -20,13 +20,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple, Protocol
 
-from filelock import FileLock, Timeout
-
 import bdbench
 from bdbench import store, worker
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.grid import Cell, Grid, Named, line_of
-from bdbench.machine import memory_bytes
+from bdbench.machine import cores, memory_bytes
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
@@ -155,11 +153,7 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
 
 def is_locked(folder: Path, name: str) -> bool:
     """Say whether a worker is making a cell."""
-    try:
-        with FileLock(store.sweep_file(folder, "locks", f"{name}.lock"), timeout=0):
-            return False
-    except Timeout:
-        return True
+    return store.is_locked(store.sweep_file(folder, "locks", f"{name}.lock"))
 
 
 def shard(cells: Sequence[Cell], part: str) -> list[Cell]:
@@ -248,7 +242,7 @@ def usual_jobs(gpus: int) -> int:
     """
     if gpus:
         return gpus
-    return max(1, min(os.cpu_count() or 1, memory_bytes() // JOB_BYTES))
+    return max(1, min(cores(), memory_bytes() // JOB_BYTES))
 
 
 @dataclass
@@ -277,7 +271,7 @@ class LocalJob:
 
 def local(folder: Path, jobs: int, gpus: int) -> Launch:
     """Return what starts a cell here: cores are shared among the jobs, a GPU belongs to one of them."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, cores() // jobs)
 
     def launch(order: Order, job: int) -> LocalJob:
         own = {"OMP_NUM_THREADS": str(threads)} if "OMP_NUM_THREADS" not in os.environ else {}
@@ -307,11 +301,12 @@ class Run:
 
     Attributes:
         sweep: the grid and its folder.
+        cells: those of the grid to make.
         launch: starts a cell.
         jobs: cells at once.
+        say: told one line for people.
         retry: make cells again that failed before; a sweep that replaces does so anyway.
         fail_fast: start nothing more after a failure.
-        say: told one line for people.
         states: where every cell is.
         paused: why nothing is started at the moment, or "".
     """
@@ -320,9 +315,9 @@ class Run:
     cells: Sequence[Cell]
     launch: Launch
     jobs: int
+    say: Callable[[str], None]
     retry: bool = False
     fail_fast: bool = False
-    say: Callable[[str], None] = print
     states: dict[Cell, State] = field(default_factory=dict)
     paused: str = ""
 
@@ -375,11 +370,11 @@ class Run:
             self.states[cell] = State("running", {})
 
     def _next(self) -> tuple[Cell, Order] | None:
-        """Return the first cell that needs nothing which another one is making now."""
+        """Return the first cell that needs nothing which another one is making now, and that no other sweep makes."""
         busy = {name for _, order, _ in self._running.values() for name in self._missing(order)}
         for cell in self._waiting:
             order = self.sweep.order(cell)
-            if not busy.intersection(self._missing(order)):
+            if not busy.intersection(self._missing(order)) and not is_locked(self.sweep.folder, order.name):
                 return cell, order
         return None
 

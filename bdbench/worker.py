@@ -190,7 +190,7 @@ def check(order: Mapping[str, Any]) -> dict[str, Any]:
     """Check options and look at the machine.
 
     Args:
-        order: `attacks` and `defenses`: from label to registered name and options; `datasets` likewise.
+        order: `named`: axis, label, registered name (or path) and options of each; `models`: registered names.
 
     Returns:
         `errors`: (axis, label, message) of options that do not fit; `suspects`, `gpus`, `methods`: see
@@ -198,10 +198,10 @@ def check(order: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from bdbench import stages
-    from bdbench.datasets.paths import PathSource
+    from bdbench import sources, stages
+    from bdbench.augment import parse_augment
     from bdbench.engine import Recipe
-    from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
+    from bdbench.registry import ATTACKS, DEFENSES, MODELS
 
     errors, suspects, methods = [], [], {}
     for axis, label, use, options in order["named"]:
@@ -210,16 +210,18 @@ def check(order: Mapping[str, Any]) -> dict[str, Any]:
                 cls = ATTACKS.load(use)
                 methods[f"attack {label}"] = digest(use, cls.version, cls.parse(options).model_dump())
             elif axis == "dataset":
-                wanted = {**options} if use in DATASETS.rows else {"path": use, **options}
-                (DATASETS.load(use) if use in DATASETS.rows else PathSource).parse(wanted)
+                sources.open_source(use, options)
             else:
                 cls = DEFENSES.load(use)
                 preset = options.get("preset", "auto")
                 if preset != "auto" and preset not in cls.presets:
                     raise unknown_name(f"preset of {use}", preset, cls.presets)
                 wanted = {name: value for name, value in options.items() if name != "preset"}
-                recipe, own = stages.split_options(wanted, cls)
-                parsed = [Recipe.parse(recipe).model_dump(), cls.parse(own).model_dump()]
+                of_recipe, own = stages.split_options(wanted, cls)
+                recipe = Recipe.parse(of_recipe)
+                if recipe.augment != "auto":
+                    parse_augment(recipe.augment)
+                parsed = [recipe.model_dump(), cls.parse(own).model_dump()]
                 methods[f"defense {label}"] = digest(use, cls.version, preset, dict(cls.presets), parsed)
                 if cls.needs_suspect:
                     suspects.append(label)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from test_sweep import UNDEFENDED, numbers, tiny_folder
 
-from bdbench import cluster, store
+from bdbench import cluster, store, worker
 from bdbench.errors import DeviceError, OptionError
 from bdbench.grid import read_grid
 from bdbench.sweep import Run, Sweep
@@ -43,6 +43,26 @@ def test_an_address_of_another_form_is_refused(address: str) -> None:
     pytest.importorskip("ray")
     with pytest.raises(OptionError, match="must be HOST:PORT"):
         cluster.connect(address, None)
+
+
+def test_cells_on_this_machine_share_its_cores_and_what_ray_says_is_in_their_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(cluster, "cores", lambda: 6)
+    connected = cluster.connect(None, 2)
+    try:
+        assert (connected.jobs, connected.threads) == (2, 3)
+
+        def lose() -> int:
+            raise OSError("the node is gone")
+
+        job = cluster.RayJob(ray, ray.remote(lose).remote(), tmp_path / "cell.log")
+        job.wait(60)
+        assert job.poll() == worker.INTERRUPTED
+        assert "the node is gone" in (tmp_path / "cell.log").read_text()
+    finally:
+        connected.leave()
 
 
 def test_a_sweep_survives_the_death_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

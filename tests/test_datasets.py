@@ -221,6 +221,9 @@ def test_folder_leaves_out_other_files_and_says_so(tmp_path: Path) -> None:
     (root / "cat" / "notes.txt").write_text("x")
     (root / "cat" / ".hidden.png").write_text("x")
     (root / ".git").mkdir()
+    checkpoints = root / "cat" / ".ipynb_checkpoints"
+    checkpoints.mkdir()
+    picture().save(checkpoints / "0-checkpoint.png")
     progress = Notes()
     source = PathSource(path=root).load(progress)
     assert len(source.train) + len(source.test) == 6

@@ -153,6 +153,10 @@ def test_excludes_take_out_and_includes_add(tmp_path: Path) -> None:
             '[[exclude]]\ndefense = "abl"\n[[include]]\ndefense = "abl"\nseed = 4\n',
             r"line 3: \[\[include\]\] number 1 names a cell that an \[\[exclude\]\] takes out",
         ),
+        ("[[include]]\nattack = 5\n", r"line 1: `attack` of \[\[include\]\] must be a list of names"),
+        ('[[include]]\nseed = ["x"]\n', r"line 1: `seed` of \[\[include\]\] must be a list of whole numbers"),
+        ("[[include]]\nseed = 3\n[[include]]\nseed = -1\n", "line 3: seeds must not be negative"),
+        ("[[exclude]]\nattack = [true]\n", r"line 1: `attack` of \[\[exclude\]\] must be a list of names"),
         ("seeds = [0\n", "is not TOML"),
         ('attacks = ["low"]\n[attack.low]\nuse = "badnetz"\n', r"line 3: unknown attack 'badnetz'"),
     ],
@@ -161,6 +165,34 @@ def test_what_means_nothing_is_refused_with_file_line_and_way_out(tmp_path: Path
     with pytest.raises(OptionError, match=message) as caught:
         grid_of(tmp_path, text)
     assert str(tmp_path / "grid.toml") in str(caught.value)
+
+
+ALIKE = """
+defenses = ["none", "{label}"]
+models = ["auto", "convnet"]
+[defense."{label}"]
+use = "none"
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "folder", "label"),
+    [
+        (ALIKE.format(label="convnet-none"), "digits-badnets-s0-convnet-none", "convnet-none"),
+        (ALIKE.format(label="none-eval"), "digits-badnets-s0-none-eval", "none-eval"),
+        (ALIKE.format(label="victim"), "digits-badnets-s0-victim", "victim"),
+        (
+            'datasets = ["a", "a-b"]\nattacks = ["sig", "b-sig"]\ndataset.a.use = "digits"\n'
+            'dataset.a-b.use = "digits"\nattack.b-sig.use = "sig"\n', "a-b-sig-s0", "b-sig",
+        ),
+    ],
+)  # fmt: skip
+def test_two_things_that_would_lie_in_one_folder_are_refused(
+    tmp_path: Path, text: str, folder: str, label: str
+) -> None:
+    message = rf"one folder, {folder}; choose another label in place of '{label}'"
+    with pytest.raises(OptionError, match=message):
+        grid_of(tmp_path, text)
 
 
 @pytest.mark.parametrize(

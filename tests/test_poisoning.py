@@ -42,6 +42,8 @@ def test_a_rate_counts_from_all_samples_and_is_rounded(rate: float, count: int) 
 
 def test_a_class_rate_counts_from_the_target_class() -> None:
     assert len(chosen(class_rate=0.5)) == 15
+    with pytest.raises(OptionError, match=r"class_rate 0\.01 of 30 samples is less than one sample; raise it"):
+        chosen(class_rate=0.01)
 
 
 def test_rows_are_drawn_once_each_and_sorted() -> None:

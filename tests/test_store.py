@@ -3,6 +3,7 @@
 # ruff: noqa: PT012 - a block that fails half-way is what is tested
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -186,6 +187,18 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match=r"cannot write .*file/a: .*; choose another --out or make room"):
         seal(tmp_path / "file" / "a")
+
+
+def test_an_input_that_is_missing_is_named_and_no_other_place_is_advised(tmp_path: Path) -> None:
+    message = r"cannot write .*/a: .*No such file or directory: '.*/input\.png'$"
+    with pytest.raises(ArtifactError, match=message), store.create(tmp_path / "a", ASK):
+        (tmp_path / "input.png").read_bytes()
+
+
+def test_a_full_disk_is_said_with_the_way_out(tmp_path: Path) -> None:
+    message = r"No space left on device; choose another --out or make room$"
+    with pytest.raises(ArtifactError, match=message), store.create(tmp_path / "a", ASK):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")

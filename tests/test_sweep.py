@@ -23,7 +23,8 @@ import pytest
 from filelock import FileLock
 
 from bdbench import artifacts, stages, store, sweep, tables, worker
-from bdbench.cli import app
+from bdbench.cli import app, console
+from bdbench.cli.sweep import view, watch
 from bdbench.defenses.abl import ABL
 from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError, OptionError
 from bdbench.grid import Cell, Grid, read_grid
@@ -68,6 +69,7 @@ class Stage:
 
     sweep: Sweep
     script: dict[str, list[int | None]] = field(default_factory=dict)
+    reason: str = "the loss is nan"
     started: list[str] = field(default_factory=list)
     playing: list[Played] = field(default_factory=list)
     at_once: list[set[str]] = field(default_factory=list)
@@ -99,7 +101,7 @@ class Stage:
                 seal(folder, name)
             facts |= {"state": "done", "evaluation": f"{played.order.name}-eval"}
         elif code == worker.FAILED:
-            facts |= {"state": "failed", "reason": "the loss is nan"}
+            facts |= {"state": "failed", "reason": self.reason}
         else:
             facts |= {"state": "running"}
         store.sweep_file(folder, "cells", f"{told['name']}.json").write_text(json.dumps(facts))
@@ -264,6 +266,18 @@ def test_a_cell_that_another_sweep_makes_is_asked_for_again(tmp_path: Path) -> N
     assert set(states_of(run).values()) == {"done"}
 
 
+def test_a_cell_that_another_sweep_makes_is_not_started_until_that_ends(tmp_path: Path) -> None:
+    run, stage, _ = run_of(tmp_path)
+    steps = run.steps()
+    with FileLock(store.sweep_file(tmp_path / "out", "locks", f"{NAMES[0]}.lock")):
+        for _ in range(20):
+            next(steps)
+        assert stage.started == NAMES[1:]
+        assert states_of(run)[NAMES[0]] == "waiting"
+    walk_on(steps)
+    assert stage.started == [*NAMES[1:], NAMES[0]]
+
+
 def test_a_full_disk_pauses_the_sweep_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = [10 * 2**20]
     monkeypatch.setattr(sweep.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
@@ -339,11 +353,21 @@ def test_the_time_left_comes_from_the_cells_most_alike(tmp_path: Path) -> None:
 
 def test_jobs_are_bounded_by_memory_and_a_gpu_is_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "memory_bytes", lambda: 3 * 10**9)
-    monkeypatch.setattr(sweep.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(sweep, "cores", lambda: 8)
     assert sweep.usual_jobs(0) == 1
     monkeypatch.setattr(sweep, "memory_bytes", lambda: 300 * 10**9)
     assert sweep.usual_jobs(0) == 8
     assert sweep.usual_jobs(4) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_only_the_cores_that_this_process_may_use_count() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert sweep.usual_jobs(0) == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 # the worker
@@ -542,6 +566,22 @@ def test_options_are_checked_before_anything_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '[recipe]\naugment = "crop,flap"\n',
+            r"line 2, defense none: unknown augmentation 'flap'\. Did you mean 'flip'",
+        ),
+        ('datasets = ["mine"]\n[dataset.mine]\nuse = "{place}"\n', "line 3, dataset mine: .* is an artifact already"),
+    ],
+)
+def test_what_no_cell_could_be_made_with_is_found_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:
+    seal(tmp_path, "data")
+    with pytest.raises(OptionError, match=message):
+        sweep.check(grid_of(tmp_path, f'defenses = ["none"]\n{text}'.replace("{place}", str(tmp_path / "data"))))
+
+
 def test_a_grid_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Grid] = []
 
@@ -600,6 +640,9 @@ def test_init_writes_a_grid_that_dry_run_reads(
     assert code == 0
     assert shown.split()[:2] == ["waiting", "digits-badnets-s0-none"]
     assert "6 waiting" in said
+    code, shown, said = ran(["sweep", "--dry-run", "--shard", "6/6", "--seeds", "0"], capsys)
+    assert (code, shown) == (0, "")
+    assert "no cell" in said
     assert ran(["sweep", "--dry-run", "--seeds", "5"], capsys)[1].split()[:2] == ["waiting", "digits-badnets-s5-none"]
     assert not (tmp_path / "runs").exists()
 
@@ -638,6 +681,27 @@ def test_status_and_dry_run_say_how_far_a_sweep_is(
     code, shown, said = ran(["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--dry-run"], capsys)
     assert shown.count("done") == 5
     assert "about 0 s left" in said
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_reason_of_a_failure_is_shown_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    run, stage, _ = run_of(tmp_path, script={NAMES[1]: [worker.FAILED]})
+    run.say, stage.reason = console.say_plainly, "cannot open [/usr/lib/x.so]: [enforce fail at alloc_cpu.cpp:117]"
+    watch(run)
+    assert set(states_of(run).values()) == {"done", "failed"}
+    assert f"{NAMES[1]}: {stage.reason}" in capsys.readouterr().err
+    assert stage.reason in ran(["status", str(tmp_path / "out")], capsys)[1]
+
+
+def test_a_sweep_without_room_shows_its_folder_as_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.show(view(grid_of(tmp_path), {}, 1, "no room on the disk of [/data]"))
+    assert "no room on the disk of [/data]" in " ".join(capsys.readouterr().out.split())
 
 
 def test_status_of_no_sweep_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -679,6 +743,23 @@ def test_gc_lists_and_removes_when_told(tmp_path: Path, capsys: pytest.CaptureFi
     assert leftover.exists()
     assert json.loads(ran(["gc", str(tmp_path), "--remove", "--json"], capsys)[1])["removed"] is True
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("lock", [".data.work/lock", ".sweep/locks/digits-badnets-s0-none.lock"])
+def test_gc_removes_nothing_while_something_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lock: str
+) -> None:
+    (tmp_path / ".gone.work").mkdir()
+    held = tmp_path / "grid" / lock
+    held.parent.mkdir(parents=True)
+    with FileLock(held):
+        code, _, said = ran(["gc", str(tmp_path), "--remove"], capsys)
+        assert code == 1
+        assert f"{held} is held" in said
+        assert (tmp_path / ".gone.work").exists()
+        assert ran(["gc", str(tmp_path)], capsys)[0] == 0
+    assert ran(["gc", str(tmp_path), "--remove"], capsys)[0] == 0
+    assert not (tmp_path / ".gone.work").exists()
 
 
 # what is not needed

@@ -50,6 +50,11 @@ def say(message: str) -> None:
     _console(stderr=True).print(message, soft_wrap=True)
 
 
+def say_plainly(message: str) -> None:
+    """Print a line to standard error as it is, whatever brackets it has."""
+    _console(stderr=True).print(message, markup=False, soft_wrap=True)
+
+
 def say_error(message: str) -> None:
     """Print an error to standard error, as it is."""
     _say_after("[bold red]Error:[/bold red]", message)
@@ -61,9 +66,8 @@ def say_warning(message: str) -> None:
 
 
 def _say_after(heading: str, message: str) -> None:
-    console = _console(stderr=True)
-    console.print(heading, end=" ")
-    console.print(message, markup=False, soft_wrap=True)
+    _console(stderr=True).print(heading, end=" ")
+    say_plainly(message)
 
 
 def say_made(path: object, artifact_id: str, made: Mapping[str, Any], following: list[str]) -> None:

@@ -7,11 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bdbench import store
 from bdbench.cli import console
 from bdbench.cli.parameters import Device, Json, PrecisionName
 from bdbench.errors import OptionError, unknown_name
@@ -85,7 +87,7 @@ def sweep(
         write_example(grid, grids.EXAMPLE)
         return
     read = grids.read_grid(grid, grids.parse_seeds(seeds) if seeds is not None else None)
-    folder = out or Path("runs") / grid.stem
+    folder = out or store.ROOT / grid.stem
     cells: Sequence[Cell] = part_of(read.cells, shard) if shard else read.cells
     checked = check(read) if dry_run else checked_once(read, folder)
     job = Sweep(read, folder.absolute(), device, precision, checked.suspects, checked.methods, replace)
@@ -103,7 +105,7 @@ def sweep(
         else:
             jobs = jobs or usual_jobs(checked.gpus)
             launch = local(job.folder, jobs, checked.gpus)
-        run = Run(job, cells, launch, jobs, retry, fail_fast)
+        run = Run(job, cells, launch, jobs, console.say_plainly, retry, fail_fast)
         there = sum(state.state == "done" for state in run.states.values())
         console.say(f"{len(cells):,} cells in {folder}, {there:,} of them there; {jobs} at once")
         watch(run)
@@ -150,16 +152,15 @@ def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int, *, as_json: bool) ->
     found = job.states()
     states = {cell: found[cell] for cell in cells}
     if not as_json:
-        width = max(len(job.grid.name(cell)) for cell in cells)
         for cell, state in states.items():
-            console.show(f"{state.state:<12}{job.grid.name(cell):<{width}}")
+            console.show(f"{state.state:<12}{job.grid.name(cell)}")
     left = seconds_left(states, jobs)
     if as_json:
         rows = [{**cell._asdict(), "name": job.grid.name(cell), "state": state.state} for cell, state in states.items()]
         console.show_json({"cells": rows, "seconds_left": left})
         return
     counts = Counter(state.state for state in states.values())
-    console.say(", ".join(f"{counts[name]:,} {name}" for name in STATES if counts[name]))
+    console.say(", ".join(f"{counts[name]:,} {name}" for name in STATES if counts[name]) or "no cell in this shard")
     console.say("no time known yet" if left is None else f"about {duration(left)} left with {jobs} at once")
 
 
@@ -168,15 +169,14 @@ def watch(run: Run) -> None:
     import sys
 
     if not sys.stderr.isatty():
-        run.say = console.say
         for _ in run.steps():
             pass
         return
     from rich.console import Console
     from rich.live import Live
 
-    with Live(console=Console(stderr=True), refresh_per_second=4) as live:
-        run.say = live.console.print
+    with Live(console=Console(stderr=True, highlight=False), refresh_per_second=4) as live:
+        run.say = partial(live.console.print, markup=False)
         shown = 0.0
         for _ in run.steps():
             if time.monotonic() - shown > REFRESH_SECONDS:
@@ -188,6 +188,7 @@ def watch(run: Run) -> None:
 
 def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") -> Table:
     """Return what a sweep is doing: a line per running cell, and how many are where."""
+    from rich.markup import escape
     from rich.table import Table
 
     from bdbench.sweep import seconds_left
@@ -204,14 +205,14 @@ def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") 
     left = seconds_left(states, jobs)
     parts = [f"{counts[name]:,} {name}" for name in STATES if counts[name]]
     parts += [f"about {duration(left)} left"] if left else []
-    table.caption = paused or ", ".join(parts)
+    table.caption = escape(paused) or ", ".join(parts)
     table.caption_justify = "left"
     return table
 
 
 def finish(run: Run, *, as_json: bool) -> None:
     """Print the table of what is done, name what failed, and end with exit code 1 if anything did."""
-    from bdbench import store, tables
+    from bdbench import tables
     from bdbench.artifacts import EvaluationArtifact
 
     folder = run.sweep.folder
@@ -247,6 +248,9 @@ def status(
     Examples:
       bdbench status runs/grid
     """
+    from rich.markup import escape
+    from rich.table import Table
+
     from bdbench.sweep import read_records
 
     records = read_records(folder)
@@ -255,8 +259,6 @@ def status(
     if json:
         console.show_json({"cells": list(records.values())})
         return
-    from rich.table import Table
-
     table = Table(box=None, pad_edge=False)
     for column in ("cell", "state", "phase", "", "seconds", "reason"):
         table.add_column(column, justify="right" if column in ("", "seconds") else "left")
@@ -265,7 +267,7 @@ def status(
         share = f"{record['done'] / max(1, record['total']):.0%}" if active and record.get("total") else ""
         table.add_row(
             record["name"], record["state"], str(record.get("phase", "")) if active else "", share,
-            f"{record['seconds']:,.0f}", record.get("reason", "") if record["state"] == "failed" else "",
+            f"{record['seconds']:,.0f}", escape(record.get("reason", "")) if record["state"] == "failed" else "",
         )  # fmt: skip
     console.show(table)
     counts = Counter(record["state"] for record in records.values())
@@ -279,17 +281,18 @@ def gc(
 ) -> None:
     """List, or remove, artifacts that no result needs, and leftovers of interrupted work.
 
-    Needed are evaluations, their models and their data sets, and all that these were made from.
+    Needed are evaluations, their models and their data sets, and all that these were made from. Nothing is removed
+    while anything under DIR is being made.
 
     Examples:
       bdbench gc runs/grid
 
       bdbench gc runs/grid --remove
     """
-    from bdbench import store
-
     if not folder.is_dir():
         raise OptionError(f"{folder} is not a folder")
+    if remove:
+        store.check_idle(folder)
     found = [(path, store.folder_bytes(path)) for path in store.unneeded(folder)]
     if json:
         console.show_json({"removed": remove, "unneeded": [{"path": path, "bytes": size} for path, size in found]})

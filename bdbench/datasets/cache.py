@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from bdbench.data import ImageDataset, SourceData
 from bdbench.errors import DataError
+from bdbench.machine import cores
 from bdbench.progress import Progress, Silent
 
 DECODER = 1
@@ -86,7 +87,7 @@ def _decode(plan: Plan, progress: Progress) -> SourceData:
 
 def _key(plan: Plan) -> str:
     """SHA-256 over the names and the content of the files, the options and the decoder's number."""
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+    with ThreadPoolExecutor(min(cores(), 8)) as pool:
         contents = list(pool.map(_file_digest, plan.files))
     names = [file.relative_to(plan.root).as_posix() for file in plan.files]
     asked = [

@@ -37,7 +37,7 @@ def plan_folder(path: Path, name: str, augment: str, fit: Fit | None, test_fract
     """Plan to read a folder; without `test/` (or `val/`) beside `train/`, the images are split.
 
     Classes are numbered in the order of their folders' names, by value where all names are numbers. Hidden
-    files and files without an image's suffix are left out.
+    files and folders, and files without an image's suffix, are left out.
 
     Raises:
         DataError: there are no class folders, a class has no images, or the test split has a new class.
@@ -134,8 +134,9 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
+    found = (file for file in folder.rglob("*") if file.is_file())
     return sorted(
-        (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")),
+        (file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)),
         key=lambda file: file.as_posix(),
     )
 

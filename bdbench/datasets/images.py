@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections import deque
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from bdbench.data import MIN_SIDE, ImageDataset
 from bdbench.errors import DataError
+from bdbench.machine import cores
 from bdbench.progress import Progress
 
 CHUNK = 256
@@ -145,7 +145,7 @@ def match_channels(train: ImageDataset, test: ImageDataset) -> tuple[ImageDatase
 
 def _decode_in_order(chunks: Iterable[Sequence[Encoded]], fit: Fit | None) -> Iterator[_Block]:
     """Decode ahead of the reader, but only so far that few undecoded chunks are in memory at a time."""
-    threads = min(os.cpu_count() or 1, 16)
+    threads = min(cores(), 16)
     waiting: deque[Future[_Block]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for chunk in chunks:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from bdbench.data import ImageDataset
@@ -141,8 +142,8 @@ def _common_names(shards: Sequence[_Shard]) -> tuple[str, ...] | None:
 
 
 def _labels(shards: Sequence[_Shard], names: Sequence[str] | None) -> Tensor:
-    checked = [check_labels(shard.labels, shard.name, names).numpy() for shard in shards]
-    return check_labels(np.concatenate([np.empty(0, np.int64), *checked]), "labels", names)
+    checked = [check_labels(shard.labels, shard.name, names) for shard in shards]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *checked])
 
 
 def _images(shards: Sequence[_Shard], fit: Fit | None, split: str, progress: Progress) -> Tensor:
