@@ -54,6 +54,31 @@ def called(*words: object) -> int:
 # taking
 
 
+def test_names_with_brackets_are_shown_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A terminal's markup has brackets too: `[red]` would vanish, `[/x]` end in a traceback."""
+    monkeypatch.setenv("COLUMNS", "200")
+    photos = write_photos(tmp_path / "photos", {"train": 6, "test": 2})
+    for split in ("train", "test"):
+        (photos / split / "bee").rename(photos / split / "[red]")
+    out = tmp_path / "[red][" / "x]"
+    out.parent.mkdir()
+    assert called("take", photos, "--out", out) == 0
+    few = ("--epochs", 1, "--isolation-epochs", 1, "--unlearn-steps", 1, "--isolation-rate", 0.2)
+    assert called("defend", out, "--method", "abl", *few) == 0
+    model = out.with_name("x]-abl")
+    for words in (
+        ("inspect", out), ("suspects", model, "--top", 18, "--csv", tmp_path / "[red].csv"), ("evaluate", model),
+        ("verify", out, model), ("inspect", model),
+    ):  # fmt: skip
+        assert called(*words) == 0
+    said = capsys.readouterr()
+    assert "1 [red]" in said.out or "0 [red]" in said.out
+    assert said.err.count(str(out)) >= 6
+    assert str(tmp_path / "[red].csv") in said.err
+
+
 def test_what_is_taken_is_the_source_as_it_is(toy_archive: Path, tmp_path: Path) -> None:
     attacked = stages.poison(toy_archive, "badnets", trusted=0.0, out=tmp_path / "attacked")
     taken = stages.take(toy_archive, out=tmp_path / "taken")
@@ -123,7 +148,7 @@ def test_only_benign_accuracy_is_measured(
         assert judged.metrics["metric"].tolist() == ["ba"]
         assert set(judged.predictions["split"]) == {"test"}
         rows.append(tables.evaluation_row(judged))
-    assert [row["marks"] for row in tables.mark_rows(rows)] == ["nb", "nb"]
+    assert [row["marks"] for row in tables.mark_rows(rows)] == ["nbc", "nbc"]
     assert [(row["der"], row["attack_failed"], row["auroc"]) for row in tables.mark_rows(rows)] == [
         (None, None, None)
     ] * 2

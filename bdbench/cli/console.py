@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +70,26 @@ def _say_after(heading: str, message: str) -> None:
     say_plainly(message)
 
 
-def say_made(path: object, artifact_id: str, made: Mapping[str, Any], following: list[str]) -> None:
+def say_made(path: object, artifact_id: str, made: Mapping[str, Any], following: Sequence[str]) -> None:
     """Say what a stage wrote and what to type next."""
     cost = f"{made['seconds']:.1f} s  peak {made['peak_memory_bytes'] / 2**20:,.0f} MiB"
-    say(f"wrote [bold]{path}[/bold]  id {artifact_id}  {cost}")
-    for index, command in enumerate(following):
-        say(f"{'next:' if index == 0 else '  or:'} [cyan]{command}[/cyan]")
+    say_wrote(path, f"id {artifact_id}", cost)
+    say_next(*following)
+
+
+def say_wrote(path: object, *facts: str) -> None:
+    """Say what was written, and facts about it."""
+    from rich.markup import escape
+
+    say("  ".join([f"wrote [bold]{escape(str(path))}[/bold]", *facts]))
+
+
+def say_next(*commands: str) -> None:
+    """Say what to type next, or else."""
+    from rich.markup import escape
+
+    for index, command in enumerate(commands):
+        say(f"{'  or:' if index else 'next:'} [cyan]{escape(command)}[/cyan]")
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def evaluate(
             rows.append(tables.evaluation_row(made))
     marked = tables.mark_rows(rows)
     console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich"))
-    console.say(f"next: [cyan]bdbench table {Path(marked[0]['path']).parent} --format markdown[/cyan]")
+    console.say_next(f"bdbench table {Path(marked[0]['path']).parent} --format markdown")
     _check(marked, checks, junit)
 
 
@@ -122,7 +122,7 @@ def table(
             out.write_text(rendered.rstrip("\n") + "\n", encoding="utf-8")
         except OSError as error:
             raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
-        console.say(f"wrote [bold]{out}[/bold]")
+        console.say_wrote(out)
     else:
         raise OptionError("--out needs a format for files: markdown, csv, latex or json")
     _check(rows, checks, junit)
@@ -190,7 +190,7 @@ def _write_junit(outcomes: list[tuple[str, str, str]], path: Path) -> None:
         ET.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
-    console.say(f"wrote [bold]{path}[/bold]")
+    console.say_wrote(path)
 
 
 def _models_of_newest() -> list[Path]:

@@ -74,6 +74,7 @@ def _say(found: Artifact) -> None:
 
 def _say_manifest(found: Artifact) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     asked, made = found.manifest.ask, found.manifest.made
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -90,13 +91,14 @@ def _say_manifest(found: Artifact) -> None:
     }
     for name, text in rows.items():
         if text:
-            table.add_row(f"[bold]{name}[/bold]", text)
+            table.add_row(Text(name, style="bold"), Text(text))
     console.show(table)
 
 
 def _say_dataset(found: DatasetArtifact) -> None:
     import pandas as pd
     from rich.table import Table
+    from rich.text import Text
 
     from bdbench import judging
     from bdbench.data import Role
@@ -116,7 +118,7 @@ def _say_dataset(found: DatasetArtifact) -> None:
     for index, name in enumerate(facts["class_names"]):
         per_role = counts.loc[index] if index in counts.index else [0] * len(Role)
         total = str(int(sum(per_role)))
-        table.add_row(f"{index} {name}", total, *(str(count) for count in per_role), str(int(seen[index])))
+        table.add_row(Text(f"{index} {name}"), total, *(str(count) for count in per_role), str(int(seen[index])))
     console.show(table)
     if facts["counts"]["triggered"]:
         far = judging.trigger_distances(found)
@@ -129,12 +131,13 @@ def _say_dataset(found: DatasetArtifact) -> None:
 def _say_labels(found: DatasetArtifact) -> None:
     """Print all that is known of a data set that was taken as found."""
     from rich.table import Table
+    from rich.text import Text
 
     console.show("training split, as it was found:")
     table = Table("class", "as labelled")
     counts = found.train.labels.bincount(minlength=len(found.class_names)).tolist()
     for index, (name, count) in enumerate(zip(found.class_names, counts, strict=True)):
-        table.add_row(f"{index} {name}", f"{count:,}")
+        table.add_row(Text(f"{index} {name}"), f"{count:,}")
     console.show(table)
 
 
@@ -175,4 +178,4 @@ def _draw(opened: list[Artifact], image: Path) -> None:
             raise OptionError("--image draws data sets and models, not evaluations")
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot write {image}: {error}; give a path that ends in .png") from error
-    console.say(f"wrote [bold]{image}[/bold]")
+    console.say_wrote(image)

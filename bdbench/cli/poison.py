@@ -81,7 +81,7 @@ def poison(
         )  # fmt: skip
     facts = made.manifest.facts
     counts, roles = facts["counts"], Counter(made.roles.tolist())
-    console.say(
+    console.say_plainly(
         f"{facts['name']}: {counts['train']:,} training images, {roles.get(1, 0):,} poisoned by {attack}, "
         f"{roles.get(2, 0):,} cover; {counts['trusted']:,} trusted; {counts['test']:,} test images, "
         f"{counts['triggered']:,} of them triggered"
@@ -129,7 +129,7 @@ def take(
         made = stages.take(dataset, source_options=given, out=out, force=force, progress=progress)
     facts = made.manifest.facts
     counts = facts["counts"]
-    console.say(
+    console.say_plainly(
         f"{facts['name']}: {counts['train']:,} training and {counts['test']:,} test images of "
         f"{len(facts['class_names']):,} classes, as they were found"
     )

@@ -53,11 +53,9 @@ def quickstart(
             )
     marked = tables.mark_rows(rows)
     console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich"))
-    console.say(f"{time.perf_counter() - begun:.1f} s. In [bold]{out}[/bold]: data set, models, evaluations")
-    following = (
+    console.say_plainly(f"{time.perf_counter() - begun:.1f} s. In {out}: data set, models, evaluations")
+    console.say_next(
         f"bdbench inspect {data.path} --image digits.png",
         "bdbench defend --method abl --help",
         "bdbench poison --dataset cifar10 --attack blended --rate 0.1",
     )
-    for command in following:
-        console.say(f"next: [cyan]{command}[/cyan]")

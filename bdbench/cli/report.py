@@ -35,7 +35,7 @@ def report(
 
     written = write_report(places or [ROOT], out)
     size = f"{written.bytes / 1e6:.2f} MB"
-    console.say(f"wrote [bold]{out}[/bold]  {written.evaluations:,} evaluations in {written.cells:,} cells, {size}")
+    console.say_wrote(out, f"{written.evaluations:,} evaluations in {written.cells:,} cells, {size}")
     console.say("next: open it in a browser")
     if json:
         console.show_json({"path": out, **written._asdict()})

@@ -75,7 +75,7 @@ def suspects(
             ranked.to_csv(csv, index=False)
         except OSError as error:
             raise ArtifactError(f"cannot write {csv}: {error.strerror or error}") from error
-        console.say(f"wrote [bold]{csv}[/bold]")
+        console.say_wrote(csv)
     if image is not None:
         from bdbench import pictures
 
@@ -83,10 +83,10 @@ def suspects(
             pictures.suspect_sheet(ranked, source, image)
         except (OSError, ValueError) as error:
             raise ArtifactError(f"cannot write {image}: {error}; give a path that ends in .png") from error
-        console.say(f"wrote [bold]{image}[/bold]")
+        console.say_wrote(image)
     if csv is None and image is None:
-        console.say(f"next: [cyan]bdbench suspects {found.path} --image suspects.png[/cyan]")
-        console.say(f"  or: [cyan]bdbench suspects {found.path} --csv suspects.csv[/cyan]")
+        show = f"bdbench suspects {found.path}"
+        console.say_next(f"{show} --image suspects.png", f"{show} --csv suspects.csv")
 
 
 def newest_scored() -> Path:
@@ -99,7 +99,7 @@ def newest_scored() -> Path:
 
     for path, manifest in reversed(find_artifacts(ROOT, "model")):
         if "samples.parquet" in manifest.files:
-            console.say(f"model: {path} (the newest that scored samples)")
+            console.say_plainly(f"model: {path} (the newest that scored samples)")
             return path
     raise ArtifactError(f"no model under {ROOT}/ scored samples; make one with: bdbench defend --method abl")
 
@@ -107,6 +107,7 @@ def newest_scored() -> Path:
 def show_classes(classes: pd.DataFrame) -> None:
     """Print how the suspects spread over the classes."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(header_style="bold")
     table.add_column("labelled as", overflow="fold")
@@ -114,7 +115,7 @@ def show_classes(classes: pd.DataFrame) -> None:
         table.add_column(heading, justify="right")
     listed = min(CLASSES, int((classes["suspects"] > 0).sum()))
     for row in classes.head(listed).itertuples():
-        table.add_row(str(row[2]), f"{row.images:,}", f"{row.suspects:,}", f"{row.share:.1%}")
+        table.add_row(Text(str(row[2])), f"{row.images:,}", f"{row.suspects:,}", f"{row.share:.1%}")
     console.show(table)
     if len(classes) > listed:
         rest = classes.iloc[listed:]
@@ -124,6 +125,7 @@ def show_classes(classes: pd.DataFrame) -> None:
 def show_top(ranked: pd.DataFrame) -> None:
     """Print the most suspect samples."""
     from rich.table import Table
+    from rich.text import Text
 
     if not len(ranked):
         return
@@ -132,5 +134,5 @@ def show_top(ranked: pd.DataFrame) -> None:
         table.add_column(heading, overflow="fold")
     table.add_column("score", justify="right")
     for number, row in enumerate(ranked.itertuples(), 1):
-        table.add_row(str(number), str(row.place), str(row[4]), f"{row.score:.4g}")
+        table.add_row(str(number), Text(str(row.place)), Text(str(row[4])), f"{row.score:.4g}")
     console.show(table)

@@ -107,7 +107,7 @@ def sweep(
             launch = local(job.folder, jobs, checked.gpus)
         run = Run(job, cells, launch, jobs, console.say_plainly, retry, fail_fast)
         there = sum(state.state == "done" for state in run.states.values())
-        console.say(f"{len(cells):,} cells in {folder}, {there:,} of them there; {jobs} at once")
+        console.say_plainly(f"{len(cells):,} cells in {folder}, {there:,} of them there; {jobs} at once")
         watch(run)
     finish(run, as_json=json)
 
@@ -125,8 +125,8 @@ def write_example(path: Path, text: str) -> None:
         raise OptionError(f"{path} exists; give another file name") from error
     except OSError as error:
         raise OptionError(f"cannot write {path}: {error.strerror or error}") from error
-    console.say(f"wrote [bold]{path}[/bold]")
-    console.say(f"next: [cyan]bdbench sweep {path} --dry-run[/cyan]")
+    console.say_wrote(path)
+    console.say_next(f"bdbench sweep {path} --dry-run")
 
 
 def refuse_changed(job: Sweep, cells: Sequence[Cell]) -> None:
@@ -212,6 +212,8 @@ def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") 
 
 def finish(run: Run, *, as_json: bool) -> None:
     """Print the table of what is done, name what failed, and end with exit code 1 if anything did."""
+    from rich.markup import escape
+
     from bdbench import tables
     from bdbench.artifacts import EvaluationArtifact
 
@@ -233,10 +235,10 @@ def finish(run: Run, *, as_json: bool) -> None:
     if failed:
         console.say(
             "the failed cells are made again with [cyan]--retry[/cyan]; their logs are in "
-            f"[bold]{folder / store.SWEEP / 'logs'}[/bold]"
+            f"[bold]{escape(str(folder / store.SWEEP / 'logs'))}[/bold]"
         )
         raise typer.Exit(1)
-    console.say(f"next: [cyan]bdbench table {folder} --format markdown[/cyan]")
+    console.say_next(f"bdbench table {folder} --format markdown")
 
 
 def status(

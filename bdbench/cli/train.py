@@ -115,5 +115,5 @@ def newest_dataset() -> Path:
     found = stages.latest("dataset")
     if found is None:
         raise ArtifactError("no data set artifact under runs/; make one with: bdbench poison")
-    console.say(f"data set: {found.path} (the newest)")
+    console.say_plainly(f"data set: {found.path} (the newest)")
     return found.path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +22,8 @@ def verify(
     Example:
       bdbench verify runs/*
     """
+    from rich.markup import escape
+
     from bdbench.artifacts import verify as check
     from bdbench.errors import BdbenchError
     from bdbench.store import locate
@@ -32,12 +33,11 @@ def verify(
         try:
             found = check(locate(reference))
             results.append({"artifact": reference, "ok": True, "kind": found.kind, "id": found.id, "error": None})
-            console.say(
-                f"[green]ok[/green]       {reference}  {found.kind} {found.id}, {len(found.manifest.files)} files"
-            )
+            facts = f"{found.kind} {found.id}, {len(found.manifest.files)} files"
+            console.say(f"[green]ok[/green]       {escape(reference)}  {facts}")
         except BdbenchError as error:
             results.append({"artifact": reference, "ok": False, "kind": None, "id": None, "error": str(error)})
-            console.say(f"[red]not ok[/red]   {Path(reference)}")
+            console.say(f"[red]not ok[/red]   {escape(reference)}")
             console.say_error(str(error))
     if json:
         console.show_json(results)
