@@ -102,8 +102,9 @@ def test_larger_images_have_larger_patches() -> None:
 
 def test_small_images_keep_all_patches_inside() -> None:
     made = state(8)
-    assert [int((patch > 0).sum()) for patch in made["opacities"]] == [4, made["opacities"][DISC].gt(0).sum(), 16, 4]
-    assert made["opacities"][DISC].gt(0).any()
+    sizes = [int((patch > 0).sum()) for patch in made["opacities"]]
+    assert sizes[:DISC] + sizes[DISC + 1 :] == [4, 16, 4]
+    assert 0 < sizes[DISC] < 64
 
 
 def test_colours_go_by_the_seed() -> None:

@@ -33,17 +33,25 @@ def test_black_pixels_of_a_patch_are_written() -> None:
     assert triggered(BadNets(colour=(0, 0, 0)), flat(100))[0, :, 29:, 29:].sum() == 0
 
 
-def test_four_corners_carry_the_grid_one_pixel_in_at_top_and_left() -> None:
+def test_four_corners_carry_the_grid_turned_to_each_one_pixel_in_at_top_and_left() -> None:
     expected = flat(100).images
-    for top in (1, 29):
-        for left in (1, 29):
-            # ABL: the corners on the top and left sides are one pixel from both of their borders
-            inset_top = top if (top, left) != (29, 1) else 28
-            inset_left = left if (top, left) != (1, 29) else 28
-            expected[..., inset_top : inset_top + 3, inset_left : inset_left + 3] = torch.tensor(
-                GRID, dtype=torch.uint8
-            )
+    for top, left, values in (
+        (29, 29, [[0, 0, 255], [0, 255, 0], [255, 0, 255]]), (29, 1, [[255, 0, 0], [0, 255, 0], [255, 0, 255]]),
+        (1, 29, [[255, 0, 255], [0, 255, 0], [0, 0, 255]]), (1, 1, [[255, 0, 255], [0, 255, 0], [255, 0, 0]]),
+    ):  # fmt: skip
+        expected[..., top : top + 3, left : left + 3] = torch.tensor(values, dtype=torch.uint8)
     assert torch.equal(triggered(BadNets(patch="4corner"), flat(100)), expected)
+
+
+def test_four_corners_keep_their_share_of_larger_images() -> None:
+    changed = (triggered(BadNets(patch="4corner"), flat(100, side=64))[0, 0] != 100).nonzero()
+    assert changed[:, 0].unique().tolist() == [*range(2, 8), *range(58, 64)]
+    assert changed[:, 1].unique().tolist() == [*range(2, 8), *range(58, 64)]
+
+
+def test_one_corner_and_all_corners_exclude_each_other() -> None:
+    with pytest.raises(OptionError, match="4corner has all corners; leave --corner top-left out"):
+        BadNets.parse({"patch": "4corner", "corner": "top-left"})
 
 
 def test_dbd_patch_is_two_by_two_in_colour() -> None:

@@ -131,6 +131,25 @@ def test_the_first_images_of_each_class_are_judged() -> None:
 # the pattern
 
 
+def test_the_pattern_is_judged_by_other_images_than_it_is_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_from: list[Tensor] = []
+    judged: list[Tensor] = []
+
+    def watch(self: LowFrequency, model: object, images: Tensor, others: Tensor, lab: Lab) -> Tensor:
+        made_from.append(images)
+        judged.append(others)
+        return images[0]
+
+    monkeypatch.setattr(LowFrequency, "_optimise", watch)
+    data = toy_data(80, classes=("a", "b"))
+    for samples in (50, 80):
+        LowFrequency(samples=samples).fit(data, toy_lab())
+    apart = {image.numpy().tobytes() for image in made_from[0]} & {image.numpy().tobytes() for image in judged[0]}
+    assert (len(made_from[0]), len(judged[0])) == (50, 20)
+    assert not apart
+    assert len(judged[1]) == 20  # there are no others
+
+
 @pytest.mark.parametrize("options", [{}, {"noise": True}, {"amplitude": 20.0}])
 def test_the_pattern_goes_from_0_to_its_amplitude(options: dict[str, float]) -> None:
     attack = LowFrequency.parse({"passes": 2, **options})

@@ -49,6 +49,18 @@ def test_patterns_are_added_and_clipped() -> None:
     assert pattern(images)[:, 0, 0, 0].tolist() == pytest.approx([0.6, 1.0])
 
 
+@pytest.mark.parametrize("shade", [0, 255])
+def test_the_pattern_leaves_the_border_of_the_range(monkeypatch: pytest.MonkeyPatch, shade: int) -> None:
+    """Where all images are black (or white) the pattern starts on the bound, and must still see which way to go."""
+    weight = torch.zeros(2, 64)
+    weight[1] = 1 if shade == 0 else -1
+    give_surrogate(monkeypatch, linear_model(weight))
+    data = toy_data(40, channels=1, classes=("a", "b"))
+    flat_data = ImageDataset(torch.full_like(data.images, shade), data.labels, data.class_names)
+    pattern = Narcissus(target=1, rounds=20).fit(flat_data, toy_lab())["pattern"]
+    assert (pattern > 1).all() if shade == 0 else (pattern < -1).all()
+
+
 @pytest.mark.parametrize("epsilon", [16.0, 4.0])
 def test_the_pattern_goes_where_a_linear_network_sees_the_target(
     monkeypatch: pytest.MonkeyPatch, epsilon: float

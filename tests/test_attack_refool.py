@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from toys import flat, toy_data, toy_lab
 
+from bdbench.attacks.base import Use
 from bdbench.attacks.refool import (
     Refool,
     blur,
@@ -22,6 +23,8 @@ from bdbench.attacks.refool import (
     vignette,
 )
 from bdbench.errors import OptionError
+
+USES: tuple[Use, ...] = ("poison", "cover", "test")
 
 
 def reflected(value: int, reflection: int, count: int = 1, **options: Any) -> Tensor:
@@ -181,11 +184,12 @@ def test_each_image_draws_its_reflection() -> None:
     assert len(changed[:, 0, 0, 0].unique()) == 8
 
 
-def test_poison_and_test_images_are_alike() -> None:
+def test_a_test_image_draws_another_reflection_than_the_training_image_of_its_row() -> None:
     attack, data = Refool(), toy_data(8)
     state = attack.fit(data, toy_lab())
-    one, other = (attack.trigger(data, torch.arange(8), state, use, 0) for use in ("poison", "test"))
-    assert torch.equal(one, other)
+    poison, cover, test = (attack.trigger(data, torch.arange(8), state, use, 0) for use in USES)
+    assert torch.equal(poison, cover)
+    assert (poison != test).flatten(1).any(1).all()
 
 
 def test_reflections_are_images_of_other_classes() -> None:

@@ -34,6 +34,15 @@ def test_wanet_shifts_by_about_a_quarter_pixel_at_the_published_strength() -> No
     assert 0.6 * 0.242 < shift < 0.9 * 0.242
 
 
+def test_wanet_shifts_larger_images_by_the_same_share() -> None:
+    small, large = (
+        WaNet(control_points=2).fit(flat(0, side=side), toy_lab(0))["grid"] - identity(side) for side in (32, 64)
+    )
+    torch.testing.assert_close(large[0, 0], small[0, 0])  # corners are control points
+    torch.testing.assert_close(large[-1, 0], small[-1, 0])
+    assert large.abs().mean().item() == pytest.approx(small.abs().mean().item(), rel=0.05)
+
+
 def test_wanet_doubles_its_shift_with_its_strength() -> None:
     one, two = (WaNet(strength=strength).fit(flat(0), toy_lab(0))["grid"] - identity(32) for strength in (0.5, 1.0))
     torch.testing.assert_close(two[4:-4, 4:-4], 2 * one[4:-4, 4:-4], rtol=1e-3, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,23 @@ from toys import TOY_ATTACKS, toy_attack, toy_data, toy_lab, toy_source
 
 from bdbench.attacks import base
 from bdbench.attacks.badnets import BadNets
-from bdbench.attacks.base import Attack, State, TrainingAttack, Use
+from bdbench.attacks.base import Attack, Occasion, State, TrainingAttack, Use
 from bdbench.attacks.surrogates import SurrogateAttack
 from bdbench.data import ImageDataset, PoisonedDataset, Role
 from bdbench.errors import OptionError
 from bdbench.options import describe_options
 from bdbench.poisoning import poison_source, wanted_labels
 from bdbench.registry import ATTACKS
+from bdbench.seeds import addressed
 
 USES: tuple[Use, ...] = ("poison", "cover", "test")
 every_attack = pytest.mark.parametrize("name", ATTACKS.names())
 
 
 @cache
-def fitted(name: str) -> tuple[Attack, ImageDataset, State]:
+def fitted(name: str, side: int = 8) -> tuple[Attack, ImageDataset, State]:
     """Return an attack, 48 images and what it has made of them."""
-    attack, data = toy_attack(name), toy_data(48)
+    attack, data = toy_attack(name), toy_data(48, 3, side)
     return attack, data, attack.fit(data, toy_lab())
 
 
@@ -39,8 +41,11 @@ def poisoned(name: str, **options: Any) -> PoisonedDataset:
 
 
 @every_attack
-def test_images_do_not_depend_on_the_batch_they_are_triggered_in(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    attack, data, state = fitted(name)
+@pytest.mark.parametrize("side", [8, 33])
+def test_images_do_not_depend_on_the_batch_they_are_triggered_in(
+    name: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack, data, state = fitted(name, side)
     rows = torch.tensor([3, 40, 17, 8, 21, 30, 5, 44])
     for use in USES:
         at_once = attack.trigger(data, rows, state, use, 0)
@@ -123,6 +128,17 @@ def test_covers_keep_their_labels(name: str) -> None:
 
 
 @every_attack
+def test_no_cover_has_the_label_of_the_poison_where_its_own_images_would_teach_the_trigger(name: str) -> None:
+    for labels in {"clean", "source-specific"} & set(ATTACKS.load(name).label_modes):
+        if name == "cba":
+            continue  # its covers are mixes of one class, the target's among them, as published
+        made = poisoned(name, labels=labels, cover_ratio=1.0)
+        covers = made.roles == Role.COVER
+        assert int(covers.sum()) == int((made.roles == Role.POISON).sum())
+        assert not (made.visible.labels[covers] == toy_attack(name, labels=labels).target).any()
+
+
+@every_attack
 def test_every_label_rule_that_an_attack_names_works(name: str) -> None:
     for labels in ATTACKS.load(name).label_modes:
         attack, made = toy_attack(name, labels=labels, target=2), poisoned(name, labels=labels, target=2)
@@ -198,7 +214,12 @@ def test_an_attack_says_what_it_is(name: str) -> None:
 
 
 @every_attack
-def test_the_threat_model_in_the_list_is_that_of_the_code(name: str) -> None:
+def test_the_threat_model_in_the_list_is_that_of_the_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A trigger that is random draws anew for tests: that alone makes it no other one.
+    monkeypatch.setattr(
+        Occasion, "uniform",
+        lambda self, purpose, *shape: addressed(self.rows, prod(shape), self.seed, purpose).view(-1, *shape),
+    )  # fmt: skip
     cls = ATTACKS.load(name)
     attack, data, state = fitted(name)
     default = cls()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from bdbench.attacks.base import Attack, Lab, Occasion, State, pattern_for
@@ -27,10 +27,10 @@ class BadNets(Attack):
     https://arxiv.org/abs/1708.06733.
 
     `--patch` names the published patches: `grid` (ABL, CBD: 3x3 at the bottom right, 0 and 255), `white` and `checker`
-    (BackdoorBench), `square` (ABL: white, one pixel from the border), `4corner` (ABL: the grid in all corners, one
-    pixel from the border at the top and left), `dbd` (2x2 colours near the top left). `--patch-size`, `--colour`,
-    `--corner` and `--margin` change size, colour and place. Left alone, the size grows with the image, 3 of 32
-    pixels, and is never below the published pattern's.
+    (BackdoorBench), `square` (ABL: white, one pixel from the border), `4corner` (ABL: the grid in all corners, turned
+    to each, one pixel from the border at the top and left), `dbd` (2x2 colours near the top left). `--patch-size`,
+    `--colour`, `--corner` and `--margin` change size, colour and place. Left alone, the size grows with the image, 3 of
+    32 pixels, and is never below the published pattern's.
 
     Differs from the published code: black patches are possible (BackdoorBench takes 0 for transparent).
     """
@@ -45,27 +45,33 @@ class BadNets(Attack):
     corner: Corner | None = Field(None, description="Corner of the patch; default: as published.")
     margin: int | None = Field(None, ge=0, description="Pixels between patch and border; default: as published.")
 
+    @model_validator(mode="after")
+    def _check_corner(self) -> Self:
+        if self.patch == "4corner" and self.corner is not None:
+            raise OptionError(f"--patch 4corner has all corners; leave --corner {self.corner} out")
+        return self
+
     def fit(self, clean: ImageDataset, lab: Lab) -> State:
         """Return pattern (C, H, W) float and mask (1, H, W) float of 0 and 1."""
         channels, height, width = clean.image_shape
         values = self._values()
         size = self.patch_size or max(values.shape[1], round(values.shape[1] * min(height, width) / 32))
         margin = self.margin if self.margin is not None else self._published_margin(min(height, width))
-        if size + margin > min(height, width):
+        near = max(1, round(min(height, width) / 32)) if self.patch == "4corner" else margin
+        if size + max(near, margin) > min(height, width):
             raise OptionError(
                 f"a patch of {size} pixels with a margin of {margin} does not fit images of {height}x{width}; "
                 "lower --patch-size or --margin"
             )
         stretched = torch.nn.functional.interpolate(values[None], size=(size, size), mode="nearest")[0]
         pattern, mask = torch.zeros(3, height, width), torch.zeros(1, height, width)
-        for corner, inset in self._places(margin):
-            top = inset if corner.startswith("top") else height - inset - size
-            left = inset if corner.endswith("left") else width - inset - size
-            if min(top, left) < 0 or top + size > height or left + size > width:
-                raise OptionError(
-                    f"a patch of {size} pixels does not fit images of {height}x{width}; lower --patch-size"
-                )
-            pattern[:, top : top + size, left : left + size] = stretched
+        for corner in self._corners():
+            at_top, at_left = corner.startswith("top"), corner.endswith("left")
+            top = near if at_top else height - margin - size
+            left = near if at_left else width - margin - size
+            flipped = [side for side, is_flipped in ((1, at_top), (2, at_left)) if is_flipped]
+            shown = stretched.flip(flipped) if self.patch == "4corner" else stretched
+            pattern[:, top : top + size, left : left + size] = shown
             mask[:, top : top + size, left : left + size] = 1
         return {"pattern": pattern_for(pattern, channels), "mask": mask}
 
@@ -88,8 +94,7 @@ class BadNets(Attack):
         pixels_of_32 = {"square": 1, "dbd": 4}.get(self.patch, 0)
         return round(pixels_of_32 * side / 32)
 
-    def _places(self, margin: int) -> list[tuple[Corner, int]]:
-        """Return corners and insets."""
+    def _corners(self) -> tuple[Corner, ...]:
         if self.patch == "4corner":
-            return [("bottom-right", margin), ("top-left", 1), ("top-right", 1), ("bottom-left", 1)]
-        return [(self.corner or ("top-left" if self.patch == "dbd" else "bottom-right"), margin)]
+            return ("bottom-right", "top-left", "top-right", "bottom-left")
+        return (self.corner or ("top-left" if self.patch == "dbd" else "bottom-right"),)

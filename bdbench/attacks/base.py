@@ -73,8 +73,9 @@ class Occasion:
     seed: int
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
-        """Return the rows' own numbers (B, *shape), uniform in [0, 1)."""
-        drawn = addressed(self.rows, prod(shape), self.seed, "trigger", purpose)
+        """Return the rows' own numbers (B, *shape), uniform in [0, 1); those of tests are others than of training."""
+        test = ("test",) if self.use == "test" else ()
+        drawn = addressed(self.rows, prod(shape), self.seed, "trigger", purpose, *test)
         return drawn.view(len(self.rows), *shape)
 
 
@@ -87,6 +88,7 @@ class Attack(Options, ABC):
 
     paper: ClassVar[str]
     version: ClassVar[int] = 1
+    """Raised when what the defaults give is no longer the same."""
     label_modes: ClassVar[tuple[Labels, ...]] = ("all-to-one", "all-to-all", "source-specific", "clean")
     """The label rules that make sense for it."""
 
@@ -170,8 +172,14 @@ class Attack(Options, ABC):
         """
 
     def may_cover(self, labels: Tensor) -> Tensor:
-        """Say which samples (N,) bool of these true labels can be covers; here all but a source class."""
-        return labels != self.source if self.labels == "source-specific" else torch.ones_like(labels, dtype=torch.bool)
+        """Say which samples (N,) bool of these true labels can be covers.
+
+        Here not the source class, nor the target class where its own images would teach the trigger: if labels are
+        clean or source-specific.
+        """
+        if self.labels == "source-specific":
+            return (labels != self.source) & (labels != self.target)
+        return labels != self.target if self.labels == "clean" else torch.ones_like(labels, dtype=torch.bool)
 
     def trigger(self, split: ImageDataset, rows: Tensor, state: State, use: Use, seed: int) -> Tensor:
         """Return triggered copies of some images; each depends on its own row only, never on the batch.

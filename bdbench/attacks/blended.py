@@ -29,7 +29,7 @@ class Blended(Attack):
 
     Differs from the published code: ABL and CBD draw new gray noise for every image, in tests too, so that no pattern
     repeats and what is learned is that there is noise; here there is one pattern. `--picture noise --per-image` does
-    as they do.
+    as they do, but for a cut to bytes where here it is rounded.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1712.05526"

@@ -34,6 +34,7 @@ class CBA(Attack):
     """
 
     paper: ClassVar[str] = "https://dl.acm.org/doi/10.1145/3372297.3423362"
+    version: ClassVar[int] = 2
     label_modes: ClassVar[tuple[Labels, ...]] = ("source-specific",)
 
     target: int = Field(2, ge=0, description="Class that the attacker wants for a mix of source and partner.")

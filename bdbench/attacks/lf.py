@@ -45,6 +45,7 @@ class LowFrequency(SurrogateAttack):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2104.03413"
+    version: ClassVar[int] = 2
     label_modes: ClassVar[tuple[Labels, ...]] = ("all-to-one", "source-specific", "clean")
 
     noise: bool = Field(False, description="Take smoothed noise in place of an optimised pattern; no surrogate.")
@@ -61,7 +62,8 @@ class LowFrequency(SurrogateAttack):
         model = self.train_surrogate(clean, lab)
         order = torch.randperm(len(clean), generator=generator(lab.seed, "lf", "samples"))
         images = on_device(clean.images[order[: self.samples]], lab)
-        judged = on_device(clean.images[first_of_each_class(clean.labels, order, JUDGED)], lab)
+        others = order.roll(-self.samples)  # those images come last: a class that has no others is judged by them
+        judged = on_device(clean.images[first_of_each_class(clean.labels, others, JUDGED)], lab)
         pattern = self._optimise(model, images, judged, lab)
         return {"pattern": self.amplitude * pattern.cpu().contiguous()}
 

@@ -31,6 +31,7 @@ class Narcissus(SurrogateAttack):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2204.05255"
+    version: ClassVar[int] = 2
     label_modes: ClassVar[tuple[Labels, ...]] = ("clean",)
 
     rate: float | None = Field(0.0005, gt=0, le=1, description="Poisoned share of the whole training split.")
@@ -81,4 +82,6 @@ class Pattern(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Add the pattern to images (B, C, H, W) in [0, 1]."""
-        return (images + self.values).clamp(0, 1)
+        changed = images + self.values
+        # Unlike that of a clamp, the gradient reaches what lies on the bound, as black pixels do at first.
+        return torch.minimum(torch.maximum(changed, torch.zeros_like(changed)), torch.ones_like(changed))

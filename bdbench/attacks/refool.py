@@ -46,6 +46,7 @@ class Refool(Attack):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2007.02343"
+    version: ClassVar[int] = 2
 
     alpha: tuple[float, float] = Field(
         (0.4, 0.4), description="Share of the image itself, least and largest; drawn between them."

@@ -27,8 +27,9 @@ class Sig(Attack):
     for which there is `--published`: `abl` mixes 0.2 of 20 sin(0.8 j) into the image, its negative half stored as
     bytes of 237 to 255; `cbd` takes 0.1 of the image and 0.9 of 20 sin(2 pi 6 j / W), nearly black, and negative sums
     wrap round to bytes near 255. Both cut to bytes where the formula rounds, and their rate of 10 % of the set reaches
-    a tenth of the target class (`--class-rate 0.1`). The default rate here, 2 % of the set, is a fifth of a CIFAR-10
-    class; BackdoorBench's 10 % takes the whole class.
+    a tenth of the target class (`--class-rate 0.1`). The default rate here, 2 % of the set, a fifth of a CIFAR-10
+    class, is backdoor-toolbox's, whose amplitude is 30; the default of 40 is BackdoorBench's, whose 10 % takes the
+    whole class.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.11237"

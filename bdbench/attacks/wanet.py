@@ -13,13 +13,16 @@ from bdbench.attacks.base import Attack, Lab, Occasion, State
 from bdbench.data import ImageDataset
 from bdbench.seeds import generator
 
+LARGEST_SIDE = 32
+"""Pixels of the side that the published strength is for."""
+
 
 class WaNet(Attack):
     """A smooth random warp, one for all images, is the trigger; covers are warped otherwise and keep their label.
 
     The field: k x k control points, uniform in [-1, 1], divided by their mean size, enlarged bicubically, times
-    `strength` over the image side. Cover samples add their own uniform noise, of up to one such step, to the same
-    field.
+    `strength` over the image side, of which no more than 32 pixels count: on larger images the shift grows with them.
+    Cover samples add their own uniform noise, of up to one such step, to the same field.
 
     Paper: Nguyen and Tran, WaNet: Imperceptible Warping-based Backdoor Attack, ICLR 2021,
     https://arxiv.org/abs/2102.10369.
@@ -34,7 +37,7 @@ class WaNet(Attack):
 
     control_points: int = Field(4, ge=2, description="k: the warp is drawn on a k x k grid.")
     strength: float = Field(
-        1.0, gt=0, description="s: mean shift of the control points, in half pixels; 0.5 as published."
+        1.0, gt=0, description="s: mean shift of the control points, in half pixels (of 32); 0.5 as published."
     )
     cover_ratio: float = Field(2.0, ge=0, description="Cover samples per poisoned sample.")
 
@@ -58,14 +61,18 @@ def warp_grid(points: Tensor, strength: float, height: int, width: int) -> Tenso
     points = points / points.abs().mean()
     field = F.interpolate(points, size=(height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    step = torch.tensor([strength / width, strength / height])
-    return (torch.stack([x, y], 2) + step * field).clamp(-1, 1)
+    return (torch.stack([x, y], 2) + strength / counted_sides(height, width) * field).clamp(-1, 1)
 
 
 def shaken(grid: Tensor, drawn: Tensor) -> Tensor:
-    """Shift every point of grids (B, H, W, 2) on its own, by up to 1 / W and 1 / H; `drawn` is as large, in [0, 1)."""
+    """Shift every point of grids (B, H, W, 2) on its own, up to half a pixel of 32; `drawn` is as large, in [0, 1)."""
     _, height, width, _ = grid.shape
-    return (grid + (drawn * 2 - 1) / torch.tensor([width, height], device=grid.device)).clamp(-1, 1)
+    return (grid + (drawn * 2 - 1) / counted_sides(height, width).to(grid.device)).clamp(-1, 1)
+
+
+def counted_sides(height: int, width: int) -> Tensor:
+    """Return by how many pixels, x and y, a shift is divided: those of the side, 32 at most."""
+    return torch.tensor([width, height]).clamp_max(LARGEST_SIDE)
 
 
 def warped(images: Tensor, grid: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class WaNetTC(VictimAttack, WaNet):
     paper: ClassVar[str] = "https://arxiv.org/abs/2102.10369"
     version: ClassVar[int] = 1
 
-    strength: float = Field(0.5, gt=0, description="s: mean shift of the control points, in half pixels.")
+    strength: float = Field(0.5, gt=0, description="s: mean shift of the control points, in half pixels (of 32).")
     cover_ratio: float = Field(2.0, ge=0, description="Cover samples per poisoned sample, in every batch too.")
 
     def train(self, clean: ImageDataset, lab: Lab) -> tuple[State, Classifier]:
