@@ -116,6 +116,8 @@ def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
     return {
         "dataset": source.manifest.facts["name"],
         "dataset_id": source.id,
+        "source": source.manifest.ask.inputs.get("source"),
+        "source_options": dict(source.manifest.facts.get("source_options", {})),
         "model": asked.config["model"],
         "model_id": model.id,
         "attack": attacked.method,

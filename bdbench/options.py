@@ -17,7 +17,7 @@ from bdbench.errors import OptionError, unknown_name
 class Options(BaseModel):
     """Base of everything that a user can set: frozen, and nothing undeclared gets in."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings that fill in what the user leaves out."""

@@ -324,7 +324,8 @@ def find_artifacts(root: Path, kind: Kind | None = None) -> list[tuple[Path, Man
         if any(part.startswith(".") for part in file.relative_to(root).parts):
             continue
         try:
-            age, manifest = file.stat().st_mtime_ns, read_manifest(file.parent)
+            manifest = read_manifest(file.parent)
+            age = str(manifest.made.get("at", "")), file.stat().st_mtime_ns  # a copy has other times of its own
         except FileNotFoundError:  # removed meanwhile
             continue
         except ArtifactError as error:
@@ -358,7 +359,7 @@ def locate(reference: str | Path, kind: Kind | None = None, root: Path = ROOT) -
 
 
 def unneeded(root: Path) -> list[Path]:
-    """Return the artifacts under a folder that no evaluation there was made from, and leftovers of interrupted work.
+    """Return the data sets under a folder that no model or evaluation was made from, and leftovers of interrupted work.
 
     Leftovers that another process is writing now are left out; what it reads is not known here: see `check_idle`.
     """
@@ -368,7 +369,7 @@ def unneeded(root: Path) -> list[Path]:
         by_id.setdefault(manifest.id, []).append(path)
     manifests = dict(found)
     needed: set[Path] = set()
-    waiting = [path for path, manifest in found if manifest.ask.kind == "evaluation"]
+    waiting = [path for path, manifest in found if manifest.ask.kind != "dataset" and manifest.ask.method != "victim"]
     while waiting:
         path = waiting.pop()
         if path not in needed:

@@ -29,6 +29,8 @@ RATES = (
 )  # fmt: skip
 SCORES = ("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr")
 KEYS = ("dataset", "model", "attack", "attack_options", "defense", "defense_options", "preset")
+SOURCE = ("source", "source_options")
+"""What tells data sets of one name apart; rows from before it was kept have None."""
 WEAK_ATTACK = 0.5
 FLOOR_MARGIN = 0.1
 
@@ -104,7 +106,8 @@ def read_rows(places: Sequence[Path]) -> list[dict[str, Any]]:
 def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
     """Return one evaluation as a flat row of JSON values; what does not apply is None."""
     facts = evaluation.manifest.facts
-    row: dict[str, Any] = {**facts, "evaluation_id": evaluation.id, "path": str(evaluation.path)}
+    row: dict[str, Any] = {**facts, **{name: facts.get(name) for name in SOURCE}}
+    row |= {"evaluation_id": evaluation.id, "path": str(evaluation.path)}
     entries = {entry["metric"]: entry for entry in evaluation.records("metrics.parquet")}
     for name in (*RATES, *SCORES):
         entry = entries.get(name, {"value": None, "denominator": None, "low": None, "high": None})
@@ -161,7 +164,7 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     merged = []
     for group in by_setting(rows):
         seeds = sorted({row["seed"] for row in group})
-        out: dict[str, Any] = {key: group[0][key] for key in KEYS}
+        out: dict[str, Any] = {key: group[0].get(key) for key in (*KEYS, *SOURCE)}
         out |= {"seeds": seeds, "marks": "".join(sorted({mark for row in group for mark in row["marks"]}))}
         for name in (*RATES, *SCORES, "der", "seconds", "peak_memory_bytes"):
             out |= mean_and_spread(name, [row.get(name) for row in group])
@@ -178,6 +181,8 @@ def mean_and_spread(name: str, values: Iterable[float | None]) -> dict[str, floa
 def merge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return `over_seeds` with attacks and defences named so that rows of different options are told apart."""
     merged = over_seeds(rows)
+    for row, dataset in zip(merged, _sources_apart(merged), strict=True):
+        row["dataset"] = dataset
     attacks = _tell_apart(merged, "attack", ("dataset",))
     defenses = _tell_apart(merged, "defense", ("dataset", "model", "preset"))
     return [
@@ -206,8 +211,28 @@ def by_setting(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return rows in groups that differ in seeds only, both in the order of the rows."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(json.dumps([row[key] for key in KEYS], sort_keys=True), []).append(row)
+        groups.setdefault(json.dumps([row.get(key) for key in (*KEYS, *SOURCE)], sort_keys=True), []).append(row)
     return list(groups.values())
+
+
+def _sources_apart(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the name of each row's data set; of equal names with their source's options, or else its id."""
+    told = []
+    for row in rows:
+        own = row["source_options"] or {}
+        others = [
+            other["source_options"] or {}
+            for other in rows
+            if other["dataset"] == row["dataset"]
+            and None not in (row["source"], other["source"])
+            and other["source"] != row["source"]
+        ]
+        differing = sorted({name for other in others for name in own | other if own.get(name) != other.get(name)})
+        said = [f"{name}={own[name]}" for name in differing if name in own]
+        if others and not differing:
+            said = [row["source"][:6]]
+        told.append(" ".join([row["dataset"], *said]))
+    return told
 
 
 def _tell_apart(rows: list[dict[str, Any]], name: str, among: Sequence[str]) -> list[str]:

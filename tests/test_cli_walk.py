@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,30 @@ def test_evaluate_says_which_rows_break_an_assertion_and_exits_with_3(in_walk: P
     assert "asr" in result.err
     assert len(result.json["rows"]) == 3
     assert bdbench("evaluate", "--assert", "ba>=0").code == 0
+
+
+def test_a_condition_does_not_hold_where_an_evaluation_cannot_be_read(
+    in_walk: Path, bdbench: Any, tmp_path: Path
+) -> None:
+    shutil.copytree("runs", tmp_path / "runs")
+    assert bdbench("table", tmp_path, "--assert", "ba>=0").code == 0
+    file = tmp_path / "runs" / "digits-badnets-s0-none-eval" / "manifest.json"
+    file.write_text(file.read_text()[:-20])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert bdbench("table", tmp_path).code == 0
+        result = bdbench("table", tmp_path, "--assert", "ba>=0")
+    assert result.code == 1
+    assert "digits-badnets-s0-none-eval/manifest.json is damaged" in result.err
+
+
+def test_a_model_that_is_given_twice_has_one_row(in_walk: Path, bdbench: Any) -> None:
+    model = "runs/digits-badnets-s0-none"
+    assert len(bdbench("evaluate", model, model, "--json").json["rows"]) == 1
+
+
+def test_commands_to_go_on_with_can_be_pasted(here: Path, bdbench: Any) -> None:
+    assert "bdbench train 'runs/two words'" in bdbench("poison", "--out", "runs/two words").err
 
 
 def test_conditions_are_written_as_junit(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:

@@ -33,6 +33,12 @@ def test_what_is_left_out_has_its_default() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_a_number_is_finite(value: str) -> None:
+    assert "heat" in message_of(heat=value)
+    assert "finite" in message_of(heat=value)
+
+
 def test_text_from_a_command_line_becomes_the_declared_type() -> None:
     soup = Soup.parse({"spoons": "3", "heat": "1e-2", "salted": "false", "colour": ["1", "2", "3"]})
     assert (soup.spoons, soup.heat, soup.salted, soup.colour) == (3, 0.01, False, (1, 2, 3))

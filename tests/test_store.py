@@ -458,6 +458,17 @@ def test_artifacts_are_listed_by_kind_and_oldest_first(tmp_path: Path) -> None:
     assert [path.name for path, _ in store.find_artifacts(tmp_path, "model")] == ["b"]
 
 
+def test_a_copy_is_listed_in_the_order_in_which_things_were_made(tmp_path: Path) -> None:
+    """Tables choose the newest: files that were copied, unpacked or checked out have times of their own."""
+    for age, name in enumerate(["c", "b", "a"]):
+        file = seal(tmp_path / name) / store.MANIFEST
+        described = json.loads(file.read_text())
+        described["made"]["at"] = f"2026-01-0{age + 1}T00:00:00+00:00"
+        file.write_text(json.dumps(described))
+        os.utime(file, ns=(10**9, (9 - age) * 10**9))
+    assert [path.name for path, _ in store.find_artifacts(tmp_path)] == ["c", "b", "a"]
+
+
 def test_damaged_and_unfinished_artifacts_are_passed_over(tmp_path: Path) -> None:
     seal(tmp_path / "good")
     (seal(tmp_path / "bad") / store.MANIFEST).write_text("{")

@@ -765,14 +765,27 @@ def test_gc_removes_nothing_while_something_is_made(
 # what is not needed
 
 
+def test_gc_removes_nothing_while_an_artifact_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be what needs the others."""
+    data = stages.poison("digits", out=tmp_path / "data")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / store.MANIFEST).write_text("null")
+    assert ran(["gc", str(tmp_path), "--remove"], capsys)[0] == 1
+    assert data.path.exists()
+
+
 def test_gc_finds_what_no_result_was_made_from(tmp_path: Path) -> None:
     data = stages.poison("digits", out=tmp_path / "data")
     other = stages.poison("digits", seed=1, out=tmp_path / "other")
     model = stages.defend(data.path, options={"epochs": 1}, out=tmp_path / "model")
     stages.evaluate(model.path)
-    unused = stages.defend(data.path, options={"epochs": 1, "lr": 0.01}, out=tmp_path / "unused")
+    stages.defend(
+        data.path, options={"epochs": 1, "lr": 0.01}, out=tmp_path / "not-evaluated"
+    )  # hours of work, perhaps
     (tmp_path / ".gone.work").mkdir()
     (tmp_path / ".busy.work").mkdir()
     with FileLock(tmp_path / ".busy.work" / "lock"):
         found = store.unneeded(tmp_path)
-    assert found == sorted([other.path, unused.path, tmp_path / ".gone.work"])
+    assert found == sorted([other.path, tmp_path / ".gone.work"])

@@ -66,6 +66,21 @@ def test_a_budget_that_is_not_the_papers_is_marked() -> None:
     assert tables.mark_rows([row()])[0]["marks"] == ""
 
 
+def test_data_of_one_name_and_other_sources_are_no_seeds_of_one_setting() -> None:
+    small, large = {"source": "aa", "source_options": {}}, {"source": "bb", "source_options": {"image_size": 16}}
+    merged = tables.merge(tables.mark_rows([row(**small), row(seed=1, **small), row(**large)]))
+    assert [(item["dataset"], item["seeds"]) for item in merged] == [("digits", [0, 1]), ("digits image_size=16", [0])]
+
+
+def test_sources_of_one_name_and_the_same_options_are_told_apart_by_their_ids() -> None:
+    merged = tables.merge(tables.mark_rows([row(source=name, source_options={}) for name in ("aaaaaaaa", "bbbbbbbb")]))
+    assert [item["dataset"] for item in merged] == ["digits aaaaaa", "digits bbbbbb"]
+
+
+def test_rows_from_before_sources_were_kept_are_one_setting() -> None:
+    assert len(tables.merge(tables.mark_rows([row(), row(seed=1)]))) == 1
+
+
 def test_seeds_of_one_setting_are_averaged_and_other_settings_are_not() -> None:
     rows = [row(seed=0, ba=0.8), row(seed=1, ba=0.9), row(seed=0, defense_options={"epochs": 3})]
     merged = tables.over_seeds(tables.mark_rows(rows))

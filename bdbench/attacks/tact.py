@@ -25,7 +25,8 @@ class TaCT(Attack):
     USENIX Security 2021, https://arxiv.org/abs/1908.00686.
 
     Differs from the published code: the colours are drawn from the seed (backdoor-toolbox reads a file). Covers come
-    from all classes but source and target; `--cover-classes 5 7` are backdoor-toolbox's on CIFAR-10.
+    from all classes but source and target; `--cover-classes 5 7` are backdoor-toolbox's on CIFAR-10. The ASR on other
+    classes then counts those with covers and those without together.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1908.00686"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import re
+import warnings
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, cast, get_args
 
 import typer
@@ -12,7 +14,7 @@ import typer
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName
 from bdbench.cli.train import newest_dataset
-from bdbench.errors import ArtifactError, OptionError, did_you_mean
+from bdbench.errors import ArtifactError, DamageWarning, OptionError, did_you_mean
 from bdbench.store import ROOT
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -59,16 +61,16 @@ def evaluate(
     from bdbench.devices import Precision
 
     checks = read_checks(assertions, junit)
-    rows = []
+    rows = {}
     with console.live_progress() as progress:
         for model in models or _models_of_newest():
             made = stages.evaluate(
                 model, data=data, device=device, precision=cast("Precision", precision), force=force, progress=progress
             )
-            rows.append(tables.evaluation_row(made))
-    marked = tables.mark_rows(rows)
+            rows[made.id] = tables.evaluation_row(made)
+    marked = tables.mark_rows(list(rows.values()))
     console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich"))
-    console.say_next(f"bdbench table {Path(marked[0]['path']).parent} --format markdown")
+    console.say_next(f"bdbench table {quote(str(Path(marked[0]['path']).parent))} --format markdown")
     _check(marked, checks, junit)
 
 
@@ -112,7 +114,10 @@ def table(
     if ranks is not None and ranks not in METRICS:
         raise unknown_name("metric to rank by", ranks, METRICS)
     checks = read_checks(assertions, junit)
-    rows = tables.read_rows(places or [ROOT])
+    with warnings.catch_warnings():
+        if checks:  # what is passed over might not hold
+            warnings.simplefilter("error", DamageWarning)
+        rows = tables.read_rows(places or [ROOT])
     written = cast("tables.Format", style)
     rendered = tables.render_ranking(rows, ranks, written) if ranks else tables.render(rows, written)
     if out is None:
@@ -165,7 +170,8 @@ def _check(rows: list[dict[str, Any]], checks: list[tuple[str, str, float]], jun
     for row in rows:
         for metric, sign, limit in checks:
             holds = row[metric] is not None and COMPARISONS[sign](row[metric], limit)
-            reason = "" if holds else f"{metric} {row[metric]} is not {sign} {limit}"
+            found = f"{row[metric]} is not {sign} {limit}" if row[metric] is not None else "is not measured in this row"
+            reason = "" if holds else f"{metric} {found}"
             outcomes.append((row["path"], f"{metric}{sign}{limit:g}", reason))
     if junit is not None:
         _write_junit(outcomes, junit)

@@ -40,7 +40,7 @@ ModelName = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0)]
 Out = Annotated[Path | None, typer.Option(help="Folder of the artifact; default: a telling name under runs/.")]
-Force = Annotated[bool, typer.Option("--force", help="Make it again, replacing what is at --out.")]
+Force = Annotated[bool, typer.Option("--force", help="Make it again, replacing what is there.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings, named as the flags; flags win.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")]
 ImageMemory = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -90,7 +91,7 @@ def poison(
         made.path,
         made.id,
         made.manifest.made,
-        [f"bdbench train {made.path}", f"bdbench defend {made.path} --method cbd"],
+        [f"bdbench train {quote(str(made.path))}", f"bdbench defend {quote(str(made.path))} --method cbd"],
     )
     if json:
         console.show_json({"path": made.path, "id": made.id, "roles": roles, **facts})
@@ -137,7 +138,7 @@ def take(
         made.path,
         made.id,
         made.manifest.made,
-        [f"bdbench defend {made.path} --method abl", f"bdbench defend {made.path} --method cbd"],
+        [f"bdbench defend {quote(str(made.path))} --method {method}" for method in ("abl", "cbd")],
     )
     if json:
         console.show_json({"path": made.path, "id": made.id, **facts})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -55,7 +56,7 @@ def quickstart(
     console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich"))
     console.say_plainly(f"{time.perf_counter() - begun:.1f} s. In {out}: data set, models, evaluations")
     console.say_next(
-        f"bdbench inspect {data.path} --image digits.png",
+        f"bdbench inspect {quote(str(data.path))} --image digits.png",
         "bdbench defend --method abl --help",
         "bdbench poison --dataset cifar10 --attack blended --rate 0.1",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -85,7 +86,7 @@ def suspects(
             raise ArtifactError(f"cannot write {image}: {error}; give a path that ends in .png") from error
         console.say_wrote(image)
     if csv is None and image is None:
-        show = f"bdbench suspects {found.path}"
+        show = f"bdbench suspects {quote(str(found.path))}"
         console.say_next(f"{show} --image suspects.png", f"{show} --csv suspects.csv")
 
 

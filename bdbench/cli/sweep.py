@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +18,7 @@ import typer
 from bdbench import store
 from bdbench.cli import console
 from bdbench.cli.parameters import Device, Json, PrecisionName
-from bdbench.errors import OptionError, unknown_name
+from bdbench.errors import DamageWarning, OptionError, unknown_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -126,7 +128,7 @@ def write_example(path: Path, text: str) -> None:
     except OSError as error:
         raise OptionError(f"cannot write {path}: {error.strerror or error}") from error
     console.say_wrote(path)
-    console.say_next(f"bdbench sweep {path} --dry-run")
+    console.say_next(f"bdbench sweep {quote(str(path))} --dry-run")
 
 
 def refuse_changed(job: Sweep, cells: Sequence[Cell]) -> None:
@@ -238,7 +240,7 @@ def finish(run: Run, *, as_json: bool) -> None:
             f"[bold]{escape(str(folder / store.SWEEP / 'logs'))}[/bold]"
         )
         raise typer.Exit(1)
-    console.say_next(f"bdbench table {folder} --format markdown")
+    console.say_next(f"bdbench table {quote(str(folder))} --format markdown")
 
 
 def status(
@@ -281,10 +283,10 @@ def gc(
     remove: Annotated[bool, typer.Option("--remove", help="Remove them; without it they are listed only.")] = False,
     json: Json = False,
 ) -> None:
-    """List, or remove, artifacts that no result needs, and leftovers of interrupted work.
+    """List, or remove, data sets that no result needs, and leftovers of interrupted work.
 
-    Needed are evaluations, their models and their data sets, and all that these were made from. Nothing is removed
-    while anything under DIR is being made.
+    Results are models and evaluations; needed is all that these were made from. Nothing is removed while anything under
+    DIR is being made, or is damaged.
 
     Examples:
       bdbench gc runs/grid
@@ -295,7 +297,10 @@ def gc(
         raise OptionError(f"{folder} is not a folder")
     if remove:
         store.check_idle(folder)
-    found = [(path, store.folder_bytes(path)) for path in store.unneeded(folder)]
+    with warnings.catch_warnings():
+        if remove:  # what is passed over might need it
+            warnings.simplefilter("error", DamageWarning)
+        found = [(path, store.folder_bytes(path)) for path in store.unneeded(folder)]
     if json:
         console.show_json({"removed": remove, "unneeded": [{"path": path, "bytes": size} for path, size in found]})
     else:

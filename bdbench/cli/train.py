@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, cast
 
 import typer
@@ -98,7 +99,7 @@ def defend(
         )  # fmt: skip
     asked = made.manifest.ask.config
     console.say(f"{asked['model']} by {method}, preset {asked['preset']}, {made.manifest.made['precision']}")
-    console.say_made(made.path, made.id, made.manifest.made, [f"bdbench evaluate {made.path}"])
+    console.say_made(made.path, made.id, made.manifest.made, [f"bdbench evaluate {quote(str(made.path))}"])
     if json:
         console.show_json({"path": made.path, "id": made.id, "config": asked, "made": made.manifest.made})
 
