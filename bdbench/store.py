@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -73,6 +73,7 @@ class Manifest:
         files: name -> {"sha256", "bytes"} of every other file.
         facts: what a reader needs to use the files, such as shapes and class names.
         made: how it was made: versions, device, precision, seconds, peak memory, time.
+        seal: SHA-256 of files, facts and made; "" from before there was one.
     """
 
     id: str
@@ -81,6 +82,13 @@ class Manifest:
     facts: Mapping[str, Any]
     made: Mapping[str, Any]
     schema: int = SCHEMA
+    seal: str = ""
+
+    @property
+    def expected_seal(self) -> str:
+        """What `seal` must be."""
+        said = json.dumps([self.files, self.facts, self.made], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()
 
 
 @dataclass
@@ -153,6 +161,7 @@ def _seal(draft: Draft, path: Path, ask: Ask) -> None:
     with ThreadPoolExecutor() as pool:  # hashing takes longest where a CPU has no instructions for it
         files = dict(zip((file.name for file in written), pool.map(_describe, written), strict=True))
     manifest = Manifest(ask.id, ask, files, draft.facts, draft.made)
+    manifest = replace(manifest, seal=manifest.expected_seal)
     with (draft.folder / MANIFEST).open("w", encoding="utf-8") as stream:
         json.dump(asdict(manifest), stream, indent=1, sort_keys=True)
         stream.flush()
@@ -188,8 +197,8 @@ def read_manifest(path: Path, kind: Kind | None = None) -> Manifest:
     """Read the manifest of an artifact, of `kind` if that is given, without looking at its files.
 
     Raises:
-        ArtifactError: no artifact, unreadable manifest, another kind, a newer schema, or an id that does not
-            belong to what was asked.
+        ArtifactError: no artifact, unreadable manifest, another kind, a newer schema, an id that does not belong
+            to what was asked, or other facts than were written.
     """
     file = path / MANIFEST
     if not path.exists():
@@ -213,6 +222,8 @@ def read_manifest(path: Path, kind: Kind | None = None) -> Manifest:
         raise ArtifactError(f"{file} is damaged (files, facts and made must be tables); {AGAIN}")
     if manifest.ask.kind not in get_args(Kind) or manifest.id != manifest.ask.id:
         raise ArtifactError(f"{file} was changed: its id does not belong to what it says was asked; {AGAIN}")
+    if manifest.seal not in ("", manifest.expected_seal):
+        raise ArtifactError(f"{file} was changed: it does not say any more what was written; {AGAIN}")
     if kind is not None and manifest.ask.kind != kind:
         raise ArtifactError(f"{path} is a {manifest.ask.kind} artifact; a {kind} artifact is needed here")
     return manifest

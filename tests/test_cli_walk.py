@@ -248,7 +248,7 @@ def test_verify_goes_on_after_a_model_whose_network_is_not_installed(
     copy = tmp_path / "copy"
     shutil.copytree("runs/digits-badnets-s0-cbd", copy)
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["facts"]["model"] = "netty"
+    manifest["facts"]["model"], manifest["seal"] = "netty", ""
     (copy / "manifest.json").write_text(json.dumps(manifest))
     result = bdbench("verify", copy, "runs/digits-badnets-s0", "--json")
     assert result.code == 1

@@ -321,6 +321,7 @@ def scramble(artifact: DatasetArtifact, folder: Path) -> DatasetArtifact:
         name: {"sha256": store.file_sha256(folder / name), "bytes": (folder / name).stat().st_size}
         for name in raw["files"]
     }
+    raw["seal"] = ""
     (folder / store.MANIFEST).write_text(json.dumps(raw))
     return DatasetArtifact.open(folder)
 

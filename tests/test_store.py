@@ -446,6 +446,20 @@ def test_a_folder_or_file_of_the_user_is_never_replaced(tmp_path: Path, force: b
             store.existing(tmp_path / name, ASK, force=force)
 
 
+@pytest.mark.parametrize("part", ["files", "facts", "made"])
+def test_a_manifest_that_says_something_else_than_was_written_is_refused(tmp_path: Path, part: str) -> None:
+    """A table believes the facts of an evaluation: its defence, its preset, its marks."""
+    file = seal(tmp_path / "it") / store.MANIFEST
+    store.read_manifest(tmp_path / "it")
+    described = json.loads(file.read_text())
+    described[part]["more"] = {}
+    file.write_text(json.dumps(described))
+    with pytest.raises(ArtifactError, match="was changed: it does not say any more what was written"):
+        store.read_manifest(tmp_path / "it")
+    file.write_text(json.dumps({key: value for key, value in described.items() if key != "seal"}))
+    assert store.read_manifest(tmp_path / "it").seal == ""  # as artifacts of before have none
+
+
 # finding
 
 
@@ -464,6 +478,7 @@ def test_a_copy_is_listed_in_the_order_in_which_things_were_made(tmp_path: Path)
         file = seal(tmp_path / name) / store.MANIFEST
         described = json.loads(file.read_text())
         described["made"]["at"] = f"2026-01-0{age + 1}T00:00:00+00:00"
+        described["seal"] = ""
         file.write_text(json.dumps(described))
         os.utime(file, ns=(10**9, (9 - age) * 10**9))
     assert [path.name for path, _ in store.find_artifacts(tmp_path)] == ["c", "b", "a"]
