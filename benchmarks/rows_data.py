@@ -279,7 +279,8 @@ def write_evaluations(root: Path, count: int) -> None:
         if number:
             shutil.copy(one / "metrics.parquet", folder)
         manifest = replace(made, id=asked.id, ask=asked, facts=said)
-        (folder / store.MANIFEST).write_text(json.dumps(asdict(manifest)), encoding="utf-8")
+        sealed = replace(manifest, seal=manifest.expected_seal)
+        (folder / store.MANIFEST).write_text(json.dumps(asdict(sealed)), encoding="utf-8")
 
 
 ROWS: dict[str, Rows] = {
