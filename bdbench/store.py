@@ -328,8 +328,12 @@ def replace_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def find_artifacts(root: Path, kind: Kind | None = None) -> list[tuple[Path, Manifest]]:
-    """List the readable artifacts under a folder, oldest first; a damaged one is passed over with a warning."""
+def find_artifacts(root: Path, kind: Kind | None = None, *, strict: bool = False) -> list[tuple[Path, Manifest]]:
+    """List the readable artifacts under a folder, oldest first; a damaged one is passed over with a warning.
+
+    Raises:
+        ArtifactError: `strict`, and one is damaged.
+    """
     found = []
     for file in root.glob(f"**/{MANIFEST}"):
         if any(part.startswith(".") for part in file.relative_to(root).parts):
@@ -340,6 +344,8 @@ def find_artifacts(root: Path, kind: Kind | None = None) -> list[tuple[Path, Man
         except FileNotFoundError:  # removed meanwhile
             continue
         except ArtifactError as error:
+            if strict:
+                raise
             warnings.warn(f"passed over: {error}", DamageWarning, stacklevel=2)
             continue
         if kind in (None, manifest.ask.kind):
@@ -369,12 +375,15 @@ def locate(reference: str | Path, kind: Kind | None = None, root: Path = ROOT) -
     return matches[-1][0]
 
 
-def unneeded(root: Path) -> list[Path]:
+def unneeded(root: Path, *, strict: bool = False) -> list[Path]:
     """Return the data sets under a folder that no model or evaluation was made from, and leftovers of interrupted work.
 
     Leftovers that another process is writing now are left out; what it reads is not known here: see `check_idle`.
+
+    Raises:
+        ArtifactError: `strict`, and an artifact is damaged: it may be what needs the others.
     """
-    found = find_artifacts(root)
+    found = find_artifacts(root, strict=strict)
     by_id: dict[str, list[Path]] = {}
     for path, manifest in found:
         by_id.setdefault(manifest.id, []).append(path)

@@ -83,20 +83,20 @@ MARKS = {
 }
 
 
-def read_rows(places: Sequence[Path]) -> list[dict[str, Any]]:
+def read_rows(places: Sequence[Path], *, strict: bool = False) -> list[dict[str, Any]]:
     """Return a row per evaluation found at or under the given folders, oldest first.
 
     A row has dataset, model, attack, defense, preset, seed, and for every rate its value, n, low and high.
 
     Raises:
-        ArtifactError: a place is no folder, or no evaluation is there.
+        ArtifactError: a place is no folder, or no evaluation is there; `strict`, and an artifact there is damaged.
     """
     for place in places:
         if not place.is_dir():
             raise ArtifactError(f"{place} is not a folder; give the folder that holds your runs")
     seen: dict[str, dict[str, Any]] = {}
     for place in places:
-        for path, manifest in find_artifacts(place, "evaluation"):
+        for path, manifest in find_artifacts(place, "evaluation", strict=strict):
             seen[manifest.id] = evaluation_row(EvaluationArtifact(path, manifest))
     if not seen:
         raise ArtifactError(f"no evaluation under {', '.join(map(str, places))}; make one with: bdbench evaluate")

@@ -158,7 +158,7 @@ def _mending(command: Callable[..., None]) -> Callable[..., None]:
     def call(*given: Any, **named: Any) -> None:  # noqa: ANN401 - whatever the command takes
         try:
             command(*given, **named)
-        except (BdbenchError, DamageWarning) as error:
+        except BdbenchError as error:
             console.say_error(str(error))
             raise typer.Exit(1) from error
         except KeyboardInterrupt:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import re
-import warnings
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, cast, get_args
@@ -14,7 +13,7 @@ import typer
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName
 from bdbench.cli.train import newest_dataset
-from bdbench.errors import ArtifactError, DamageWarning, OptionError, did_you_mean
+from bdbench.errors import ArtifactError, OptionError, did_you_mean
 from bdbench.store import ROOT
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -114,10 +113,7 @@ def table(
     if ranks is not None and ranks not in METRICS:
         raise unknown_name("metric to rank by", ranks, METRICS)
     checks = read_checks(assertions, junit)
-    with warnings.catch_warnings():
-        if checks:  # what is passed over might not hold
-            warnings.simplefilter("error", DamageWarning)
-        rows = tables.read_rows(places or [ROOT])
+    rows = tables.read_rows(places or [ROOT], strict=bool(checks))  # what is passed over might not hold
     written = cast("tables.Format", style)
     rendered = tables.render_ranking(rows, ranks, written) if ranks else tables.render(rows, written)
     if out is None:

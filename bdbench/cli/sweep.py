@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ import typer
 from bdbench import store
 from bdbench.cli import console
 from bdbench.cli.parameters import Device, Json, PrecisionName
-from bdbench.errors import DamageWarning, OptionError, unknown_name
+from bdbench.errors import OptionError, unknown_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -297,10 +296,7 @@ def gc(
         raise OptionError(f"{folder} is not a folder")
     if remove:
         store.check_idle(folder)
-    with warnings.catch_warnings():
-        if remove:  # what is passed over might need it
-            warnings.simplefilter("error", DamageWarning)
-        found = [(path, store.folder_bytes(path)) for path in store.unneeded(folder)]
+    found = [(path, store.folder_bytes(path)) for path in store.unneeded(folder, strict=remove)]
     if json:
         console.show_json({"removed": remove, "unneeded": [{"path": path, "bytes": size} for path, size in found]})
     else:
