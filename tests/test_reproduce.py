@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pages
 import pytest
 import reproduce
 
-from bdbench import stages, tables
+from bdbench import grid, stages, sweep, tables
 from bdbench.artifacts import plain
 from bdbench.attacks.badnets import BadNets
 from bdbench.attacks.base import TrainingAttack
@@ -488,3 +489,16 @@ def test_the_grid_has_an_attack_a_line_and_marks_those_that_failed() -> None:
     assert lines[2] == "| `sig` (failed) | BA 0.850 ± 0.071<br>ASR 0.100 ± 0.000 |  |"
     assert lines[3].startswith("| `batt` | BA 0.850 ± 0.071<br>ASR 1.000 ± 0.000 | BA ")
     assert "±" not in lines[3].split(" | ")[2]
+
+
+# the grid
+
+
+def test_a_sweep_goes_on_from_the_stored_grid(tmp_path: Path) -> None:
+    """Its records say what was asked; what a record holds may change, and they with it."""
+    with tarfile.open(BENCHMARKS / "results" / "grid.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    given = grid.read_grid(BENCHMARKS / "grid.toml")
+    checked = sweep.check(given)
+    there = sweep.Sweep(given, tmp_path, suspects=checked.suspects, methods=checked.methods)
+    assert {state.state for state in there.states().values()} == {"done"}
