@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -330,7 +331,8 @@ class ModelArtifact(Artifact):
         try:
             model.load_state_dict(self.tensors("model.safetensors"), strict=True)
         except RuntimeError as error:
-            raise ArtifactError(f"{self.path} does not hold weights of {facts['model']} ({error}); {AGAIN}") from error
+            said = textwrap.shorten(str(error), 300, placeholder=" ...")
+            raise ArtifactError(f"{self.path} does not hold weights of {facts['model']} ({said}); {AGAIN}") from error
         return model.eval()
 
     @property

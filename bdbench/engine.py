@@ -316,13 +316,21 @@ class _Phase(Generic[Module]):
         if len(self.rows_seen) < 2:
             raise TrainingError(f"phase '{self.name}' has {len(self.rows_seen)} images; training needs at least 2")
         self.total_steps = min(self.recipe.epochs * self.steps_per_epoch, max_steps or sys.maxsize)
+        self.epoch_images = self.steps_per_epoch * self.recipe.batch_size
+        if epoch_steps is None:
+            self.epoch_images = min(self.epoch_images, len(self.rows_seen))
+
+    def _images(self, steps: int) -> int:
+        """Return how many images so many steps see."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs * self.epoch_images + rest * self.recipe.batch_size
 
     def train(self, before_epoch: Callable[[int], Tensor | None] | None, stop: Callable[[Module], bool] | None) -> None:
         self._resume()
         progress = self.engine.progress
         if not self._is_finished():
-            progress.start(self.name, self.total_steps * self.recipe.batch_size)
-            progress.advance(self.step * self.recipe.batch_size)
+            progress.start(self.name, self._images(self.total_steps))
+            progress.advance(self._images(self.step))
             while not self._is_finished():
                 epoch = self.step // self.steps_per_epoch
                 self._epoch(epoch, before_epoch(epoch) if before_epoch else None)
@@ -350,7 +358,7 @@ class _Phase(Generic[Module]):
                 images = augmented(taken, self.operations, rng)
                 lr = self.recipe.lr_at(epoch + index / self.steps_per_epoch)
                 total += self._update(Batch(images, self.labels[rows], rows, self.step + index), lr)
-                engine.progress.advance(size)
+                engine.progress.advance(len(rows))
         self.step += steps
         mean = float(total) / steps
         seconds = time.perf_counter() - begun

@@ -21,7 +21,8 @@ def poison_source(source: SourceData, attack: Attack, lab: Lab, trusted: float) 
         trusted: share of the training split that is reserved, clean, before anything is poisoned; 0 for none.
 
     Raises:
-        OptionError: a class does not exist, or the rate asks for none or for more than are eligible.
+        OptionError: a class does not exist, `trusted` takes all images, or the rate asks for none or for more than are
+            eligible.
     """
     clean, seed = source.train, lab.seed
     _check_classes(attack, clean.num_classes)
@@ -153,7 +154,13 @@ def _choose_covers(labels: Tensor, poisoned: Tensor, attack: Attack, seed: int) 
 
 
 def _reserve(total: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split row numbers into those that stay and the trusted ones, both sorted."""
+    """Split row numbers into those that stay and the trusted ones, both sorted.
+
+    Raises:
+        OptionError: none stays.
+    """
     count = round(share * total)
+    if count == total:
+        raise OptionError(f"trusted {share} leaves none of the {total} training images; lower it")
     order = torch.randperm(total, generator=generator(seed, "trusted", "choose"))
     return order[count:].sort().values, order[:count].sort().values

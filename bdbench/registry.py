@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from bdbench.errors import unknown_name
+from bdbench.errors import OptionError, unknown_name
 
 
 class Row(NamedTuple):
@@ -48,18 +48,20 @@ class Registry:
     def find(self, name: str) -> Row | None:
         """Return the row of a name, for a member of a family the row `FAMILY:NAME`; None if it is not registered."""
         family, _, member = name.partition(":")
-        return None if member == "NAME" else self.rows.get(f"{family}:NAME" if member else name)
+        return self.rows.get(f"{family}:NAME" if member else name)
 
     def load(self, name: str) -> Any:  # noqa: ANN401 - each registry holds its own kind of class
         """Import and return the object of a name; for a row `FAMILY:NAME` it is called with the member's name first.
 
         Raises:
-            OptionError: no such name; the message has the nearest one and all of them.
+            OptionError: a family itself, or no such name; the message has the nearest one and all of them.
         """
         row = self.find(name)
         if row is None:
             raise unknown_name(self.kind, name, self.rows)
         member = name.partition(":")[2]
+        if member == "NAME":
+            raise OptionError(f"'{name}' stands for many: put the name of one in place of NAME")
         module, _, attribute = row.target.partition(":")
         found = getattr(import_module(module), attribute)
         return partial(found, member) if member else found

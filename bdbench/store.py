@@ -118,26 +118,30 @@ def create(path: Path, ask: Ask) -> Iterator[Draft]:
         ArtifactError: another process writes this path, or there is no permission or no space.
     """
     hidden = path.parent / f".{path.name}.work"
-    with _locked(hidden, path):
+    done = hidden.with_name(f".{path.name}.done-{uuid.uuid4().hex[:8]}")
+    with contextlib.ExitStack() as ending:
+        ending.callback(shutil.rmtree, done, ignore_errors=True)
+        ending.enter_context(_locked(hidden, path))
         for leftover in (*hidden.glob("draft-*"), *path.parent.glob(f".{glob.escape(path.name)}.done-*")):
             shutil.rmtree(leftover, ignore_errors=True)
         draft = Draft(hidden / f"draft-{uuid.uuid4().hex[:8]}", hidden / ask.id)
+        sealed = False
         try:
             draft.folder.mkdir()
             draft.work.mkdir(exist_ok=True)
             yield draft
             _seal(draft, path, ask)
+            sealed = True
         except OSError as error:
             raise _cannot_write(path, error) from error
         finally:
             shutil.rmtree(draft.folder, ignore_errors=True)
             with contextlib.suppress(OSError):
                 draft.work.rmdir()
-        # Moved while locked: whoever begins on this path from now on has a folder of its own.
-        done = hidden.with_name(f".{path.name}.done-{uuid.uuid4().hex[:8]}")
-        with contextlib.suppress(OSError):
-            hidden.rename(done)
-    shutil.rmtree(done, ignore_errors=True)
+            # Moved while locked: whoever begins on this path from now on has a folder of its own.
+            with contextlib.suppress(OSError):
+                if sealed or {file.name for file in hidden.iterdir()} <= {"lock"}:
+                    hidden.rename(done)
 
 
 @contextmanager
@@ -287,12 +291,13 @@ def _has_size(file: Path, size: int) -> bool:
 
 
 def _differences(one: Ask, other: Ask) -> Iterator[str]:
-    for name in ("kind", "method", "version", "seed", "inputs"):
+    for name in ("kind", "method", "version", "seed"):
         if getattr(one, name) != getattr(other, name):
             yield name
-    for key in sorted({*one.config, *other.config}):
-        if one.config.get(key) != other.config.get(key):
-            yield f"{key} {one.config.get(key)} -> {other.config.get(key)}"
+    for old, new in ((one.inputs, other.inputs), (one.config, other.config)):
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                yield f"{key} {old.get(key)} -> {new.get(key)}"
 
 
 def sweep_file(folder: Path, kind: str, name: str) -> Path:
@@ -300,7 +305,7 @@ def sweep_file(folder: Path, kind: str, name: str) -> Path:
 
     Args:
         folder: of the sweep.
-        kind: cells, logs, locks or checks.
+        kind: cells, logs, locks, checks or grid.
         name: of the file.
 
     Raises:

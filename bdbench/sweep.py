@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -110,6 +110,11 @@ class Sweep:
         methods = [self.methods[label] for label in labels if label in self.methods]
         return {"settings": self.grid.settings(cell), "suspect": suspect, "methods": methods}
 
+    def announce(self) -> None:
+        """Keep the names of all cells, for those that look on from elsewhere."""
+        with store.replace_file(store.sweep_file(self.folder, "grid", "names.json")) as path:
+            path.write_text(json.dumps([self.grid.name(cell) for cell in self.grid.cells]), encoding="utf-8")
+
     def states(self) -> dict[Cell, State]:
         """Return where every cell is, in the order of the grid."""
         records = read_records(self.folder)
@@ -139,6 +144,15 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
             record["state"] = "interrupted"
         records[record["name"]] = record
     return records
+
+
+def read_waiting(folder: Path, begun: Iterable[str]) -> list[str]:
+    """Return the cells of the grid that was last made in a folder, but for those of which there is a record."""
+    try:
+        names = json.loads((folder / store.SWEEP / "grid" / "names.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return sorted({str(name) for name in names} - set(begun))
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bdbench.artifacts import EvaluationArtifact
-from bdbench.errors import ArtifactError
+from bdbench.errors import ArtifactError, OptionError
 from bdbench.metrics import defence_effectiveness, mean_interval
 from bdbench.ranking import Ranked, Ranking, rank
 from bdbench.registry import DEFENSES
@@ -287,8 +287,13 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
         rows: from `read_rows`.
         metric: der, ba or asr.
         style: as in `render`; CSV and JSON hold the same lines.
+
+    Raises:
+        OptionError: there is no row of a defence, or all attacks failed.
     """
     found = rank(merge(rows), metric)
+    if not found.defenses:
+        raise OptionError(f"nothing to rank: {'; '.join(left_out(found)) or 'no row is of a defence'}")
     lines = [own._asdict() for own in found.defenses]
     if style == "json":
         facts = {key: _finite(value) if isinstance(value, float) else value for key, value in found._asdict().items()}
@@ -313,6 +318,12 @@ def ranking_notes(found: Ranking) -> list[str]:
         )
     else:
         notes.append("no test: it needs at least 3 defences and 2 settings")
+    return notes + left_out(found)
+
+
+def left_out(found: Ranking) -> list[str]:
+    """Return which settings have no part in a ranking, and why."""
+    notes = []
     if found.failed:
         notes.append(f"left out, the attack failed or its strength is not known: {'; '.join(found.failed)}")
     if found.incomplete:

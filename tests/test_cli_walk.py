@@ -150,6 +150,8 @@ def test_defences_are_ranked(in_walk: Path, bdbench: Any) -> None:
     assert "average rank" in shown
     assert "no test: it needs" in shown
     assert "Did you mean 'asr'" in bdbench("table", "--ranks", "as").err
+    only = bdbench("table", "runs/digits-badnets-s0-none-eval", "--ranks", "ba")
+    assert (only.code, "nothing to rank: no row is of a defence" in only.err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +307,12 @@ def test_another_question_for_the_same_place_is_refused_with_what_differs(in_wal
         (["table", "nowhere"], 1, "not a folder"),
         (["table", "--format", "html"], 1, "unknown format"),
         (["show", "abll"], 1, "Did you mean 'abl'"),
+        (["show", "torchvision:NAME"], 1, "put the name of one in place of NAME"),
+        (["defend", "--model", "torchvision:NAME"], 1, "put the name of one in place of NAME"),
+        (["poison", "--out", "other", "--trusted", "0.9999"], 1, "trusted 0.9999 leaves none of the 1438 training"),
+        (["poison", "--dataset", "cifar10", "--data-root", "no/such"], 1, "--data-root no/such is not a folder"),
+        (["inspect", "runs/digits-badnets-s0", "--image", "runs"], 2, "runs is a folder; give a file"),
+        (["evaluate", "--assert", "asr<=1", "--junit", "runs/digits-badnets-s0/manifest.json/a.xml"], 2, "cannot make"),
         (["frobnicate"], 2, "frobnicate"),
     ],
 )
@@ -313,8 +321,16 @@ def test_bad_input_gets_a_message_with_the_way_out(
 ) -> None:
     result = bdbench(*arguments)
     assert result.code == code
-    assert said in result.err
+    assert said in " ".join(result.err.replace("│", " ").split())
     assert "Traceback" not in result.err
+    assert not list(Path("runs").glob(".*.work"))
+
+
+def test_the_folder_of_a_file_is_made_before_the_work_for_it(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    assert bdbench("table", "--format", "csv", "--out", str(tmp_path / "new" / "table.csv")).code == 0
+    assert (tmp_path / "new" / "table.csv").read_text().startswith("attack,")
+    assert bdbench("suspects", "runs/nothing", "--csv", str(tmp_path / "other" / "suspects.csv")).code == 1
+    assert (tmp_path / "other").is_dir()
 
 
 def test_a_pickle_offered_as_a_model_is_never_opened(in_walk: Path, bdbench: Any) -> None:

@@ -355,6 +355,14 @@ def test_npz_layouts_give_the_same_images(tmp_path: Path, layout: str) -> None:
     assert sorted(shown.tolist()) == [0, 1, 2, 3, 4, 5]
 
 
+def test_classes_without_a_training_image_are_named(tmp_path: Path) -> None:
+    labels = np.where(np.arange(len(LABELS)) % 2, 7, 0)
+    progress = Notes()
+    path = write_npz(tmp_path / "set.npz", x_train=gray_images(), y_train=labels, x_test=gray_images(), y_test=labels)
+    PathSource(path=path).open(progress)
+    assert progress.notes == ["6 of the 8 classes have no training image: 1, 2, 3, 4, 5, ..."]
+
+
 def test_npz_in_the_style_of_keras_keeps_its_splits(tmp_path: Path) -> None:
     labels = np.array(LABELS, np.uint8)[:, None]
     path = write_npz(
@@ -563,6 +571,9 @@ def test_failed_download_leaves_nothing_behind_that_could_be_trusted(
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", half)
     root = tmp_path / "data"
+    with pytest.raises(DataError, match="data is not a folder; make it to download mnist there"):
+        Mnist(data_root=root).load(Silent())
+    root.mkdir()
     with pytest.raises(DataError, match=r"cannot be downloaded to .*Error downloading no route.*--data-root"):
         Mnist(data_root=root).load(Silent())
     assert [entry.name for entry in root.iterdir() if entry.suffix != ".lock"] == []

@@ -361,6 +361,43 @@ def test_without_a_folder_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
+class Counter(Silent):
+    """A progress that counts images, and ends the work after the first epoch if it is told to."""
+
+    def __init__(self, *, ends: bool = False) -> None:
+        self.total, self.done, self.ends = 0, 0, ends
+
+    def start(self, label: str, total: int, unit: str = "images") -> None:  # noqa: ARG002
+        self.total = total
+
+    def advance(self, amount: int, status: str = "") -> None:
+        self.done += amount
+        if status and self.ends:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "total"),
+    [
+        (40, {}, 80),  # 16, 16 and 8 an epoch
+        (33, {}, 64),  # the last one alone is left out
+        (40, {"epoch_steps": 2}, 64),
+        (40, {"max_steps": 4}, 56),
+    ],
+)
+def test_progress_counts_the_images_that_are_seen(
+    tmp_path: Path, count: int, settings: dict[str, int], total: int
+) -> None:
+    data, whole, first, rest = toy_data(count), Counter(), Counter(ends=True), Counter()
+    fit = {"phase": "train", **settings}
+    toy_engine(progress=whole).fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), **fit)
+    assert (whole.total, whole.done) == (total, total)
+    with pytest.raises(KeyboardInterrupt):
+        toy_engine(tmp_path, progress=first).fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), **fit)
+    toy_engine(tmp_path, progress=rest).fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), **fit)
+    assert (rest.total, rest.done) == (total, total)
+
+
 # what goes wrong
 
 

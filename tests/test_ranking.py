@@ -68,5 +68,5 @@ def test_undefended_and_reference_rows_are_not_ranked() -> None:
     assert [own.defense for own in rank(rows).defenses] == ["x"]
 
 
-def test_nothing_to_rank_is_no_error() -> None:
+def test_nothing_to_rank_has_no_defence() -> None:
     assert rank([row("a", "none", None)]).defenses == ()

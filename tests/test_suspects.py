@@ -229,7 +229,7 @@ def test_the_walk_from_a_folder_to_a_list_of_suspects(
     facts = json.loads(capsys.readouterr().out)
     assert facts["counted"] == sum(item["suspects"] for item in facts["classes"]) == 6
     assert [item["place"] for item in facts["suspects"]] == ranked["place"][:10].tolist()
-    assert called("suspects", "--csv", "nowhere/all.csv") == 1
+    assert called("suspects", "--csv", "runs/photos/manifest.json/all.csv") == 2
     assert called("suspects", "--image", "sheet.nothing") == 1
     Path("runs/photos/places.parquet").write_bytes(b"damaged")
     assert called("suspects") == 1

@@ -28,7 +28,7 @@ from bdbench.cli.sweep import view, watch
 from bdbench.defenses.abl import ABL
 from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError, OptionError
 from bdbench.grid import Cell, Grid, read_grid
-from bdbench.sweep import Order, Run, State, Sweep, read_records, seconds_left, shard
+from bdbench.sweep import Order, Run, State, Sweep, read_records, read_waiting, seconds_left, shard
 
 GRID = 'seeds = [0, 1]\ndefenses = ["none", "abl", "mcldef"]\n'
 
@@ -557,6 +557,7 @@ def test_a_cell_that_fails_is_recorded_with_its_log(tmp_path: Path) -> None:
     assert "--retry" in said
     log = folder / "runs" / "grid" / store.SWEEP / "logs" / "tiny-badnets-s0-none.log"
     assert "OptionError" in log.read_text()
+    assert read_waiting(folder / "runs" / "grid", ()) == ["tiny-badnets-s0-none"]
 
 
 def test_options_are_checked_before_anything_runs(tmp_path: Path) -> None:
@@ -702,6 +703,18 @@ def test_a_sweep_without_room_shows_its_folder_as_it_is_named(
 ) -> None:
     console.show(view(grid_of(tmp_path), {}, 1, "no room on the disk of [/data]"))
     assert "no room on the disk of [/data]" in " ".join(capsys.readouterr().out.split())
+
+
+def test_status_lists_cells_that_have_not_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _, _ = run_of(tmp_path, script={NAMES[0]: [worker.FAILED]}, fail_fast=True, jobs=1)
+    run.sweep.announce()
+    walk(run)
+    code, shown, said = ran(["status", str(tmp_path / "out")], capsys)
+    assert code == 0
+    assert "1 failed, 5 waiting" in said
+    assert all(name in shown for name in NAMES)
+    told = json.loads(ran(["status", str(tmp_path / "out"), "--json"], capsys)[1])["cells"]
+    assert Counter(record["state"] for record in told) == {"failed": 1, "waiting": 5}
 
 
 def test_status_of_no_sweep_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from bdbench.cli import console
-from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName
+from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName, with_folder
 from bdbench.cli.train import newest_dataset
 from bdbench.errors import ArtifactError, OptionError, did_you_mean
 from bdbench.store import ROOT
@@ -25,7 +25,11 @@ Assertions = Annotated[
 ]
 Junit = Annotated[
     Path | None,
-    typer.Option(help="Also write the conditions of --assert as JUnit XML, for dashboards.", show_default=False),
+    typer.Option(
+        help="Also write the conditions of --assert as JUnit XML, for dashboards.",
+        callback=with_folder,
+        show_default=False,
+    ),
 ]
 FormatName = Annotated[str, typer.Option("--format", help="rich, markdown, csv, latex or json.")]
 
@@ -88,7 +92,9 @@ def table(
     ] = None,
     assertions: Assertions = None,
     junit: Junit = None,
-    out: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write to this file instead of standard output.", callback=with_folder)
+    ] = None,
     config: Config = None,  # read before the command runs
     json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdbench.cli import console
+from bdbench.cli.flags import shown
 from bdbench.cli.parameters import Json
 from bdbench.errors import unknown_name
 from bdbench.registry import REGISTRIES, Registry, Row
@@ -129,7 +130,7 @@ def _describe(registry: Registry, row: Row, name: str) -> dict[str, Any]:
 def _in_words(value: object) -> str:
     if isinstance(value, dict):
         return "".join(
-            f"\n  {name}: " + ", ".join(f"{key} {setting}" for key, setting in settings.items())
+            f"\n  {name}: " + ", ".join(f"{key} {shown(setting)}" for key, setting in settings.items())
             for name, settings in value.items()
         )
     return ", ".join(value) if isinstance(value, list) else str(value)
@@ -144,7 +145,7 @@ def _option_table(options: list[dict[str, Any]]) -> Table:
     table.add_column("default")
     table.add_column("what")
     for item in options:
-        default = "" if item["default"] is None else str(item["default"])
+        default = "" if item["default"] is None else shown(item["default"])
         values = f"{item['type']} {item['bounds']}".strip()
         table.add_row(*map(Text, (item["flag"], default, f"{item['description']} ({values})")))
     return table

@@ -80,7 +80,7 @@ def _parameters(info: OptionInfo, heading: str) -> list[inspect.Parameter]:
     flag_type, choices = _flag_type(info)
     switch = flag_type is bool
     off = f"--no-{info.flag[2:]}"
-    default = "" if info.default is None else f"default: {_shown(info.default)}"
+    default = "" if info.default is None else f"default: {shown(info.default)}"
     turned = f"off: {off}" if switch and info.default else ""
     notes = "; ".join(filter(None, (info.bounds, ", ".join(choices), turned, default)))
     described = f"{info.description}{f' ({notes})' if notes else ''}"
@@ -95,7 +95,8 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:  # noqa: ANN401 -
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a value as a flag takes it: several words for a tuple."""
     return " ".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdbench.cli import console
-from bdbench.cli.parameters import Json
+from bdbench.cli.parameters import Json, with_folder
 
 if TYPE_CHECKING:
     from bdbench.artifacts import Artifact, DatasetArtifact, ModelArtifact
@@ -22,7 +22,8 @@ def inspect(
         Path | None,
         typer.Option(
             help="Write a picture: clean, triggered, difference of a data set; loss curves of a model; of several data "
-            "sets one test image under every trigger."
+            "sets one test image under every trigger.",
+            callback=with_folder,
         ),
     ] = None,
     json: Json = False,

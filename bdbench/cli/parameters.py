@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,27 @@ ModelName = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0)]
+
+
+def with_folder(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the folder that a file goes to, before the work for the file begins.
+
+    Raises:
+        typer.BadParameter: the path is a folder, or its own cannot be made or written to.
+    """
+    if path is None or context.resilient_parsing:
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot make {path.parent}: {error.strerror or error}") from error
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; give a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"no permission to write {path}")
+    return path
+
+
 Out = Annotated[Path | None, typer.Option(help="Folder of the artifact; default: a telling name under runs/.")]
 Force = Annotated[bool, typer.Option("--force", help="Make it again, replacing what is there.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings, named as the flags; flags win.")]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bdbench.cli import console
-from bdbench.cli.parameters import Config, Json
+from bdbench.cli.parameters import Config, Json, with_folder
 from bdbench.store import ROOT
 
 
@@ -16,7 +16,7 @@ def report(
     places: Annotated[
         list[Path] | None, typer.Argument(help="Folders that hold evaluations, at any depth; default: runs/.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The page to write.", callback=with_folder)] = Path("report.html"),
     config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:

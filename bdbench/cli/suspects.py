@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bdbench.cli import console
-from bdbench.cli.parameters import Config, Json
+from bdbench.cli.parameters import Config, Json, with_folder
 from bdbench.errors import ArtifactError
 from bdbench.store import ROOT
 
@@ -30,10 +30,14 @@ def suspects(
         float, typer.Option(help="Share of the training images whose classes are counted.", min=0, max=1)
     ] = 0.01,
     csv: Annotated[
-        Path | None, typer.Option(help="Write all training samples, the most suspect first.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Write all training samples, the most suspect first.", callback=with_folder, show_default=False
+        ),
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="Write a picture of the 50 most suspect images.", show_default=False)
+        Path | None,
+        typer.Option(help="Write a picture of the 50 most suspect images.", callback=with_folder, show_default=False),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="The data set artifact, where it is not found by its id.", show_default=False)

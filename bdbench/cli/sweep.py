@@ -106,6 +106,7 @@ def sweep(
         else:
             jobs = jobs or usual_jobs(checked.gpus)
             launch = local(job.folder, jobs, checked.gpus)
+        job.announce()
         run = Run(job, cells, launch, jobs, console.say_plainly, retry, fail_fast)
         there = sum(state.state == "done" for state in run.states.values())
         console.say_plainly(f"{len(cells):,} cells in {folder}, {there:,} of them there; {jobs} at once")
@@ -254,18 +255,20 @@ def status(
     from rich.markup import escape
     from rich.table import Table
 
-    from bdbench.sweep import read_records
+    from bdbench.sweep import read_records, read_waiting
 
-    records = read_records(folder)
+    begun = read_records(folder)
+    waiting = [{"name": name, "state": "waiting", "seconds": 0.0} for name in read_waiting(folder, begun)]
+    records = [*begun.values(), *waiting]
     if not records:
         raise OptionError(f"{folder} holds no sweep; start one with: bdbench sweep GRID --out {folder}")
     if json:
-        console.show_json({"cells": list(records.values())})
+        console.show_json({"cells": records})
         return
     table = Table(box=None, pad_edge=False)
     for column in ("cell", "state", "phase", "", "seconds", "reason"):
         table.add_column(column, justify="right" if column in ("", "seconds") else "left")
-    for record in sorted(records.values(), key=lambda item: (STATES.index(item["state"]), item["name"])):
+    for record in sorted(records, key=lambda item: (STATES.index(item["state"]), item["name"])):
         active = record["state"] in ("running", "interrupted")
         share = f"{record['done'] / max(1, record['total']):.0%}" if active and record.get("total") else ""
         table.add_row(
@@ -273,7 +276,7 @@ def status(
             f"{record['seconds']:,.0f}", escape(record.get("reason", "")) if record["state"] == "failed" else "",
         )  # fmt: skip
     console.show(table)
-    counts = Counter(record["state"] for record in records.values())
+    counts = Counter(record["state"] for record in records)
     console.say(", ".join(f"{counts[name]:,} {name}" for name in STATES if counts[name]))
 
 

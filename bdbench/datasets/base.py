@@ -40,11 +40,21 @@ class Source(Options, ABC):
     def open(self, progress: Progress) -> SourceData:
         """Return both splits, the training split cut to `images`; the name then says so.
 
+        Classes without a training image, such as gaps in an archive's labels, are named.
+
         Raises:
             OptionError: there are fewer.
             DataError: see `load`.
         """
-        data = self.load(progress)
+        data = self._cut(self.load(progress))
+        counts = torch.bincount(data.train.labels, minlength=data.train.num_classes).tolist()
+        empty = [name for name, count in zip(data.train.class_names, counts, strict=True) if not count]
+        if empty:
+            named = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+            progress.note(f"{len(empty)} of the {len(counts)} classes have no training image: {named}")
+        return data
+
+    def _cut(self, data: SourceData) -> SourceData:
         if self.images is None:
             return data
         count = len(data.train)

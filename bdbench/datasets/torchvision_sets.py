@@ -95,6 +95,8 @@ class TorchvisionSource(Source):
         local_copy = f"point --data-root at a folder with a copy ({copies})"
         if not self.download:
             raise DataError(f"{self.name} is not in {root}; drop --no-download, or {local_copy}")
+        if self.data_root is not None and not root.is_dir():
+            raise DataError(f"--data-root {root} is not a folder; make it to download {self.name} there")
         torchvision = import_torchvision()
         progress.note(f"downloading {self.name} to {root}")
         try:
