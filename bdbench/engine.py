@@ -148,6 +148,7 @@ class Engine:
         stop: Callable[[Module], bool] | None = None,
         companions: Mapping[str, Stateful] | None = None,
         frozen_norms: bool = False,
+        lr_flag: str = "--lr",
     ) -> Module:
         """Train a module in place and return it, in evaluation mode.
 
@@ -170,15 +171,18 @@ class Engine:
             stop: asked after every epoch, with the model in evaluation mode; True ends the phase.
             companions: objects whose state belongs to the phase.
             frozen_norms: keep batch-norm statistics as they are and use them instead of the batch's own.
+            lr_flag: what sets the recipe's learning rate, for the message of an error.
 
         Raises:
-            TrainingError: the loss is not finite; the last good checkpoint is kept.
+            TrainingError: the loss is not finite; the last good checkpoint, if there is one, is kept.
             DeviceError: out of memory.
             OptionError: the images have to be streamed, and `image_memory` cannot hold their batches.
             ArtifactError: the file of the images changed meanwhile.
         """
         model.to(self.device).to(memory_format=torch.channels_last)
-        run = _Phase(self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}))
+        run = _Phase(
+            self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}), lr_flag
+        )
         run.limit(epoch_steps, max_steps)
         with out_of_memory_advice("--batch-size"):
             run.train(before_epoch, stop)
@@ -292,6 +296,7 @@ class _Phase(Generic[Module]):
         optimizer: torch.optim.Optimizer | None,
         frozen_norms: bool,
         companions: dict[str, Stateful],
+        lr_flag: str,
     ) -> None:
         self.engine, self.model, self.loss, self.recipe, self.name = engine, model, loss, recipe, name
         self.feed = engine.feed(data)
@@ -299,6 +304,7 @@ class _Phase(Generic[Module]):
         self.rows_seen = torch.arange(len(data)) if rows is None else rows
         self.operations = parse_augment(recipe.augment)
         self.frozen_norms = frozen_norms
+        self.lr_flag = lr_flag
         self.optimizer = optimizer or recipe.optimizer(model)
         self.state: dict[str, Stateful] = {"model": model, "optimizer": self.optimizer, **companions}
         self.compiled = engine.compile and not engine.cannot_compile and isinstance(model, Classifier)
@@ -306,6 +312,7 @@ class _Phase(Generic[Module]):
             cast("nn.Module", model.features).compile()
         self.step = 0
         self.stopped = False
+        self.is_saved = False
         self.rows: list[dict[str, float | int | str]] = []
         self.saved_at = time.monotonic()
 
@@ -366,10 +373,8 @@ class _Phase(Generic[Module]):
             wrong = f"the loss of phase '{self.name}' is {mean}"
             if math.isfinite(mean):
                 wrong = f"weights of phase '{self.name}' are not finite"
-            raise TrainingError(
-                f"{wrong} in epoch {epoch + 1}; lower its learning rate (now {self.recipe.lr}; --lr or the phase's own "
-                "option); the last good checkpoint is kept"
-            )
+            kept = "; the last good checkpoint is kept" if self.is_saved else ""
+            raise TrainingError(f"{wrong} in epoch {epoch + 1}; lower {self.lr_flag} (now {self.recipe.lr}){kept}")
         seen = min(steps * size, len(order))
         self.rows.append({
             "phase": self.name, "epoch": epoch + 1, "loss": mean, "lr": lr,
@@ -417,6 +422,7 @@ class _Phase(Generic[Module]):
         saved = checkpoints.load(self.engine.work, self.name, self.state)
         if saved is not None:
             self.step, self.stopped, self.rows = saved.step, saved.stopped, saved.rows
+            self.is_saved = True
 
     def _save(self) -> None:
         due = self._is_finished() or time.monotonic() - self.saved_at >= self.engine.checkpoint_seconds
@@ -424,6 +430,7 @@ class _Phase(Generic[Module]):
             point = checkpoints.Point(self.step, self.stopped, self.rows)
             checkpoints.save(self.engine.work, self.name, point, self.state)
             self.saved_at = time.monotonic()
+            self.is_saved = True
 
 
 def _eager(wanted: bool) -> AbstractContextManager[object]:

@@ -15,6 +15,7 @@ underscores. A defence gets the visible training images and nothing that tells w
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -229,7 +230,7 @@ def defend(
     seed = data.manifest.ask.seed if seed is None else seed
     inputs = {"dataset": data.id}
     _check_trusted(defense, method, data)
-    suspect_model = _open_suspect(defense, method, suspect, data, model, seed)
+    suspect_model = _open_suspect(defense, method, suspect, data, model, preset, seed)
     if suspect_model is not None:
         inputs["suspect"] = suspect_model.id
         model = suspect_model.manifest.facts["model"]
@@ -343,9 +344,12 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _open_suspect(
-    defense: Defense, method: str, suspect: str | Path | None, data: DatasetArtifact, model: str, seed: int
+    defense: Defense, method: str, suspect: str | Path | None, data: DatasetArtifact, model: str, preset: str, seed: int
 ) -> ModelArtifact | None:
-    """Return the model that a method mends: the one given, else the newest undefended one of this data set and seed."""
+    """Return the model that a method mends: the one given, else the newest undefended one of this data set and seed.
+
+    One that was trained with the same preset goes before: it is what the method's row is compared with.
+    """
     if not defense.needs_suspect:
         if suspect is not None:
             raise OptionError(f"method '{method}' trains from scratch and takes no --suspect")
@@ -358,21 +362,44 @@ def _open_suspect(
             raise OptionError(f"suspect {found.path} is a {found.manifest.facts['model']}, not a {model}; drop --model")
         return found
     for root in (data.path.parent, store.ROOT):
-        for path, manifest in reversed(store.find_artifacts(root, "model")):
-            ask = manifest.ask
-            fits = ask.method == "none" and ask.seed == seed and ask.inputs["dataset"] == data.id
-            if fits and model in ("auto", manifest.facts["model"]):
-                return ModelArtifact(path, manifest)
+        fitting = [
+            ModelArtifact(path, manifest)
+            for path, manifest in reversed(store.find_artifacts(root, "model"))
+            if manifest.ask.method == "none" and manifest.ask.seed == seed
+            and manifest.ask.inputs["dataset"] == data.id and model in ("auto", manifest.facts["model"])
+        ]  # fmt: skip
+        if fitting:
+            return next((found for found in fitting if found.manifest.ask.config["preset"] == preset), fitting[0])
     raise OptionError(
-        f"method '{method}' mends a model, and no undefended one of {data.path} with seed {seed} is beside it or under "
-        f"{store.ROOT}/; make one with: bdbench train {data.path} (or give --suspect PATH)"
+        f"method '{method}' mends a model, and no undefended {'one' if model == 'auto' else model} of {data.path} with "
+        f"seed {seed} is beside it or under {store.ROOT}/; make one with: {_training_command(data, model, seed)} (or "
+        "give --suspect PATH)"
     )
+
+
+def _training_command(data: DatasetArtifact, model: str, seed: int) -> str:
+    """Return the command that trains the undefended model of a network and a seed, where nothing is in its way."""
+    words = ["bdbench", "train", str(data.path)]
+    usual = data.path.with_name(f"{data.path.name}-none")
+    if model != "auto":
+        words += ["--model", model]
+    if seed != data.manifest.ask.seed:
+        words += ["--seed", str(seed)]
+    if usual.exists():
+        words += ["--out", f"{usual}-{'' if model == 'auto' else model.replace(':', '-') + '-'}s{seed}"]
+    return shlex.join(words)
 
 
 def _check_trusted(defense: Defense, method: str, data: DatasetArtifact) -> None:
     """Refuse a method that needs trusted images where there are none."""
     if defense.needs_trusted and not data.manifest.facts["counts"]["trusted"]:
-        way_out = "poison again with --trusted 0.05" if data.is_attacked else "nobody vouches for data taken as found"
+        attack, place = data.manifest.ask.method, shlex.quote(f"{data.path}-trusted")
+        way_out = "nobody vouches for data taken as found"
+        if data.is_attacked:
+            way_out = (
+                f"make some with: bdbench poison --attack {attack} --trusted 0.05 --out {place}, and what else it was "
+                "made with"
+            )
         raise ArtifactError(f"method '{method}' needs trusted clean images, and {data.path} has none; {way_out}")
 
 

@@ -123,6 +123,10 @@ def line(entry: dict[str, Any], setting: dict[str, Any], count: int) -> list[str
     budget = f"{setting['preset']} {setting['variant']}".strip()
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
     nearest = f"; nearest of {count}" if count > 1 else ""
+    options = setting["defense_options"]
+    if "oracle_target" in options:
+        told = "inferred" if options["oracle_target"] is None else "told"
+        budget += f", the target {told}, form {options['form']}"
     cells = [
         f"[{entry['title']}]({entry['url']})",
         f"{entry['attack']} ({entry['trigger']})",

@@ -44,18 +44,24 @@ def attacks(rows: Sequence[Row]) -> str:
 
 
 def cifar(rows: Sequence[Row]) -> str:
-    """Return attacks and defences on CIFAR-10, a line a run."""
+    """Return attacks and defences on CIFAR-10, a line a run, with the marks that not all of them have."""
     names = ("floor", "ra", "target_recall", "detection_precision", "auroc")
+    shown = [row for row in rows if not row["variant"]]
+    own = [mark for mark in tables.MARKS if any(mark in row["marks"] for row in shown)]
+    own = [mark for mark in own if not all(mark in row["marks"] for row in shown)]
     lines = [
-        [row["attack"], row["defense"], rate(row, "ba"), interval(row), *(rate(row, name) for name in names)]
-        for row in rows
-        if not row["variant"]
-    ]
+        [
+            row["attack"], row["defense"], rate(row, "ba"), interval(row), *(rate(row, name) for name in names),
+            "".join(mark for mark in own if mark in row["marks"]),
+        ]
+        for row in shown
+    ]  # fmt: skip
     headings = (
         "attack", "defence", "BA", "ASR (95 % interval)", "floor", "RA", "target recall", "set aside: precision",
-        "AUROC",
+        "AUROC", "",
     )  # fmt: skip
-    return compare.table(headings, lines, first_number=2)
+    legend = "  \n".join(f"{mark}: {tables.MARKS[mark]}" for mark in own)
+    return "\n\n".join(filter(None, [compare.table(headings, lines, first_number=2), legend]))
 
 
 def quickstart(rows: Sequence[Row]) -> str:

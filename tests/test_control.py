@@ -8,7 +8,7 @@ import pytest
 from toys import toy_data, toy_engine, toy_model, toy_recipe
 
 from bdbench.data import ImageDataset
-from bdbench.defenses.base import Task
+from bdbench.defenses.base import Defended, Task
 from bdbench.engine import Engine
 from bdbench.models.classifier import Classifier
 from bdbench.registry import DEFENSES
@@ -37,16 +37,16 @@ def accuracy(model: Classifier) -> float:
     return float((toy_engine().logits(model, TEST.images).argmax(1) == TEST.labels).float().mean())
 
 
-def run(method: str, train: ImageDataset, suspect: Classifier | None, engine: Engine) -> Classifier:
+def run(method: str, train: ImageDataset, suspect: Classifier | None, engine: Engine) -> Defended:
     recipe = toy_recipe(**({"epochs": 10, "batch_size": 32} | RECIPE.get(method, {})))
     task = Task(train, lambda purpose: toy_model(train, purpose), recipe, engine, trusted=TRUSTED, suspect=suspect)
-    model: Classifier = DEFENSES.load(method).parse(OPTIONS.get(method, {})).run(task).model
-    return model
+    defended: Defended = DEFENSES.load(method).parse(OPTIONS.get(method, {})).run(task)
+    return defended
 
 
 @pytest.fixture(scope="module")
 def undefended() -> Classifier:
-    return run("none", TRAIN, None, toy_engine())
+    return run("none", TRAIN, None, toy_engine()).model
 
 
 def test_every_defence_has_a_stated_cost() -> None:
@@ -58,4 +58,7 @@ def test_every_defence_has_a_stated_cost() -> None:
 def test_on_clean_data_a_defence_costs_no_more_than_stated(method: str, undefended: Classifier) -> None:
     before = accuracy(undefended)
     assert before > 0.95
-    assert accuracy(run(method, TRAIN, undefended, toy_engine())) >= before - COST[method]
+    defended = run(method, TRAIN, undefended, toy_engine())
+    assert accuracy(defended.model) >= before - COST[method]
+    # MCLDef costs nothing here because it finds nothing.
+    assert defended.findings.get("unchanged") is (True if method == "mcldef" else None)

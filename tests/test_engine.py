@@ -412,7 +412,7 @@ def failing_after(step: int) -> Any:
 def test_a_loss_that_is_not_finite_names_phase_epoch_and_rate(tmp_path: Path) -> None:
     data = toy_data(32)
     with pytest.raises(
-        TrainingError, match=r"loss of phase 'clean' is nan in epoch 3; lower its learning rate \(now 0\.05"
+        TrainingError, match=r"loss of phase 'clean' is nan in epoch 3; lower --lr \(now 0\.05\); the last good"
     ):
         toy_engine(tmp_path).fit(toy_model(data), data, failing_after(5), toy_recipe(epochs=5), phase="clean")
 
@@ -421,10 +421,25 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(tmp_path: P
     data = toy_data(32)
     with pytest.raises(TrainingError):
         toy_engine(tmp_path).fit(toy_model(data), data, failing_after(5), toy_recipe(epochs=5), phase="clean")
-    engine = toy_engine(tmp_path)
-    model = engine.fit(toy_model(data), data, mean_cross_entropy, toy_recipe(epochs=5), phase="clean")
+    engine, steps = toy_engine(tmp_path), list[int]()
+
+    def loss(model: Classifier, batch: Batch) -> Tensor:
+        steps.append(batch.step)
+        return mean_cross_entropy(model, batch)
+
+    model = engine.fit(toy_model(data), data, loss, toy_recipe(epochs=5), phase="clean")
+    assert steps == [4, 5, 6, 7, 8, 9]
     assert [row["epoch"] for row in engine.history] == [1, 2, 3, 4, 5]
     assert engine.logits(model, data.images).isfinite().all()
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, False), (2, True)])
+def test_a_checkpoint_is_promised_only_where_there_is_one(tmp_path: Path, step: int, kept: bool) -> None:
+    data = toy_data(32)
+    for _ in range(2):  # the second time there is what the first one left
+        with pytest.raises(TrainingError) as said:
+            toy_engine(tmp_path).fit(toy_model(data), data, failing_after(step), toy_recipe(), phase="clean")
+        assert ("the last good checkpoint is kept" in str(said.value)) is kept
 
 
 def test_weights_that_are_not_finite_are_not_delivered() -> None:
@@ -435,7 +450,7 @@ def test_weights_that_are_not_finite_are_not_delivered() -> None:
         value = F.cross_entropy(model(batch.images), batch.labels)
         return value + (model.head.bias - model.head.bias.detach()).abs().sqrt().sum()
 
-    with pytest.raises(TrainingError, match="lower its learning rate"):
+    with pytest.raises(TrainingError, match="lower --lr"):
         toy_engine().fit(toy_model(data), data, loss, toy_recipe(epochs=1), phase="train")
 
 

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,11 +23,12 @@ from toys import TOY_ATTACKS, toy_file, toy_source
 
 from bdbench import judging, poisoning, stages, store, tables
 from bdbench.artifacts import DatasetArtifact, EvaluationArtifact, ModelArtifact, verify
+from bdbench.cli.app import run
 from bdbench.data import ImageDataset, Role
 from bdbench.defenses.base import Defended, Defense, Task
 from bdbench.defenses.plain import NoDefense
 from bdbench.engine import Engine, Recipe
-from bdbench.errors import ArtifactError, DamageWarning, OptionError
+from bdbench.errors import ArtifactError, DamageWarning, OptionError, TrainingError
 from bdbench.metrics import Rate
 from bdbench.options import Options, describe_options
 from bdbench.progress import Silent
@@ -434,6 +436,50 @@ def test_a_method_that_mends_a_model_asks_for_it(digits: DatasetArtifact, tmp_pa
         stages.defend(digits.path, mender, out=tmp_path / "mended", **CPU)
 
 
+@pytest.mark.parametrize("settings", [{"seed": 3}, {"model": "wrn-16-1"}, {"seed": 3, "model": "wrn-16-1"}])
+def test_the_command_for_a_missing_suspect_makes_it(
+    toy_archive: Path, tmp_path: Path, mender: str, settings: dict[str, Any]
+) -> None:
+    data = stages.poison(toy_archive, "badnets", out=tmp_path / "a b", trusted=0.1)
+    stages.defend(data.path, "none", preset="tiny", options={"epochs": 1}, **CPU)  # of another seed or network
+    mend = partial(stages.defend, data.path, mender, preset="tiny", out=tmp_path / "mended", **settings, **CPU)
+    with pytest.raises(OptionError) as said:
+        mend()
+    found = re.search(r"make one with: bdbench (.*) \(or give --suspect PATH\)", str(said.value))
+    assert found is not None
+    with pytest.raises(SystemExit) as ended:
+        run([*shlex.split(found[1]), "--epochs", "1", "--device", "cpu"])
+    assert not ended.value.code
+    assert mend().manifest.ask.seed == settings.get("seed", 0)
+
+
+def test_a_suspect_of_the_same_preset_goes_before_a_newer_one(toy_archive: Path, tmp_path: Path, mender: str) -> None:
+    data = stages.poison(toy_archive, "badnets", out=tmp_path / "data", trusted=0.1)
+    made = {
+        preset: stages.defend(data.path, "none", preset=preset, options={"epochs": 1}, out=tmp_path / preset, **CPU)
+        for preset in ("tiny", "fast")
+    }
+    mended = stages.defend(data.path, mender, preset="tiny", out=tmp_path / "mended", **CPU)
+    assert mended.manifest.ask.inputs["suspect"] == made["tiny"].id
+    shutil.rmtree(made["tiny"].path)
+    again = stages.defend(data.path, mender, preset="tiny", out=tmp_path / "again", **CPU)
+    assert again.manifest.ask.inputs["suspect"] == made["fast"].id
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("none", "lr"), ("cbd", "twin_lr"), ("cbd", "lr"), ("abl", "isolation_lr"), ("abl", "lr"),
+        ("abl", "unlearn_lr"), ("dbd", "ssl_lr"), ("dbd", "lr"),
+    ],
+)  # fmt: skip
+def test_a_rate_that_is_too_high_is_named_by_its_flag(
+    toys: DatasetArtifact, tmp_path: Path, name: str, option: str
+) -> None:
+    with pytest.raises(TrainingError, match=rf"lower --{option.replace('_', '-')} \(now 1e\+30\)$"):
+        defend(toys, name, tmp_path / "model", options={option: 1e30})
+
+
 def test_a_mended_model_names_the_suspect_as_its_input(toy_archive: Path, tmp_path: Path, mender: str) -> None:
     data = stages.poison(toy_archive, "badnets", out=tmp_path / "data", trusted=0.1)
     suspect = defend(data, "none", tmp_path / "none")
@@ -528,7 +574,7 @@ def test_a_method_that_needs_trusted_images_says_how_to_get_them(
 ) -> None:
     toys = stages.poison(toy_archive, "badnets", trusted=0, out=tmp_path / "data")
     suspect = defend(toys, "none", tmp_path / "none")
-    with pytest.raises(ArtifactError, match=r"needs trusted clean images, .* poison again with --trusted 0\.05"):
+    with pytest.raises(ArtifactError, match=r"bdbench poison --attack badnets --trusted 0\.05 --out .*data-trusted"):
         stages.defend(toys.path, mender, suspect=suspect.path, out=tmp_path / "mended", **CPU)
 
 

@@ -132,7 +132,7 @@ def test_what_does_not_determine_a_surrogate_makes_none(tmp_path: Path, options:
 
 
 def test_an_interrupted_surrogate_goes_on_where_it_was(tmp_path: Path) -> None:
-    data = toy_data(300)  # three steps an epoch
+    data = toy_data(384)  # three steps an epoch
     whole = attack(surrogate_epochs=4).train_surrogate(data, at_work(None, Silent()))
     with pytest.raises(KeyboardInterrupt):
         attack(surrogate_epochs=4).train_surrogate(data, at_work(tmp_path, Fuse(7, size=128)))

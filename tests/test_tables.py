@@ -66,6 +66,21 @@ def test_a_budget_that_is_not_the_papers_is_marked() -> None:
     assert tables.mark_rows([row()])[0]["marks"] == ""
 
 
+@pytest.mark.parametrize(
+    ("facts", "mark"),
+    [
+        ({"defense_options": {"oracle_target": 0}}, "o"), ({"defense_options": {"oracle_target": None}}, ""),
+        ({"reads_truth": True}, "r"), ({"replay": True}, "p"), ({"changed": ["epochs"]}, "c"),
+        ({"findings": {"unchanged": True}}, "u"), ({"findings": {"unchanged": False}}, ""), ({"asr": None}, "n"),
+    ],
+)  # fmt: skip
+def test_what_a_reader_has_to_know_of_a_row_is_marked(facts: dict[str, Any], mark: str) -> None:
+    marked = tables.mark_rows([row(), row("mcldef", **facts)])
+    assert [item["marks"] for item in marked] == ["", mark]
+    if mark:
+        assert f"{mark}: {tables.MARKS[mark]}" in str(tables.render(marked, "markdown"))
+
+
 def test_data_of_one_name_and_other_sources_are_no_seeds_of_one_setting() -> None:
     small, large = {"source": "aa", "source_options": {}}, {"source": "bb", "source_options": {"image_size": 16}}
     merged = tables.merge(tables.mark_rows([row(**small), row(seed=1, **small), row(**large)]))

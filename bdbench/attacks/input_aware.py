@@ -67,7 +67,8 @@ class InputAware(VictimAttack):
             milestones=(0.4, 0.8), augment=lab.augment,
         )  # fmt: skip
         optimizer = torch.optim.Adam(mask.parameters(), self.generator_lr, BETAS)
-        frozen(engine.fit(mask, clean, self._mask_loss, recipe, phase="mask", optimizer=optimizer))
+        engine.fit(mask, clean, self._mask_loss, recipe, phase="mask", optimizer=optimizer, lr_flag="--generator-lr")
+        frozen(mask)
 
         pattern = fresh(pattern_net, lab.seed, "input-aware pattern", engine.device)
         victim = lab.new_model(self.victim, clean, "victim").to(engine.device)
@@ -84,7 +85,7 @@ class InputAware(VictimAttack):
         loss = partial(self._joint_loss, pattern, mask, self.poisoned_share(clean), clean.num_classes)
         victim = engine.fit(
             victim, clean, loss, recipe, phase="victim", optimizer=leader, before_epoch=before_epoch,
-            companions={"pattern": pattern, "learner": learner},
+            companions={"pattern": pattern, "learner": learner}, lr_flag="--victim-lr",
         )  # fmt: skip
         return weights_of(pattern, "pattern.") | weights_of(mask, "mask."), victim
 

@@ -72,10 +72,13 @@ class Lira(VictimAttack):
             partial(self._first_loss, learning, learner, settled, want),
             self.victim_recipe(clean, lab.augment, epochs).model_copy(update={"schedule": "constant"}),
             phase="generator", before_epoch=settle, companions={"generator": learning, "learner": learner},
+            lr_flag="--victim-lr",
         )  # fmt: skip
         settle(0)
         recipe = self.victim_recipe(clean, lab.augment)
-        victim = engine.fit(victim, clean, partial(self._loss, settled, want), recipe, phase="victim")
+        victim = engine.fit(
+            victim, clean, partial(self._loss, settled, want), recipe, phase="victim", lr_flag="--victim-lr"
+        )
         return weights_of(settled, "generator."), victim
 
     def stamp(self, images: Tensor, state: State, occasion: Occasion) -> Tensor:

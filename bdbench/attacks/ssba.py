@@ -70,7 +70,7 @@ class SSBA(Attack):
         bits_alone = self.secret_only * epochs * (len(clean) / size)
         lab.engine.fit(
             hider, clean, partial(self._loss, bits_alone), recipe, phase="encoder",
-            optimizer=torch.optim.Adam(hider.parameters(), self.encoder_lr),
+            optimizer=torch.optim.Adam(hider.parameters(), self.encoder_lr), lr_flag="--encoder-lr",
         )  # fmt: skip
         accuracy = self._bits_read(hider, clean, lab)
         if accuracy < LEAST_BITS:

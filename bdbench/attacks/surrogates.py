@@ -61,7 +61,7 @@ class SurrogateAttack(Attack):
         key = surrogate_key(model, clean, recipe, phase, lab)
         if key not in lab.surrogates:
             folder = lab.cache / "surrogates" if lab.cache else None
-            train = partial(lab.engine.fit, model, clean, loss, recipe, phase=phase)
+            train = partial(lab.engine.fit, model, clean, loss, recipe, phase=phase, lr_flag="--surrogate-lr")
             lab.engine.reuse_or_train(folder, key, {"surrogate": model}, "surrogate", train)
             check_learned(lab, model, clean, "surrogate", "--surrogate-epochs or lower --surrogate-lr")
             lab.surrogates[key] = frozen(model)

@@ -49,7 +49,8 @@ class WaNetTC(VictimAttack, WaNet):
             parse_augment(lab.augment), lab.seed,
         )  # fmt: skip
         victim = lab.new_model(self.victim, clean, "victim")
-        return state, lab.engine.fit(victim, clean, loss, self.victim_recipe(clean, "none"), phase="victim")
+        recipe = self.victim_recipe(clean, "none")
+        return state, lab.engine.fit(victim, clean, loss, recipe, phase="victim", lr_flag="--victim-lr")
 
     def _loss(
         self,

@@ -119,7 +119,7 @@ class ABL(Defense):
         kept = recipe.optimizer(model) if self.unlearn_momentum == "kept" else None
         model = engine.fit(
             model, task.train, trapped_loss(self.trap, self.gamma), isolation, phase="isolate",
-            optimizer=None if self.finetune else kept,
+            optimizer=None if self.finetune else kept, lr_flag="--isolation-lr",
         )  # fmt: skip
         losses = engine.losses(model, task.train)
         isolated = lowest(losses, count)
@@ -167,7 +167,7 @@ class ABL(Defense):
             return engine.fit(
                 model, isolated, loss, recipe, phase="unlearn", optimizer=kept, max_steps=self.unlearn_steps,
                 stop=None if descent is not None else lambda model: float(engine.losses(model, isolated).mean()) >= cap,
-                frozen_norms=self.unlearn_norms == "frozen",
+                frozen_norms=self.unlearn_norms == "frozen", lr_flag="--unlearn-lr",
             )  # fmt: skip
 
 

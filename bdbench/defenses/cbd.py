@@ -119,7 +119,10 @@ class CBD(Defense):
                 "augment": task.recipe.augment if self.twin_augment == "auto" else self.twin_augment,
             }
         )  # fmt: skip
-        trained = frozen(engine.fit(task.new_model("twin"), task.train, mean_cross_entropy, twin_recipe, phase="twin"))
+        trained = engine.fit(
+            task.new_model("twin"), task.train, mean_cross_entropy, twin_recipe, phase="twin", lr_flag="--twin-lr"
+        )
+        frozen(trained)
         once = self.twin_judges == "once"
         twin = Twin(trained, engine.embeddings(trained, task.train.images).to(engine.device) if once else None)
         model = task.new_model("model")

@@ -144,7 +144,7 @@ class DBD(Defense):
         )  # fmt: skip
         train = partial(
             engine.fit, net, task.train, self._contrast, recipe, phase="simclr", epoch_steps=steps,
-            max_steps=self.ssl_epochs * steps,
+            max_steps=self.ssl_epochs * steps, lr_flag="--ssl-lr",
         )  # fmt: skip
         engine.reuse_or_train(folder, self._encoder_key(task.train, net, engine), state, "features", train)
 

@@ -155,7 +155,7 @@ class MCLDef(Defense):
         phase = "invert" if len(classes) == trusted.num_classes else f"invert-{int(classes[0])}"
         engine.fit(
             triggers, trusted, loss, recipe, phase=phase, stop=Triggers.finish_epoch,
-            optimizer=torch.optim.Adam(triggers.parameters(), lr, betas=triggers.betas),
+            optimizer=torch.optim.Adam(triggers.parameters(), lr, betas=triggers.betas), lr_flag="--inversion-lr",
         )  # fmt: skip
         return Found(classes, triggers.best_size.cpu(), triggers.best_success.cpu(), triggers.stamps())
 
