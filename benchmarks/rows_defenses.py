@@ -44,6 +44,7 @@ PHASES = {
     "epoch-cbd": ("cbd", "clean"),
     "epoch-cbd-reweighting": ("reweighting", "clean"),
     "epoch-abl-isolate": ("abl", "isolate"),
+    "epoch-abl-finetune": ("abl", "finetune"),
     "epoch-dbd-simclr": ("dbd", "simclr"),
     "epoch-dbd-mixmatch": ("dbd", "mixmatch"),
 }
