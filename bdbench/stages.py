@@ -144,14 +144,15 @@ def take(
     """Take a data set as it is found, for training on what may be poisoned already; nothing is triggered or reserved.
 
     Args:
-        dataset, source_options, force, progress: see `poison`.
+        dataset, force, progress: see `poison`.
+        source_options: see `poison`, but for test_fraction: 0.05 unless it is given, since only training images are scored.
         out: folder of the artifact; default ``runs/<dataset>``.
 
     Raises:
         BdbenchError: the images or the place do not fit; the message has the way out.
     """
     watch, progress = Stopwatch(), progress or Silent()
-    origin = open_source(dataset, source_options or {})
+    origin = open_source(dataset, {"test_fraction": 0.05, **(source_options or {})})
     source, files = origin.open(progress), origin.files()
     inputs = {"source": source.fingerprint[:16]}
     if files is not None:

@@ -73,7 +73,7 @@ class Manifest:
         files: name -> {"sha256", "bytes"} of every other file.
         facts: what a reader needs to use the files, such as shapes and class names.
         made: how it was made: versions, device, precision, seconds, peak memory, time.
-        seal: SHA-256 of files, facts and made; "" from before there was one.
+        seal: SHA-256 of files, facts and made.
     """
 
     id: str
@@ -226,7 +226,7 @@ def read_manifest(path: Path, kind: Kind | None = None) -> Manifest:
         raise ArtifactError(f"{file} is damaged (files, facts and made must be tables); {AGAIN}")
     if manifest.ask.kind not in get_args(Kind) or manifest.id != manifest.ask.id:
         raise ArtifactError(f"{file} was changed: its id does not belong to what it says was asked; {AGAIN}")
-    if manifest.seal not in ("", manifest.expected_seal):
+    if manifest.seal != manifest.expected_seal:
         raise ArtifactError(f"{file} was changed: it does not say any more what was written; {AGAIN}")
     if kind is not None and manifest.ask.kind != kind:
         raise ArtifactError(f"{path} is a {manifest.ask.kind} artifact; a {kind} artifact is needed here")
@@ -333,6 +333,12 @@ def replace_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def artifacts_under(root: Path) -> list[Path]:
+    """Return the folders under a folder that hold a manifest, whole or damaged; hidden ones are being written."""
+    files = (file.relative_to(root) for file in root.glob(f"**/{MANIFEST}"))
+    return sorted(root / file.parent for file in files if not any(part.startswith(".") for part in file.parts))
+
+
 def find_artifacts(root: Path, kind: Kind | None = None, *, strict: bool = False) -> list[tuple[Path, Manifest]]:
     """List the readable artifacts under a folder, oldest first; a damaged one is passed over with a warning.
 
@@ -340,12 +346,10 @@ def find_artifacts(root: Path, kind: Kind | None = None, *, strict: bool = False
         ArtifactError: `strict`, and one is damaged.
     """
     found = []
-    for file in root.glob(f"**/{MANIFEST}"):
-        if any(part.startswith(".") for part in file.relative_to(root).parts):
-            continue
+    for path in artifacts_under(root):
         try:
-            manifest = read_manifest(file.parent)
-            age = str(manifest.made.get("at", "")), file.stat().st_mtime_ns  # a copy has other times of its own
+            manifest = read_manifest(path)
+            age = str(manifest.made.get("at", "")), (path / MANIFEST).stat().st_mtime_ns  # a copy has its own times
         except FileNotFoundError:  # removed meanwhile
             continue
         except ArtifactError as error:
@@ -354,7 +358,7 @@ def find_artifacts(root: Path, kind: Kind | None = None, *, strict: bool = False
             warnings.warn(f"passed over: {error}", DamageWarning, stacklevel=2)
             continue
         if kind in (None, manifest.ask.kind):
-            found.append((age, file.parent, manifest))
+            found.append((age, path, manifest))
     return [(path, manifest) for _, path, manifest in sorted(found, key=lambda item: item[:2])]
 
 

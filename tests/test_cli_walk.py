@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toys import sealed
 
 from bdbench.cli import console
 from bdbench.cli.app import run
@@ -231,7 +233,8 @@ def test_inspect_refuses_a_picture_of_an_unknown_kind(in_walk: Path, bdbench: An
 
 
 def test_verify_passes_what_is_whole_and_names_what_is_damaged(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
-    assert bdbench("verify", *sorted(Path("runs").iterdir())).code == 0
+    whole = bdbench("verify", "runs", "--json")
+    assert (whole.code, len(whole.json)) == (0, len(list(Path("runs").glob("**/manifest.json"))))
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", "runs/digits-badnets-s0-cbd", copy], check=True)
     weights = copy / "model.safetensors"
@@ -242,6 +245,8 @@ def test_verify_passes_what_is_whole_and_names_what_is_damaged(in_walk: Path, bd
     assert result.code == 1
     assert [item["ok"] for item in result.json] == [False, True]
     assert "model.safetensors" in result.err
+    inside = bdbench("verify", tmp_path, "--json")
+    assert (inside.code, [item["artifact"] for item in inside.json]) == (1, [str(copy)])
 
 
 def test_verify_goes_on_after_a_model_whose_network_is_not_installed(
@@ -250,8 +255,8 @@ def test_verify_goes_on_after_a_model_whose_network_is_not_installed(
     copy = tmp_path / "copy"
     shutil.copytree("runs/digits-badnets-s0-cbd", copy)
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["facts"]["model"], manifest["seal"] = "netty", ""
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    manifest["facts"]["model"] = "netty"
+    (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
     result = bdbench("verify", copy, "runs/digits-badnets-s0", "--json")
     assert result.code == 1
     assert [item["ok"] for item in result.json] == [False, True]
@@ -567,3 +572,48 @@ def test_every_command_of_the_readme_is_one_that_exists(bdbench: Any) -> None:
     assert {"quickstart", "poison", "train", "defend", "evaluate", "table"} <= commands
     listed = bdbench("--help").out
     assert all(re.search(rf"\b{command}\b", listed) for command in commands)
+
+
+def console_lines(readme: str) -> list[list[str]]:
+    """The words of every command of bdbench that a text shows, without its comment."""
+    typed = re.findall(r"(?m)^\$ (?:\S+ && )*(?:\S*/)?bdbench (.*)$", readme)
+    return [shlex.split(line, comments=True) for line in typed]
+
+
+def test_every_flag_of_the_readme_is_one_that_exists(bdbench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    lines = console_lines((Path(__file__).parents[1] / "README.md").read_text())
+    assert len(lines) >= 25
+    for name, *words in lines:
+        method = [
+            word for flag in ("--method", "--attack") if flag in words for word in (flag, words[words.index(flag) + 1])
+        ]
+        shown = bdbench(name, *method, "--help").out
+        for word in words:
+            if word.startswith("--"):
+                assert re.search(rf"{word}\b", shown), (name, word)
+
+
+def test_a_plugin_as_in_the_readme_is_in_every_command(here: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"(?s)```python\n([^`]*class Stripe.*?)```", readme)
+    (entry,) = re.findall(r'(?s)```toml\n\[project\.entry-points\."(bdbench\.attacks)"\]\n(.*?)```', readme)
+    (here / "mypackage").mkdir()
+    (here / "mypackage" / "stripe.py").write_text(code)
+    described = here / "mypackage-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: mypackage\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text(f"[{entry[0]}]\n{entry[1].replace(chr(34), '')}")
+
+    def called(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "bdbench", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(here)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    rows = {row["name"]: row["summary"] for row in json.loads(called("list", "attacks", "--json").stdout)}
+    assert rows["stripe"] == "plugin from mypackage"
+    done = called("poison", "--attack", "stripe", "--column", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"]["triggered"] == 323
+    refused = called("poison", "--attack", "stripe", "--column", "30", "--out", "other")
+    assert (refused.returncode, "column 30 is outside 0..7" in refused.stderr) == (1, True)

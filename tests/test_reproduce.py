@@ -502,3 +502,4 @@ def test_a_sweep_goes_on_from_the_stored_grid(tmp_path: Path) -> None:
     checked = sweep.check(given)
     there = sweep.Sweep(given, tmp_path, suspects=checked.suspects, methods=checked.methods)
     assert {state.state for state in there.states().values()} == {"done"}
+    assert len(tables.read_rows([tmp_path], strict=True)) == len(given.cells)

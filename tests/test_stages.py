@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import TOY_ATTACKS, toy_file, toy_source
+from toys import TOY_ATTACKS, sealed, toy_file, toy_source
 
 from bdbench import judging, poisoning, stages, store, tables
 from bdbench.artifacts import DatasetArtifact, EvaluationArtifact, ModelArtifact, verify
@@ -40,7 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "cbd": {"twin_epochs": 1},
     "abl": {"isolation_epochs": 1, "isolation_rate": 0.05, "unlearn_steps": 2},
     "dbd": {"ssl_epochs": 1, "ssl_batch_size": 64, "head_epochs": 1, "steps_per_epoch": 2},
-    "mcldef": {"oracle_target": 0, "inversion_epochs": 40, "inversion_cost": 0.0},
+    "mcldef": {"anomaly_threshold": 0.0, "inversion_epochs": 40, "inversion_cost": 0.0},
 }
 """Budgets for 120 images; a method that is not named here runs its tiny preset with one epoch."""
 
@@ -323,8 +323,7 @@ def scramble(artifact: DatasetArtifact, folder: Path) -> DatasetArtifact:
         name: {"sha256": store.file_sha256(folder / name), "bytes": (folder / name).stat().st_size}
         for name in raw["files"]
     }
-    raw["seal"] = ""
-    (folder / store.MANIFEST).write_text(json.dumps(raw))
+    (folder / store.MANIFEST).write_text(json.dumps(sealed(raw)))
     return DatasetArtifact.open(folder)
 
 

@@ -210,7 +210,9 @@ def test_the_walk_from_a_folder_to_a_list_of_suspects(
     assert called("suspects") == 1
     assert "bdbench defend --method abl" in capsys.readouterr().err
     assert called("take", "photos", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["counts"] == {"train": 57, "test": 3, "triggered": 0, "trusted": 0}
+    taken = json.loads(capsys.readouterr().out)
+    assert taken["counts"] == {"train": 57, "test": 3, "triggered": 0, "trusted": 0}
+    assert stages.take("photos", out=tmp_path / "from-python").id == taken["id"]
     assert called("train", "--epochs", "1") == 0
     assert called("suspects", "runs/photos-none") == 1
     assert "which scores no samples; a defence such as abl does" in capsys.readouterr().err

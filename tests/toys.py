@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdbench import store
 from bdbench.attacks.base import Attack, Lab, Use
 from bdbench.data import ImageDataset, SourceData
 from bdbench.engine import Batch, Engine, Recipe
@@ -200,3 +201,9 @@ class Fuse(Silent):
             self.left -= 1
             if self.left < 0:
                 raise KeyboardInterrupt
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a manifest with the seal that belongs to it."""
+    said = store.Manifest(**{**manifest, "ask": store.Ask(**manifest["ask"])})
+    return manifest | {"seal": said.expected_seal}

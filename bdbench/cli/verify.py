@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,9 @@ from bdbench.cli.parameters import Json
 
 
 def verify(
-    artifacts: Annotated[list[str], typer.Argument(help="Paths or ids of artifacts of any kind.")],
+    artifacts: Annotated[
+        list[str], typer.Argument(help="Paths or ids of artifacts of any kind, or folders that hold some.")
+    ],
     json: Json = False,
 ) -> None:
     """Check that artifacts are whole; exit code 1 if one is not.
@@ -19,17 +22,24 @@ def verify(
     Checked are every hash, of a data set the counts and the test images that are triggered, of a model that its weights
     fit its network.
 
-    Example:
-      bdbench verify runs/*
+    Examples:
+      bdbench verify runs/
+
+      bdbench verify runs/digits-badnets-s0 --json
     """
     from rich.markup import escape
 
     from bdbench.artifacts import verify as check
     from bdbench.errors import BdbenchError
-    from bdbench.store import locate
+    from bdbench.store import artifacts_under, is_artifact, locate
 
-    results: list[dict[str, Any]] = []
+    references: list[str] = []
     for reference in artifacts:
+        place = Path(reference)
+        inside = artifacts_under(place) if place.is_dir() and not is_artifact(place) else []
+        references += map(str, inside or [reference])
+    results: list[dict[str, Any]] = []
+    for reference in references:
         try:
             found = check(locate(reference))
             results.append({"artifact": reference, "ok": True, "kind": found.kind, "id": found.id, "error": None})
