@@ -14,7 +14,7 @@ from typing import Any
 from bdbench import store, worker
 from bdbench.errors import DeviceError, OptionError
 from bdbench.machine import cores
-from bdbench.sweep import Launch, Order, usual_jobs
+from bdbench.sweep import HUGE_PAGES, Launch, Order, usual_jobs
 
 CONNECT_SECONDS = 5.0
 RETRIES = 3
@@ -27,7 +27,7 @@ class Cluster:
 
     Attributes:
         ray: the package.
-        gpus: of the whole cluster; with any, a cell takes one.
+        gpus: of the whole cluster; with any, a cell takes one, or its share where more cells are asked for.
         jobs: cells that fit at once.
         threads: CPUs of a cell.
     """
@@ -40,7 +40,7 @@ class Cluster:
     def launch(self, folder: Path) -> Launch:
         """Return what hands a cell to Ray, which starts it where there is room."""
         made = self.ray.remote(make).options(
-            num_cpus=self.threads, num_gpus=1 if self.gpus else 0, max_retries=RETRIES, retry_exceptions=False
+            num_cpus=self.threads, num_gpus=min(1.0, self.gpus / self.jobs), max_retries=RETRIES, retry_exceptions=False
         )
 
         def launch(order: Order, _: int) -> RayJob:
@@ -108,7 +108,7 @@ def make(text: str, name: str, folder: str, place: str, threads: int) -> int:
     with store.sweep_file(Path(folder), "logs", f"{name}.log").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "bdbench.worker"], stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
-            cwd=place, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            cwd=place, env={**HUGE_PAGES, **os.environ, "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
         assert process.stdin is not None
         process.stdin.write(text + "\n")

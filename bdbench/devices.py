@@ -95,6 +95,12 @@ def memory_for_images(device: torch.device) -> int:
     return memory_bytes() // 2
 
 
+OUT_OF_MEMORY = (
+    "can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+"""What torch says of it in errors of no class of their own."""
+
+
 @contextmanager
 def out_of_memory_advice(setting: str) -> Iterator[None]:
     """Turn running out of memory inside the block into an error that says which setting to lower.
@@ -107,6 +113,6 @@ def out_of_memory_advice(setting: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise DeviceError(f"out of memory; lower {setting}") from error
     except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+        if any(text in str(error) for text in OUT_OF_MEMORY):
             raise DeviceError(f"out of memory; lower {setting}") from error
         raise

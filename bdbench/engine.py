@@ -28,7 +28,10 @@ from bdbench.options import Options
 from bdbench.progress import Progress, Silent
 from bdbench.seeds import generator, scoped
 
-EVALUATION_BATCH = 256
+PIXELS_AT_ONCE = {"cpu": 64 * 32 * 32}
+"""Pixels in a batch of a pass over the images: on a CPU few, whose memory the allocator keeps for the next batch."""
+MANY_PIXELS = 1024 * 32 * 32
+"""The same on other devices."""
 CHECKPOINT_SECONDS = 10.0
 
 
@@ -179,12 +182,12 @@ class Engine:
             OptionError: the images have to be streamed, and `image_memory` cannot hold their batches.
             ArtifactError: the file of the images changed meanwhile.
         """
-        model.to(self.device).to(memory_format=torch.channels_last)
-        run = _Phase(
-            self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}), lr_flag
-        )
-        run.limit(epoch_steps, max_steps)
-        with out_of_memory_advice("--batch-size"):
+        with out_of_memory_advice("--batch-size (or the phase's own), or --image-memory"):
+            model.to(self.device).to(memory_format=torch.channels_last)
+            run = _Phase(
+                self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}), lr_flag
+            )
+            run.limit(epoch_steps, max_steps)
             run.train(before_epoch, stop)
         return model.eval()
 
@@ -262,16 +265,13 @@ class Engine:
         return F.cross_entropy(self.logits(model, data.images), data.labels, reduction="none")
 
     def _map(self, model: Classifier, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        model.to(self.device).to(memory_format=torch.channels_last)
-        model.eval()
-        with (
-            torch.inference_mode(),
-            _eager(self.compile),  # compiling for a pass over the images does not pay
-            self.autocast(),
-            out_of_memory_advice("the load of the device, or use --device cpu"),
-        ):
-            chunks = images.split(EVALUATION_BATCH)
-            outputs = [function(chunk.to(self.device).float() / 255) for chunk in chunks]
+        pixels = PIXELS_AT_ONCE.get(self.device.type, MANY_PIXELS)
+        chunks = images.split(max(1, pixels // (images.shape[2] * images.shape[3])))
+        with out_of_memory_advice("the load of the device, or use --device cpu"):
+            model.to(self.device).to(memory_format=torch.channels_last).eval()
+            # compiling for a pass over the images does not pay
+            with torch.inference_mode(), _eager(self.compile), self.autocast():
+                outputs = [function(chunk.to(self.device).float() / 255) for chunk in chunks]
         return torch.cat(outputs).cpu()
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,7 +65,7 @@ class Feed:
         if need > self.limit:
             raise OptionError(
                 f"{self.limit / 1e9:g} GB for images cannot hold {AHEAD + 1} batches of {size}, {image:,} bytes each; "
-                f"raise --image-memory to at least {need / 1e9:g} or lower the batch size"
+                f"raise --image-memory to at least {math.ceil(need / 1e6) / 1e3:g} or lower the batch size"
             )
         waiting: deque[Future[Tensor]] = deque()
         with ThreadPoolExecutor(1, "images") as reader:

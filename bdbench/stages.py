@@ -145,7 +145,7 @@ def take(
 
     Args:
         dataset, force, progress: see `poison`.
-        source_options: see `poison`, but for test_fraction: 0.05 unless it is given, since only training images are scored.
+        source_options: see `poison`; test_fraction is 0.05 unless it is given, since only training images are scored.
         out: folder of the artifact; default ``runs/<dataset>``.
 
     Raises:

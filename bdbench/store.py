@@ -162,8 +162,11 @@ def _locked(hidden: Path, path: Path) -> Iterator[None]:
 
 def _seal(draft: Draft, path: Path, ask: Ask) -> None:
     written = sorted(draft.folder.iterdir())
-    with ThreadPoolExecutor() as pool:  # hashing takes longest where a CPU has no instructions for it
+    with ThreadPoolExecutor() as pool:  # the disk writes while the CPU hashes
+        flushed = [pool.submit(_flush, file) for file in written]
         files = dict(zip((file.name for file in written), pool.map(_describe, written), strict=True))
+        for future in flushed:
+            future.result()
     manifest = Manifest(ask.id, ask, files, draft.facts, draft.made)
     manifest = replace(manifest, seal=manifest.expected_seal)
     with (draft.folder / MANIFEST).open("w", encoding="utf-8") as stream:
@@ -175,9 +178,12 @@ def _seal(draft: Draft, path: Path, ask: Ask) -> None:
     draft.folder.rename(path)
 
 
-def _describe(file: Path) -> dict[str, Any]:
+def _flush(file: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def _describe(file: Path) -> dict[str, Any]:
     return {"sha256": file_sha256(file), "bytes": file.stat().st_size}
 
 

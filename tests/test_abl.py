@@ -238,7 +238,7 @@ def test_which_samples_are_isolated_does_not_depend_on_the_batches_of_the_judgin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole, _ = defend()
-    monkeypatch.setattr(engine_module, "EVALUATION_BATCH", 1)
+    monkeypatch.setitem(engine_module.PIXELS_AT_ONCE, "cpu", 1)
     single, _ = defend()
     assert whole.set_aside is not None
     assert single.set_aside is not None

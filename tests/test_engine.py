@@ -466,16 +466,24 @@ def test_a_setting_that_is_no_augmentation_is_refused() -> None:
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_running_out_of_memory_comes_with_advice(error: Exception) -> None:
+def test_running_out_of_memory_comes_with_advice(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     data = toy_data(16)
 
-    def loss(model: Classifier, batch: Batch) -> Tensor:
+    def full(*_: object) -> Tensor:
         raise error
 
-    with pytest.raises(DeviceError, match="out of memory; lower --batch-size"):
-        toy_engine().fit(toy_model(data), data, loss, toy_recipe(), phase="train")
+    with pytest.raises(DeviceError, match=r"out of memory; lower --batch-size .*, or --image-memory$"):
+        toy_engine().fit(toy_model(data), data, full, toy_recipe(), phase="train")
+    monkeypatch.setattr(engine_module, "Feed", full)  # the images do not fit
+    with pytest.raises(DeviceError, match=r"or --image-memory$"):
+        toy_engine().fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), phase="train")
+    monkeypatch.setattr(Classifier, "to", full)  # nor the network
+    with pytest.raises(DeviceError, match="out of memory; lower the load of the device"):
+        toy_engine().logits(toy_model(data), data.images)
 
 
 def test_other_errors_keep_their_kind() -> None:
@@ -490,7 +498,7 @@ def test_logits_do_not_depend_on_the_evaluation_batch(monkeypatch: pytest.Monkey
     data, engine = toy_data(40), toy_engine()
     model = engine.fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), phase="train")
     at_once = engine.logits(model, data.images)
-    monkeypatch.setattr(engine_module, "EVALUATION_BATCH", 7)
+    monkeypatch.setitem(engine_module.PIXELS_AT_ONCE, "cpu", 7 * 8 * 8)
     # matrix products of other sizes may add in another order
     torch.testing.assert_close(engine.logits(model, data.images), at_once, rtol=1e-5, atol=1e-6)
 

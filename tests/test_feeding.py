@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -92,8 +92,23 @@ def test_rows_are_all_that_is_trained_on() -> None:
 def test_a_limit_below_the_batches_says_how_much_is_needed() -> None:
     data = toy_data(60)
     need = (AHEAD + 1) * 16 * IMAGE
-    with pytest.raises(OptionError, match=rf"3 batches of 16, 192 bytes each; raise --image-memory .* {need / 1e9:g} "):
+    with pytest.raises(OptionError, match=r"3 batches of 16, 192 bytes each; raise --image-memory") as said:
         list(Feed(data, CPU, need - 1).batches(torch.arange(60), 16))
+    found = re.search(r"to at least (\S+) or lower the batch size", str(said.value))
+    assert found is not None
+    assert need <= int(float(found[1]) * 1e9) <= need + 10**6
+
+
+def test_the_limit_that_is_advised_is_enough() -> None:
+    """Of a size that six digits would round down."""
+    data = toy_data(400, 3, 64)
+    need = (AHEAD + 1) * 128 * data.images[0].nbytes
+    assert float(f"{need / 1e9:g}") * 1e9 < need
+    with pytest.raises(OptionError) as said:
+        list(Feed(data, CPU, need - 1).batches(torch.arange(400), 128))
+    found = re.search(r"to at least (\S+) or", str(said.value))
+    assert found is not None
+    list(Feed(data, CPU, int(float(found[1]) * 1e9)).batches(torch.arange(400), 128))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -136,8 +151,7 @@ def test_a_run_goes_on_when_its_file_is_put_back(tmp_path: Path, monkeypatch: py
     os.utime(file, ns=times)
     watch = Spoiler()
     resumed = run(out=tmp_path / "model", progress=watch)
-    steps = math.ceil(len(data.train) / 32)
-    assert watch.told[0] == 2 * steps * 32
+    assert watch.told[0] == 2 * len(data.train)
     # Far less than the images need, more than three batches of 32 images of 64 bytes.
     other = run(out=tmp_path / "other", image_memory=1e-5)
     assert are_equal(weights_of(resumed.classifier()), weights_of(other.classifier()))

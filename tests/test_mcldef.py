@@ -19,7 +19,7 @@ from bdbench.defenses import inversion, mcldef
 from bdbench.defenses.base import Defended, Task
 from bdbench.defenses.inversion import Stamp, Triggers
 from bdbench.defenses.mcldef import Found, MCLDef, contrast
-from bdbench.engine import Engine, Recipe, mean_cross_entropy
+from bdbench.engine import Engine, Recipe, frozen, mean_cross_entropy
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.progress import Silent
@@ -723,3 +723,42 @@ def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(form: str, st
     resumed = run(tmp_path, Silent())
     assert resumed.findings == whole.findings
     assert are_equal(weights_of(resumed.model), weights_of(whole.model))
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_success_is_counted_over_the_images_that_were_not_of_the_class(
+    monkeypatch: pytest.MonkeyPatch, augment: str
+) -> None:
+    tried: list[Tensor] = []
+    finish = Triggers.finish_epoch
+
+    def finish_epoch(triggers: Triggers) -> bool:
+        tried.append(triggers.tries.clone())
+        return finish(triggers)
+
+    monkeypatch.setattr(Triggers, "finish_epoch", finish_epoch)
+    trusted = trusted_data(30)
+    defend(task_of(trusted=trusted), inversion_epochs=2, form="mask", inversion_augment=augment)
+    predicted = toy_engine().logits(suspect_model(), trusted.images).argmax(1)
+    others = torch.tensor([float((predicted != label).sum()) for label in range(trusted.num_classes)])
+    assert len(set(others.tolist())) > 1
+    if augment == "none":
+        assert all(torch.equal(tries, others) for tries in tried)
+    else:  # a flipped image may be called something else
+        assert all((tries > 0).all() for tries in tried)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_classes_that_go_through_the_network_apart_pull_as_all_together(at_once: int) -> None:
+    data = toy_data(6, classes=tuple("abc"))
+    suspect = frozen(toy_model(data))
+    stamped = torch.rand(3, 6, *data.image_shape, generator=generator(0, "stamped")).requires_grad_()
+    wanted, weights = torch.arange(3), torch.tensor([1.0, 2.0, 3.0])
+    losses, answers = mcldef.pulled(suspect, stamped, wanted, at_once)
+    (found,) = torch.autograd.grad((losses * weights).sum(), stamped)
+    logits = suspect(stamped.flatten(0, 1))
+    each = F.cross_entropy(logits, wanted.repeat_interleave(6), reduction="none").view(3, 6).mean(1)
+    (expected,) = torch.autograd.grad((each * weights).sum(), stamped)
+    torch.testing.assert_close(losses, each)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(answers, logits.argmax(1).view(3, 6))

@@ -670,6 +670,20 @@ def test_a_dry_run_counts_a_job_a_gpu_and_writes_nothing(
     assert sorted((tmp_path / "out").rglob("*")) == there
 
 
+def test_a_sweep_on_the_cpu_has_a_job_a_core_whatever_gpus_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "check", lambda _: sweep.Checked(("mcldef",), 5, {}))
+    monkeypatch.setattr(sweep, "cores", lambda: 3)
+    monkeypatch.setattr(sweep, "memory_bytes", lambda: 10**11)
+    walk(run_of(tmp_path, script={NAMES[1]: [worker.FAILED]})[0])
+    words = ["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--dry-run", "--device"]
+    assert "left with 3 at once" in ran([*words, "cpu"], capsys)[2]
+    assert "left with 5 at once" in ran([*words, "cuda"], capsys)[2]
+    code, _, said = ran([*words, "cuda:1"], capsys)
+    assert (code, "CUDA_VISIBLE_DEVICES=1 bdbench sweep ... --device cuda" in said) == (1, True)
+
+
 def test_status_and_dry_run_say_how_far_a_sweep_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

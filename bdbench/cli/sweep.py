@@ -84,6 +84,12 @@ def sweep(
         raise unknown_name("engine", engine, ENGINES)
     if address is not None and engine != "ray":
         raise OptionError("--address belongs to --engine ray")
+    if device.startswith("cuda:"):
+        number = device.partition(":")[2]
+        raise OptionError(
+            f"a sweep gives each of its jobs a GPU; --device {device} is for single runs. To use that one alone: "
+            f"CUDA_VISIBLE_DEVICES={number} bdbench sweep ... --device cuda"
+        )
     if init:
         write_example(grid, grids.EXAMPLE)
         return
@@ -91,9 +97,10 @@ def sweep(
     folder = out or store.ROOT / grid.stem
     cells: Sequence[Cell] = part_of(read.cells, shard) if shard else read.cells
     checked = check(read) if dry_run else checked_once(read, folder)
+    gpus = 0 if device == "cpu" else checked.gpus
     job = Sweep(read, folder.absolute(), device, precision, checked.suspects, checked.methods, replace)
     if dry_run:
-        show_plan(job, cells, jobs or usual_jobs(checked.gpus), as_json=json)
+        show_plan(job, cells, jobs or usual_jobs(gpus), as_json=json)
         return
     refuse_changed(job, cells)
     with ExitStack() as ending:
@@ -104,8 +111,8 @@ def sweep(
             ending.callback(cluster.leave)
             jobs, launch = cluster.jobs, cluster.launch(job.folder)
         else:
-            jobs = jobs or usual_jobs(checked.gpus)
-            launch = local(job.folder, jobs, checked.gpus)
+            jobs = jobs or usual_jobs(gpus)
+            launch = local(job.folder, jobs, gpus)
         job.announce()
         run = Run(job, cells, launch, jobs, console.say_plainly, retry, fail_fast)
         there = sum(state.state == "done" for state in run.states.values())

@@ -37,7 +37,7 @@ def verify(
     for reference in artifacts:
         place = Path(reference)
         inside = artifacts_under(place) if place.is_dir() and not is_artifact(place) else []
-        references += map(str, inside or [reference])
+        references += [str(path) for path in inside] or [reference]
     results: list[dict[str, Any]] = []
     for reference in references:
         try:

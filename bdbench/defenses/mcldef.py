@@ -26,6 +26,9 @@ MIN_CLASSES = 3
 IMAGES_AT_ONCE = 1024
 """Stamped images in a step of the inversion: classes beyond it wait for the next group."""
 
+PASS = {"cpu": 128}
+"""Stamped images in a pass through the network, where all of a step are too many for the caches of a device."""
+
 
 class MCLDef(Defense):
     """Reconstructs the trigger of a backdoored model and tunes the features until stamped images look like clean ones.
@@ -142,15 +145,17 @@ class MCLDef(Defense):
             }
         )  # fmt: skip
 
+        known = engine.logits(suspect, trusted.images).argmax(1).to(engine.device)
+        at_once = max(1, PASS.get(engine.device.type, IMAGES_AT_ONCE) // self.inversion_batch_size)
+
         def loss(triggers: Triggers, batch: Batch) -> Tensor:
             triggers.clamp()
             stamped = triggers.stamp(batch.images)
-            logits = suspect(stamped.flatten(0, 1)).unflatten(0, stamped.shape[:2])
+            losses, answers = pulled(suspect, stamped, triggers.classes, at_once)
             with torch.no_grad():
-                triggers.count(suspect(batch.images).argmax(1), logits.argmax(2))
-            wanted = triggers.classes[:, None].expand(logits.shape[:2])
-            losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
-            return (losses.mean(1) + triggers.cost * triggers.penalty()).sum()
+                before = known[batch.rows] if recipe.augment == "none" else suspect(batch.images).argmax(1)
+                triggers.count(before, answers)
+            return (losses + triggers.cost * triggers.penalty()).sum()
 
         phase = "invert" if len(classes) == trusted.num_classes else f"invert-{int(classes[0])}"
         engine.fit(
@@ -204,6 +209,24 @@ class MCLDef(Defense):
             return total
 
         return task.engine.fit(model, trusted, loss, task.recipe, phase="purify")
+
+
+def pulled(suspect: Classifier, stamped: Tensor, classes: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+    """Return each class's mean cross entropy (k,) of its stamped images (k, B, C, H, W), and the answers (k, B).
+
+    Classes have nothing to do with each other, so `at_once` of them go through the network and back at a time: the
+    gradient is that of all together, and the activations of few are held.
+    """
+    losses, answers = [], []
+    for part, wanted in zip(stamped.split(at_once), classes.split(at_once), strict=True):
+        seen = part.detach().requires_grad_()
+        logits = suspect(seen.flatten(0, 1))
+        each = F.cross_entropy(logits, wanted.repeat_interleave(part.shape[1]), reduction="none")
+        own = each.view(part.shape[:2]).mean(1)
+        (slope,) = torch.autograd.grad(own.sum(), seen)
+        losses.append(own.detach() + ((part - part.detach()) * slope).flatten(1).sum(1))
+        answers.append(logits.argmax(1).view(part.shape[:2]))
+    return torch.cat(losses), torch.cat(answers)
 
 
 def contrast(anchor: Tensor, positive: Tensor, negative: Tensor, tau: float) -> Tensor:
