@@ -412,9 +412,8 @@ class _Phase(Generic[Module]):
     def _training_mode(self) -> None:
         self.model.train()
         if self.frozen_norms:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - torch's only common base
-                    module.eval()
+            for module in norms_of(self.model):
+                module.eval()
 
     def _resume(self) -> None:
         if self.engine.work is None:
@@ -436,6 +435,14 @@ class _Phase(Generic[Module]):
 def _eager(wanted: bool) -> AbstractContextManager[object]:
     """Run what was compiled as it was written, if wanted."""
     return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
+
+
+BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch's only common base
+
+
+def norms_of(model: nn.Module) -> list[BatchNorm]:
+    """Return the batch norms of a module."""
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
 def frozen(module: Module) -> Module:

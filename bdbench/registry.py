@@ -220,4 +220,13 @@ MODELS = Registry(
     },
 )
 
+
+def plugin_releases() -> list[str]:
+    """Return every plugin with the release of its package."""
+    from importlib.metadata import entry_points
+
+    points = (point for plural in REGISTRIES for point in entry_points(group=f"bdbench.{plural}"))
+    return sorted(f"{point.value} {point.dist.version if point.dist else ''}" for point in points)
+
+
 REGISTRIES = {registry.plural: registry for registry in (ATTACKS, DEFENSES, DATASETS, MODELS)}

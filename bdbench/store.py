@@ -43,7 +43,7 @@ class Ask:
     Attributes:
         kind: of artifact.
         method: attack or defence, or "evaluate".
-        version: of the method; raised when its results change.
+        version: of the method; raised when what its defaults give changes.
         config: every setting with its value, defaults included, as JSON values.
         seed: the user's.
         inputs: what it was made from: name -> id or fingerprint.

@@ -25,6 +25,7 @@ from bdbench import store, worker
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.grid import Cell, Grid, Named, line_of
 from bdbench.machine import cores, memory_bytes
+from bdbench.registry import plugin_releases
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
@@ -227,13 +228,14 @@ def check(grid: Grid) -> Checked:
 
 
 def checked_once(grid: Grid, folder: Path) -> Checked:
-    """Return what `check` found for this grid, machine and version before, or check now and keep it in the folder.
+    """Return what `check` found for this grid, machine and releases before, or check now and keep it in the folder.
 
     Raises:
         OptionError: see `check`.
     """
-    machine = [bdbench.__version__, platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES", "")]
-    key = hashlib.sha256("\n".join([grid.path.read_text(encoding="utf-8"), *machine]).encode()).hexdigest()
+    machine = [platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES", "")]
+    releases = [bdbench.__version__, *plugin_releases()]
+    key = hashlib.sha256("\n".join([grid.path.read_text(encoding="utf-8"), *machine, *releases]).encode()).hexdigest()
     file = store.sweep_file(folder, "checks", f"{key[:16]}.json")
     try:
         suspects, gpus, methods = json.loads(file.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -72,6 +72,8 @@ FULL = Sizes(
     rounds=5, train=5_000, train_large=512, data_path=10_000, epoch=5_000, inversion=1_024, forward=5_000, single=500,
     decode=10_000, png=2_000, trigger=10_000, poison=50_000, cifar=50_000, growth=(5_000, 50_000),
 )  # fmt: skip
+GPU = replace(FULL, train=50_000, train_large=50_000, epoch=20_000, inversion=2_500, forward=50_000)
+"""A GPU is through 5,000 images in tens of milliseconds: whole epochs of CIFAR-10."""
 QUICK = Sizes(
     rounds=3, train=1_024, train_large=128, data_path=2_560, epoch=384, inversion=64, forward=1_024, single=200,
     decode=2_000, png=500, trigger=1_000, poison=5_000, cifar=10_000, growth=(1_000, 10_000),

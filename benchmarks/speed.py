@@ -27,7 +27,7 @@ import rows_processes
 import rows_sharing
 import torch
 from limits import machine_facts
-from measuring import FULL, QUICK, Bench, Row, Rows, cache_in
+from measuring import FULL, GPU, QUICK, Bench, Row, Rows, cache_in
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -111,7 +111,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     bf16 = use_bf16(arguments.precision, arguments.device)
-    bench = Bench(QUICK if arguments.quick else FULL, arguments.device, bf16)
+    whole = GPU if arguments.device.type == "cuda" else FULL
+    bench = Bench(QUICK if arguments.quick else whole, arguments.device, bf16)
     precision = f"{'bf16' if bf16 else 'fp32'} ({arguments.precision})"
     facts = machine_facts(bench.device, precision, bench.ceilings)
     rows: list[Row] = []

@@ -14,9 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -595,6 +597,11 @@ def test_a_grid_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         found = sweep.checked_once(grid_of(tmp_path, text), tmp_path / "out")
         assert found == (("mcldef",), 3, {"attack badnets": "1"})
     assert len(asked) == 2
+    for release in ("1.0", "1.1", "1.1"):
+        point = SimpleNamespace(value="mypackage.stripe:Stripe", dist=SimpleNamespace(version=release))
+        monkeypatch.setattr(metadata, "entry_points", Mock(return_value=[point]))
+        sweep.checked_once(grid_of(tmp_path, GRID), tmp_path / "out")
+    assert len(asked) == 4
 
 
 def test_the_check_finds_who_mends_a_model(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def test_an_attack_failed_where_the_undefended_asr_is_low_or_near_its_floor(
 ) -> None:
     marked = tables.mark_rows([row(asr=asr, floor=floor), row("abl")])
     assert [item["attack_failed"] for item in marked] == [failed, failed]
+    assert [item["asr"] for item in marked] == [asr, 1.0]  # what was measured stays, as does its mean
+    assert [item["asr"] for item in tables.over_seeds(marked)] == [asr, 1.0]
     assert ("w" in marked[1]["marks"]) is failed
 
 

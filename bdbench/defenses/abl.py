@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bdbench.augment import parse_augment
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Defense, Task, lowest
-from bdbench.engine import Batch, LossFunction, mean_cross_entropy
+from bdbench.engine import Batch, LossFunction, mean_cross_entropy, norms_of
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator
@@ -205,11 +205,7 @@ def capped_loss(logits: Tensor, labels: Tensor, per: Cap, cap: float) -> Tensor:
 @contextmanager
 def untracked_norms(model: nn.Module) -> Iterator[None]:
     """Keep the running statistics of batch norm in training mode, while batches are normalised by their own."""
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)  # noqa: SLF001 - torch's only common base
-    ]
+    norms = norms_of(model)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
