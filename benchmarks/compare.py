@@ -54,7 +54,7 @@ def todays(options: Mapping[str, Any], registry: Registry, name: str) -> dict[st
     """Return the options of a method as they would be given today."""
     if name not in registry.rows:  # the attacker's own model
         return dict(options)
-    known = artifacts.plain(registry.load(name)().model_dump())
+    known: dict[str, Any] = artifacts.plain(registry.load(name)().model_dump())
     return known | {option: value for option, value in options.items() if option in known or value is not None}
 
 
@@ -97,7 +97,7 @@ def comparable(entry: dict[str, Any], settings: Sequence[dict[str, Any]]) -> lis
     return [row for row in settings if row["variant"] in variants and all(row[name] == entry[name] for name in names)]
 
 
-def distance(entry: dict[str, Any], setting: dict[str, Any]) -> tuple[Any, ...]:
+def distance(entry: Mapping[str, Any], setting: Mapping[str, Any]) -> tuple[Any, ...]:
     """Say how far a measured setting is from the reported one: model, rate, target, budget, variant; never results.
 
     Rates are as far from each other as their ratio is from 1.

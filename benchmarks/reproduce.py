@@ -243,7 +243,7 @@ def undefended(attack: str) -> list[Cell]:
         options = {"rate": rate, "target": usual.target} | trained
         cells.append(Cell("cifar10", attack, options, "wrn-16-1", "none", "fast"))
     for variant, changed, training in DOUBTS.get(attack, ()):
-        cells.append(Cell("cifar10", attack, own | changed, "wrn-16-1", "none", "fast", 0, variant, training))
+        cells.append(Cell("cifar10", attack, {**own, **changed}, "wrn-16-1", "none", "fast", 0, variant, training))
     if victim:
         cells.append(Cell("cifar10", attack, own, "wrn-16-1", "victim", "attacker"))
     return cells
