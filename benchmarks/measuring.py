@@ -49,6 +49,7 @@ class Sizes:
         forward: passes without gradient; single: one image at a time.
         decode, png: images that bdbench decodes, and those of the PNG tree that is scaled up.
         poison: the whole poison stage; cifar: stages in processes of their own.
+        sweeps: turns of whole sweeps, processes all of them, so that nothing has to warm up.
         growth: from how many images to how many.
     """
 
@@ -65,18 +66,21 @@ class Sizes:
     trigger: int
     poison: int
     cifar: int
+    sweeps: int
     growth: tuple[int, int]
 
 
 FULL = Sizes(
     rounds=5, train=5_000, train_large=512, data_path=10_000, epoch=5_000, inversion=1_024, forward=5_000, single=500,
-    decode=10_000, png=2_000, trigger=10_000, poison=50_000, cifar=50_000, growth=(5_000, 50_000),
+    decode=10_000, png=2_000, trigger=10_000, poison=50_000, cifar=50_000, sweeps=3,
+    growth=(5_000, 50_000),
 )  # fmt: skip
 GPU = replace(FULL, train=50_000, train_large=50_000, epoch=20_000, inversion=2_500, forward=50_000)
 """A GPU is through 5,000 images in tens of milliseconds: whole epochs of CIFAR-10."""
 QUICK = Sizes(
-    rounds=3, train=1_024, train_large=128, data_path=2_560, epoch=384, inversion=64, forward=1_024, single=200,
-    decode=2_000, png=500, trigger=1_000, poison=5_000, cifar=10_000, growth=(1_000, 10_000),
+    rounds=3, train=1_024, train_large=128, data_path=2_560, epoch=1_024, inversion=64, forward=1_024, single=200,
+    decode=2_000, png=500, trigger=1_000, poison=5_000, cifar=10_000, sweeps=1,
+    growth=(1_000, 10_000),
 )  # fmt: skip
 
 

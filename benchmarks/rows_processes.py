@@ -122,6 +122,15 @@ def command_rows(bench: Bench) -> Iterator[Row]:
         yield from compare_commands(poisoning, IMPORT_STAGES, bench, note)
 
 
+FEW = {
+    "cbd": ["--twin-epochs", "1"],
+    "abl": ["--isolation-epochs", "1", "--unlearn-steps", "16"],
+    "dbd": ["--ssl-epochs", "1", "--head-epochs", "1", "--steps-per-epoch", "16"],
+    "mcldef": ["--inversion-epochs", "1"],
+}
+"""Short budgets of the defences: what they hold does not grow with the epochs."""
+
+
 def memory_rows(bench: Bench) -> Iterator[Row]:
     """The largest memory of each stage as a process, at the size of CIFAR-10; the baseline is what imports need."""
     count = bench.sizes.cifar
@@ -133,6 +142,9 @@ def memory_rows(bench: Bench) -> Iterator[Row]:
             "memory-train": ["train", "data", "--epochs", "1", "--preset", "fast", "--out", "model", *place],
             "memory-evaluate": ["evaluate", "model", *place],
         }
+        for method, few in FEW.items():
+            defended = ["defend", "data", "--method", method, "--preset", "fast", "--epochs", "1", "--out", method]
+            stages[f"memory-{method}"] = [*defended, *few, *place]
         imports = run_command(IMPORT_STAGES)
         for name, arguments in stages.items():
             ran = run_command([*BDBENCH, *arguments], Path(folder))
@@ -156,7 +168,7 @@ def sweep_rows(bench: Bench) -> Iterator[Row]:
         grid = Path(folder, "grid.toml")
         grid.write_text(SWEPT.format(seeds=list(SWEPT_SEEDS), archive=archive))
         rounds = []
-        for _ in range(1 + bench.sizes.rounds):
+        for _ in range(bench.sizes.sweeps):
             with tempfile.TemporaryDirectory() as fresh:
                 by_hand = [run_command([*BDBENCH, *command], Path(fresh)) for command in stages_by_hand(archive, place)]
                 swept = [*BDBENCH, "sweep", str(grid), "--out", "grid", "--jobs", "1", *place]
@@ -165,8 +177,8 @@ def sweep_rows(bench: Bench) -> Iterator[Row]:
         yield empty_row("sweep-seconds", "s", failed)
         return
     theirs, ours = (
-        [sum(run.seconds for run in by_hand) for by_hand, _ in rounds[1:]],
-        [run.seconds for _, run in rounds[1:]],
+        [sum(run.seconds for run in by_hand) for by_hand, _ in rounds],
+        [run.seconds for _, run in rounds],
     )
     more = (median(ours) - median(theirs)) / len(SWEPT_SEEDS)
     yield summarise("sweep-seconds", theirs, ours, "s", note=f"{len(SWEPT_SEEDS)} cells; {more:+.1f} s for each")

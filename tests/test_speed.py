@@ -29,7 +29,7 @@ from bdbench.progress import Silent
 
 SIZES = measuring.Sizes(
     rounds=1, train=4, train_large=4, data_path=4, epoch=4, inversion=4, forward=4, single=2, decode=4, png=4,
-    trigger=4, poison=20, cifar=20, growth=(10, 20),
+    trigger=4, poison=20, cifar=20, sweeps=1, growth=(10, 20),
 )  # fmt: skip
 
 
