@@ -516,7 +516,7 @@ def test_a_suspect_decides_the_model(toy_archive: Path, tmp_path: Path, mender: 
     assert stages.defend(data.path, mender, out=tmp_path / "one", **CPU).manifest.facts["model"] == "convnet"
     with pytest.raises(OptionError, match=r"is a convnet, not a wrn-16-1; drop --model"):
         stages.defend(data.path, mender, suspect=suspect.path, model="wrn-16-1", out=tmp_path / "other", **CPU)
-    with pytest.raises(OptionError, match="no undefended one of"):
+    with pytest.raises(OptionError, match="no undefended wrn-16-1 of"):
         stages.defend(data.path, mender, model="wrn-16-1", out=tmp_path / "other", **CPU)
 
 
