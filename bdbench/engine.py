@@ -266,13 +266,18 @@ class Engine:
 
     def _map(self, model: Classifier, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         pixels = PIXELS_AT_ONCE.get(self.device.type, MANY_PIXELS)
-        chunks = images.split(max(1, pixels // (images.shape[2] * images.shape[3])))
+        size = max(1, pixels // (images.shape[2] * images.shape[3]))
+        answers = torch.empty(0)
         with out_of_memory_advice("the load of the device, or use --device cpu"):
             model.to(self.device).to(memory_format=torch.channels_last).eval()
             # compiling for a pass over the images does not pay
             with torch.inference_mode(), _eager(self.compile), self.autocast():
-                outputs = [function(chunk.to(self.device).float() / 255) for chunk in chunks]
-        return torch.cat(outputs).cpu()
+                for index, chunk in enumerate(images.split(size)):
+                    found = function(chunk.to(self.device).float() / 255)
+                    if not index:  # one piece of memory: small ones between a batch's large ones would scatter them
+                        answers = found.new_empty((len(images), *found.shape[1:]))
+                    answers[index * size :][: len(found)] = found
+        return answers.cpu()
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
