@@ -195,7 +195,12 @@ def test_a_torchvision_model_without_a_linear_layer_is_refused() -> None:
         build("torchvision:squeezenet1_1")
 
 
-@pytest.mark.parametrize("name", ["wrn-16-2", "torchvision:", "torchvision:NAME", "timm:resnet18"])
+@pytest.mark.parametrize("name", ["wrn-16-2", "torchvision:", "timm:resnet18"])
 def test_a_model_that_is_not_registered_is_refused(name: str) -> None:
     with pytest.raises(OptionError, match=f"unknown model '{name}'.* Known: .*wrn-16-1"):
         MODELS.load(name)
+
+
+def test_a_family_is_no_model() -> None:
+    with pytest.raises(OptionError, match="'torchvision:NAME' stands for many: put the name of one in place of NAME"):
+        MODELS.load("torchvision:NAME")
