@@ -145,7 +145,8 @@ class MCLDef(Defense):
             }
         )  # fmt: skip
 
-        known = engine.logits(suspect, trusted.images).argmax(1).to(engine.device)
+        plain = recipe.augment == "none"
+        known = engine.logits(suspect, trusted.images).argmax(1).to(engine.device) if plain else None
         at_once = max(1, PASS.get(engine.device.type, IMAGES_AT_ONCE) // self.inversion_batch_size)
 
         def loss(triggers: Triggers, batch: Batch) -> Tensor:
@@ -153,7 +154,7 @@ class MCLDef(Defense):
             stamped = triggers.stamp(batch.images)
             losses, answers = pulled(suspect, stamped, triggers.classes, at_once)
             with torch.no_grad():
-                before = known[batch.rows] if recipe.augment == "none" else suspect(batch.images).argmax(1)
+                before = suspect(batch.images).argmax(1) if known is None else known[batch.rows]
                 triggers.count(before, answers)
             return (losses + triggers.cost * triggers.penalty()).sum()
 
