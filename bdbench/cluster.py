@@ -27,7 +27,8 @@ class Cluster:
 
     Attributes:
         ray: the package.
-        gpus: of the whole cluster; with any, a cell takes one, or its share where more cells are asked for.
+        gpus: of the whole cluster, if they may be used; with any, a cell takes one, or its share where more cells are
+            asked for.
         jobs: cells that fit at once.
         threads: CPUs of a cell.
     """
@@ -54,13 +55,14 @@ class Cluster:
         self.ray.shutdown()
 
 
-def connect(address: str | None, jobs: int | None) -> Cluster:
+def connect(address: str | None, jobs: int | None, *, use_gpus: bool = True) -> Cluster:
     """Connect to a Ray cluster, or start one on this machine.
 
     Args:
         address: HOST:PORT, ray://HOST:PORT, or None for this machine.
         jobs: cells at once; default on this machine: see `bdbench.sweep.usual_jobs`, on a cluster: one a GPU, else one
             a CPU.
+        use_gpus: cells may ask for GPUs; without them a cluster's are left to others.
 
     Raises:
         OptionError: Ray is not installed, or the address has another form.
@@ -82,7 +84,7 @@ def connect(address: str | None, jobs: int | None) -> Cluster:
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise DeviceError(f"cannot use the Ray cluster at {address or 'this machine'}: {error}") from error
     known = found.cluster_resources()
-    gpus, cpus = int(known.get("GPU", 0)), max(1, int(known.get("CPU", 1)))
+    gpus, cpus = int(known.get("GPU", 0)) if use_gpus else 0, max(1, int(known.get("CPU", 1)))
     if address is None:
         jobs = jobs or usual_jobs(gpus)
         return Cluster(found, gpus, jobs, max(1, cpus // jobs))

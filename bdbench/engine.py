@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -312,9 +312,11 @@ class _Phase(Generic[Module]):
         self.lr_flag = lr_flag
         self.optimizer = optimizer or recipe.optimizer(model)
         self.state: dict[str, Stateful] = {"model": model, "optimizer": self.optimizer, **companions}
-        self.compiled = engine.compile and not engine.cannot_compile and isinstance(model, Classifier)
+        networks = [part for part in model.modules() if isinstance(part, Classifier)]
+        self.compiled = engine.compile and not engine.cannot_compile and bool(networks)
         if self.compiled:
-            cast("nn.Module", model.features).compile()
+            for network in networks:
+                network.features.compile()
         self.step = 0
         self.stopped = False
         self.is_saved = False

@@ -211,7 +211,8 @@ def defend(
         precision: auto, fp32 or bf16.
         image_memory: gigabytes (10^9 bytes) of training images that may lie on the device; more are streamed from the
             artifact, with the same result. Default: half of what a GPU has free, half of all RAM.
-        compile: let torch compile the network; where it cannot, say why and go on without.
+        compile: let torch compile the networks that are trained; where it cannot, say why and go on without. Results
+            differ from those of a run without it by rounding.
         force: see `poison`.
         progress: who is told how far it is.
 
@@ -268,6 +269,7 @@ def defend(
         usual_settings = _settings(usual_recipe, usual)
         draft.facts["changed"] = [name for name, value in settings.items() if value != usual_settings[name]]
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
+        draft.made["compiled"] = engine.compile and not engine.cannot_compile
     return ModelArtifact.open(out)
 
 

@@ -81,6 +81,7 @@ class Sweep:
         device, precision: of every stage.
         suspects, methods: see `Checked`.
         replace: make cells again whose artifacts were asked otherwise, in their place.
+        image_memory, compile: see `bdbench.stages.defend`.
     """
 
     grid: Grid
@@ -90,6 +91,8 @@ class Sweep:
     suspects: Sequence[str] = ()
     methods: Mapping[str, str] = field(default_factory=dict)
     replace: bool = False
+    image_memory: float | None = None
+    compile: bool = False
 
     def order(self, cell: Cell) -> Order:
         """Return what a worker has to know of a cell."""
@@ -98,6 +101,7 @@ class Sweep:
             "kind": "cell", "folder": str(self.folder), "name": name, "data_name": data_name,
             "cell": cell._asdict(), "asked": asked, "device": self.device, "precision": self.precision,
             "differences": self.grid.differences, "replace": self.replace,
+            "training": {"image_memory": self.image_memory, "compile": self.compile},
         }  # fmt: skip
         suspect = asked["suspect"]
         return Order(name, (name, data_name, *([suspect["name"]] if suspect else [])), json.dumps(order))

@@ -144,7 +144,7 @@ def make(order: Mapping[str, Any], folder: Path, record: Record) -> str:
             lambda force: stages.defend(
                 data.path, wanted["method"], model=wanted["model"], preset=wanted["preset"],
                 options=wanted["options"], suspect=suspect, seed=wanted["seed"], out=folder / name, force=force,
-                **computing,
+                **order["training"], **computing,
             )
         ).path  # fmt: skip
 

@@ -480,9 +480,10 @@ def test_seed_first_weights_and_arithmetic_are_part_of_the_key(monkeypatch: pyte
         key_of(engine=toy_engine(seed=1)),  # with equal weights
         key_of(replace(SETTING, seed=1)),  # with another model, of equal data and seed
         key_of(engine=toy_engine(bf16=True)),
+        key_of(engine=toy_engine(compile=True)),
     ]
     monkeypatch.setattr(DBD, "version", 99)
-    assert len({*keys, key_of()}) == 5
+    assert len({*keys, key_of()}) == 6
 
 
 def cached(folder: Path, **changes: Any) -> Setting:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,8 @@ from toys import (
     Fuse,
     ToyFeatures,
     are_equal,
+    cannot_compile,
+    toy_compiler,
     toy_data,
     toy_engine,
     toy_model,
@@ -645,38 +646,25 @@ def test_engines_do_not_share_their_history() -> None:
 # compiling
 
 
-def compiled_run(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> tuple[dict[str, Tensor], list[str]]:
+def compiled_run(
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception | None,
+    holding: Callable[[Classifier], nn.Module] = lambda model: model,
+    loss: Callable[[Any, Batch], Tensor] = mean_cross_entropy,
+) -> tuple[dict[str, Tensor], list[str]]:
     """Train with a compiler that fails or does nothing; return the weights and what was noted."""
     notes: list[str] = []
-
-    def compiled(function: Any) -> Any:
-        def run(*args: Any) -> Any:
-            if error is not None and not active:
-                raise error
-            return function(*args)
-
-        return run
-
-    @contextmanager
-    def set_stance(stance: str) -> Iterator[None]:
-        active.append(stance)
-        yield
-        active.pop()
-
-    active: list[str] = []
-    monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
+    active = toy_compiler(monkeypatch, error)
     engine = toy_engine(compile=True)
     engine.progress.note = notes.append  # type: ignore[method-assign]
     data = toy_data(40)
-    model = engine.fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), phase="train")
+    model = engine.fit(holding(toy_model(data)), data, loss, toy_recipe(), phase="train")
     assert active == []  # nothing is left behind for other code of the process
     return weights_of(model), notes
 
 
 def test_what_cannot_be_compiled_is_trained_without_and_the_reason_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    failure = type("Failed", (RuntimeError,), {"__module__": "torch._inductor.exc"})
-    weights, notes = compiled_run(monkeypatch, failure("no C++ compiler\nand more"))
+    weights, notes = compiled_run(monkeypatch, cannot_compile())
     assert notes == ["not compiled: no C++ compiler"]
     data = toy_data(40)
     plain = toy_engine().fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), phase="train")
@@ -690,3 +678,21 @@ def test_other_errors_of_a_compiled_step_are_not_hidden(monkeypatch: pytest.Monk
 
 def test_what_can_be_compiled_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled_run(monkeypatch, None)[1] == []
+
+
+def test_a_network_inside_of_what_is_trained_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_head = compiled_run(
+        monkeypatch,
+        cannot_compile(),
+        lambda model: nn.ModuleDict({"network": model, "projection": nn.Linear(model.head.out_features, 2)}),
+        lambda both, batch: both["projection"](both["network"](batch.images)).square().mean(),
+    )
+    assert with_head[1] == ["not compiled: no C++ compiler"]
+
+
+def test_what_holds_no_network_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = compiled_run(
+        monkeypatch, cannot_compile(), lambda model: model.head,
+        lambda head, batch: head(batch.images.mean((1, 2, 3))[:, None].expand(-1, head.in_features)).square().mean(),
+    )  # fmt: skip
+    assert alone[1] == []

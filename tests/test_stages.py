@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import TOY_ATTACKS, sealed, toy_file, toy_source
+from toys import TOY_ATTACKS, cannot_compile, sealed, toy_compiler, toy_file, toy_source
 
 from bdbench import judging, poisoning, stages, store, tables
 from bdbench.artifacts import DatasetArtifact, EvaluationArtifact, ModelArtifact, verify
@@ -959,6 +959,18 @@ def test_a_model_says_which_options_are_not_its_presets(toys: DatasetArtifact, t
 def test_a_model_of_a_preset_as_it_is_has_nothing_changed(toys: DatasetArtifact, tmp_path: Path) -> None:
     model = stages.defend(toys.path, "none", preset="tiny", out=tmp_path / "none", **CPU)
     assert model.manifest.facts["changed"] == []
+
+
+def test_a_model_says_whether_it_was_compiled(
+    toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"preset": "tiny", "options": {"epochs": 1}, **CPU}
+    plain = stages.defend(toys.path, "none", out=tmp_path / "plain", **told)
+    toy_compiler(monkeypatch, None)
+    compiled = stages.defend(toys.path, "none", out=tmp_path / "compiled", compile=True, **told)
+    toy_compiler(monkeypatch, cannot_compile())
+    refused = stages.defend(toys.path, "none", out=tmp_path / "refused", compile=True, **told)
+    assert [model.manifest.made["compiled"] for model in (plain, compiled, refused)] == [False, True, False]
 
 
 def test_seconds_count_the_epochs_before_an_interruption(

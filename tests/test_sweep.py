@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from bdbench import artifacts, stages, store, sweep, tables, worker
 from bdbench.cli import app, console
+from bdbench.cli import sweep as commands
 from bdbench.cli.sweep import view, watch
 from bdbench.defenses.abl import ABL
 from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError, OptionError
@@ -473,6 +474,30 @@ def make_here(folder: Path) -> None:
         worker.make(json.loads(order.text), made.folder, worker.Record(folder / f"{order.name}.json", {}))
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_a_sweep_says_of_training_reaches_every_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    monkeypatch.chdir(tiny_folder(tmp_path))
+    text = UNDEFENDED.replace(', "blended"', "").replace('["none"]', '["mcldef"]')
+    job = Sweep(grid_of(tmp_path, text), tmp_path / "runs", suspects=["mcldef"], image_memory=1e-3 * fits, compile=True)
+    asked = []
+    defend = stages.defend
+
+    def watched(*words: Any, **settings: Any) -> Any:
+        asked.append(settings["compile"])
+        return defend(*words, **settings | {"compile": False})
+
+    monkeypatch.setattr(stages, "defend", watched)
+    order = job.order(job.grid.cells[0])
+    if fits:
+        worker.make(json.loads(order.text), job.folder, worker.Record(tmp_path / "record.json", {}))
+        assert asked == [True, True]  # the suspect, and what mends it
+    else:
+        with pytest.raises(OptionError, match="raise --image-memory"):
+            worker.make(json.loads(order.text), job.folder, worker.Record(tmp_path / "record.json", {}))
+
+
 MOMENTS = 10
 
 
@@ -689,6 +714,21 @@ def test_a_sweep_on_the_cpu_has_a_job_a_core_whatever_gpus_there_are(
     assert "left with 5 at once" in ran([*words, "cuda"], capsys)[2]
     code, _, said = ran([*words, "cuda:1"], capsys)
     assert (code, "CUDA_VISIBLE_DEVICES=1 bdbench sweep ... --device cuda" in said) == (1, True)
+
+
+def test_the_flags_of_training_reach_the_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    orders = []
+    monkeypatch.setattr(sweep, "check", lambda _: sweep.Checked(("mcldef",), 0, {}))
+    monkeypatch.setattr(commands, "watch", lambda run: orders.append(run.sweep.order(run.cells[0])))
+    monkeypatch.setattr(commands, "finish", Mock())
+    grid_of(tmp_path)
+    words = ["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out")]
+    ran([*words, "--compile", "--image-memory", "0.5"], capsys)
+    ran(words, capsys)
+    training = [json.loads(order.text)["training"] for order in orders]
+    assert training == [{"image_memory": 0.5, "compile": True}, {"image_memory": None, "compile": False}]
 
 
 def test_status_and_dry_run_say_how_far_a_sweep_is(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -207,3 +210,32 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a manifest with the seal that belongs to it."""
     said = store.Manifest(**{**manifest, "ask": store.Ask(**manifest["ask"])})
     return manifest | {"seal": said.expected_seal}
+
+
+def cannot_compile() -> RuntimeError:
+    """What torch raises where it cannot compile."""
+    kind = type("Failed", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    return kind("no C++ compiler\nand more")
+
+
+def toy_compiler(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> list[str]:
+    """Put one that raises an error, or does nothing, in the place of torch's; return the stances that are taken."""
+    stances: list[str] = []
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if error is not None and not stances:
+                raise error
+            return function(*args)
+
+        return run
+
+    @contextmanager
+    def set_stance(stance: str) -> Iterator[None]:
+        stances.append(stance)
+        yield
+        stances.pop()
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
+    return stances

@@ -16,7 +16,7 @@ import typer
 
 from bdbench import store
 from bdbench.cli import console
-from bdbench.cli.parameters import Device, Json, PrecisionName
+from bdbench.cli.parameters import Compile, Device, ImageMemory, Json, PrecisionName
 from bdbench.errors import OptionError, unknown_name
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def sweep(
     ] = None,
     device: Device = "auto",
     precision: PrecisionName = "auto",
+    image_memory: ImageMemory = None,
+    compile: Compile = False,  # noqa: A002
     json: Json = False,
 ) -> None:
     """Make every cell of a grid: data sets x attacks x models x defences x seeds.
@@ -98,7 +100,9 @@ def sweep(
     cells: Sequence[Cell] = part_of(read.cells, shard) if shard else read.cells
     checked = check(read) if dry_run else checked_once(read, folder)
     gpus = 0 if device == "cpu" else checked.gpus
-    job = Sweep(read, folder.absolute(), device, precision, checked.suspects, checked.methods, replace)
+    job = Sweep(
+        read, folder.absolute(), device, precision, checked.suspects, checked.methods, replace, image_memory, compile
+    )
     if dry_run:
         show_plan(job, cells, jobs or usual_jobs(gpus), as_json=json)
         return
@@ -107,7 +111,7 @@ def sweep(
         if engine == "ray":
             from bdbench.cluster import connect
 
-            cluster = connect(address, jobs)
+            cluster = connect(address, jobs, use_gpus=device != "cpu")
             ending.callback(cluster.leave)
             jobs, launch = cluster.jobs, cluster.launch(job.folder)
         else:
