@@ -53,7 +53,7 @@ def augmented(batch: Tensor, operations: tuple[str, ...], rng: torch.Generator) 
     )
     if border or "flip" in operations:
         batch = _crop_and_flip(batch, border, "flip" in operations, rng)
-    batch = batch.float() / 255
+    batch = batch.to(torch.float32, copy=True).div_(255)
     if "cutout" in operations:
         batch = _cutout(batch, rng)
     if "affine" in operations:
@@ -64,7 +64,7 @@ def augmented(batch: Tensor, operations: tuple[str, ...], rng: torch.Generator) 
 def _crop_and_flip(
     batch: Tensor, border: Literal["zero", "reflect"] | None, flip: bool, rng: torch.Generator
 ) -> Tensor:
-    """Return a window of each image, or of its mirror image, shifted where there is a border to show."""
+    """Return a window of each image, shifted where there is a border to show, some mirrored."""
     count, _, height, width = batch.shape
     mirrored = torch.zeros(count, dtype=torch.int64)
     if flip:
@@ -78,16 +78,16 @@ def _crop_and_flip(
         batch = batch[:, :, _reflected(height, pad_y, batch.device)][..., _reflected(width, pad_x, batch.device)]
     else:
         batch = F.pad(batch, (pad_x, pad_x, pad_y, pad_y))
-    both = torch.stack([batch, batch.flip(3)] if flip else [batch], 1)
-    windows = both.unfold(3, height, 1).unfold(4, width, 1)
-    places = torch.stack(
-        [torch.arange(count), mirrored, pad_y + down, pad_x + torch.where(mirrored > 0, -right, right)]
-    )
+    windows = batch.unfold(2, height, 1).unfold(3, width, 1)
+    places = torch.stack([torch.arange(count), pad_y + down, pad_x + right, mirrored])
     if windows.device.type == "cpu":  # numpy copies whole windows, torch value by value
-        image, side, top, left = places.numpy()
-        return torch.from_numpy(windows.numpy()[image, side, :, top, left])
-    image, side, top, left = places.to(windows.device)
-    return windows[image, side, :, top, left]
+        image, top, left, turned = places.numpy()
+        taken = windows.numpy()[image, :, top, left]
+        taken[turned > 0] = taken[turned > 0][..., ::-1]
+        return torch.from_numpy(taken)
+    image, top, left, turned = places.to(windows.device)
+    shown = windows[image, :, top, left]
+    return torch.where(turned.view(-1, 1, 1, 1) > 0, shown.flip(3), shown)
 
 
 def _reflected(length: int, pad: int, device: torch.device) -> Tensor:

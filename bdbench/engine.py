@@ -273,7 +273,7 @@ class Engine:
             # compiling for a pass over the images does not pay
             with torch.inference_mode(), _eager(self.compile), self.autocast():
                 for index, chunk in enumerate(images.split(size)):
-                    found = function(chunk.to(self.device).float() / 255)
+                    found = function(chunk.to(self.device).float().div_(255))
                     if not index:  # one piece of memory: small ones between a batch's large ones would scatter them
                         answers = found.new_empty((len(images), *found.shape[1:]))
                     answers[index * size :][: len(found)] = found

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import cast
 
 import torch
-from measuring import BATCH, Bench, Row, Rows, compare, first, per_second, summarise, take_turns
+import torch.nn.functional as F
+from measuring import (
+    BATCH,
+    CLASSES,
+    SEED,
+    SHAPE,
+    Bench,
+    Row,
+    Rows,
+    Turn,
+    compare,
+    first,
+    per_second,
+    summarise,
+    take_turns,
+)
+from torch import Tensor, nn
 
 from bdbench.devices import resolve_device
 from bdbench.engine import Recipe, mean_cross_entropy
+from bdbench.models.classifier import Classifier
+from bdbench.seeds import generator
 
 GPU_JOBS = (2, 4, 8)
+State = dict[str, Tensor]
 
 
 def sharing_rows(bench: Bench) -> Iterator[Row]:
@@ -70,23 +92,101 @@ def answer(process: subprocess.Popen[str]) -> None:
         raise RuntimeError("a training process ended by itself")
 
 
+class Networks:
+    """Several WRN-16-1 of different first weights, each with batches of its own, that learn at the same time.
+
+    Their parameters are stacked and one step trains all: what a GPU that waits for launches may do faster than one
+    network after the other.
+    """
+
+    def __init__(self, bench: Bench, number: int, size: int = BATCH) -> None:
+        self.bench = bench
+        self.apart = [Bare(bench.model(f"seed {index}")).to(bench.device).train() for index in range(number)]
+        rng = generator(SEED, "networks")
+        self.images = torch.randn(number, size, *SHAPE, generator=rng).to(bench.device)
+        self.labels = torch.randint(CLASSES, (number, size), generator=rng).to(bench.device)
+        weights, self.statistics = torch.func.stack_module_state(list(self.apart))
+        self.weights: State = {name: nn.Parameter(weight) for name, weight in weights.items()}
+        self.shape = copy.deepcopy(self.apart[0])
+        self.optimizers = [Recipe().optimizer(network) for network in self.apart]
+        self.optimizer = Recipe().optimizer(nn.ParameterList(self.weights.values()))
+
+    def one_after_another(self) -> Tensor:
+        """Take a step with each; return the losses (number,)."""
+        losses = []
+        for network, optimizer, images, labels in zip(
+            self.apart, self.optimizers, self.images, self.labels, strict=True
+        ):
+            optimizer.zero_grad(set_to_none=True)
+            with self.bench.engine().autocast():
+                loss = F.cross_entropy(network(images), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def together(self) -> Tensor:
+        """Take the same steps with stacked parameters; return the losses (number,)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.bench.engine().autocast():
+            losses = torch.func.vmap(self._loss)(self.weights, self.statistics, self.images, self.labels)
+        losses.sum().backward()
+        self.optimizer.step()
+        return losses.detach()
+
+    def _loss(self, weights: State, statistics: State, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(self.shape, (weights, statistics), (images,)), labels)
+
+
+class Bare(nn.Module):
+    """A classifier for normalised images, which leaves their layout alone: stacked parameters allow no other."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.features, self.head = model.features, model.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to logits (B, K)."""
+        return cast("Tensor", self.head(self.features(images).float()))
+
+
+def stacked_rows(bench: Bench) -> Iterator[Row]:
+    """Training steps of several networks in one process: with stacked parameters, beside one after another."""
+    for number in GPU_JOBS if bench.device.type == "cuda" else (2,):
+        networks, steps = Networks(bench, number), max(1, bench.sizes.train // (number * BATCH))
+        turns = (
+            per_second(steps * number * BATCH, partial(repeat, networks.one_after_another, steps, bench)),
+            per_second(steps * number * BATCH, partial(repeat, networks.together, steps, bench)),
+        )
+        note = f"{number} seeds in one process, steps alone; baseline: one after another"
+        yield compare(f"stacked-{number}", turns, "images/s", bench, note=note)
+
+
+def repeat(step: Callable[[], object], times: int, bench: Bench) -> None:
+    """Take steps, and wait for the device."""
+    for _ in range(times):
+        step()
+    bench.wait()
+
+
 def compiled_rows(bench: Bench) -> Iterator[Row]:
-    """An epoch of WRN-16-1, compiled by torch, beside one that is not; compiling itself is not counted."""
+    """An epoch of WRN-16-1, compiled by torch, beside one that is not; compiling itself is not counted.
+
+    On a GPU also with steps that are captured and replayed, which bdbench does not offer yet.
+    """
     data = first(bench.train, bench.sizes.train)
     recipe = Recipe(epochs=1, batch_size=BATCH, augment="crop,flip")
-    plain, compiled = bench.model("plain"), bench.model("compiled")
-    turns = (
-        per_second(
-            len(data), lambda: bench.engine().fit(plain, data, mean_cross_entropy, recipe, phase="train")
-        ),
-        per_second(
-            len(data),
-            lambda: replace(bench.engine(), compile=True).fit(
-                compiled, data, mean_cross_entropy, recipe, phase="train"
-            ),
-        ),
-    )  # fmt: skip
-    yield compare("train-compiled", turns, "images/s", bench, note="baseline: not compiled")
+    plain, compiled, captured = (bench.model(name) for name in ("plain", "compiled", "captured"))
+    captured.features.compile(mode="reduce-overhead")
+
+    def epoch(model: Classifier, *, by_engine: bool = False) -> Turn:
+        engine = replace(bench.engine(), compile=by_engine)
+        return per_second(len(data), lambda: engine.fit(model, data, mean_cross_entropy, recipe, phase="train"))
+
+    note = "baseline: not compiled"
+    yield compare("train-compiled", (epoch(plain), epoch(compiled, by_engine=True)), "images/s", bench, note=note)
+    if bench.device.type == "cuda":
+        yield compare("train-captured", (epoch(plain), epoch(captured)), "images/s", bench, note=note)
 
 
 def serve(given: Sequence[str]) -> None:
@@ -110,7 +210,7 @@ def serve(given: Sequence[str]) -> None:
         sys.stdout.flush()
 
 
-ROWS: dict[str, Rows] = {"jobs": sharing_rows, "train-compiled": compiled_rows}
+ROWS: dict[str, Rows] = {"jobs": sharing_rows, "stacked": stacked_rows, "train-compiled": compiled_rows}
 
 if __name__ == "__main__":
     serve(sys.argv[1:])

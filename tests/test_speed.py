@@ -17,6 +17,7 @@ import rows_defenses
 import rows_growth
 import rows_networks
 import rows_processes
+import rows_sharing
 import speed
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from torch import nn
 from bdbench.datasets.paths import PathSource
 from bdbench.defenses.base import lowest
 from bdbench.defenses.plain import NoDefense
+from bdbench.poisoning import poison_source
 from bdbench.progress import Silent
 
 SIZES = measuring.Sizes(
@@ -149,6 +151,25 @@ def test_both_sides_compute_the_same_losses(bench: Any) -> None:
     plainly = baseline.losses(plain, rows_networks.one_by_one(bench, data), bench.device)
     # Other memory layouts and batches add in another order.
     torch.testing.assert_close(torch.tensor(plainly), bench.engine().losses(model, data), rtol=1e-4, atol=1e-4)
+
+
+def test_networks_learn_together_what_they_learn_one_after_another(bench: Any) -> None:
+    networks = rows_sharing.Networks(bench, 2, size=4)
+    steps = [(networks.one_after_another(), networks.together()) for _ in range(2)]
+    for apart, together in steps:
+        torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-3)
+    assert steps[0][0][0] != steps[0][0][1]
+    assert (steps[0][0] != steps[1][0]).all()
+
+
+def test_differences_alone_are_fewer_bytes_of_the_same_data_set(tmp_path: Path) -> None:
+    source, attack = rows_data.synthetic_source(20), rows_data.attack_of("badnets")
+    made = poison_source(source, attack, rows_data.lab(), 0.0)
+    rows_data.seal(made, attack, "badnets", tmp_path / "whole")
+    rows_data.seal(made, attack, "badnets", tmp_path / "delta", {"fingerprint": source.fingerprint})
+    names = [{file.name for file in (tmp_path / kind).iterdir()} for kind in ("whole", "delta")]
+    assert names[0] - names[1] == {"train.safetensors", "test.safetensors", "originals.safetensors"}
+    assert names[1] - names[0] == {"delta.safetensors"}
 
 
 def test_a_thousand_runs_make_the_table(tmp_path: Path) -> None:

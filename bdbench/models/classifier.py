@@ -41,7 +41,7 @@ class Classifier(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Map images (B, C, H, W) in [0, 1] to embeddings (B, D) float32, the input of the head."""
-        normalised = (images - self.mean) / self.std
+        normalised = (images - self.mean).div_(self.std)
         return cast("Tensor", self.features(normalised.contiguous(memory_format=torch.channels_last))).float()
 
     def classify(self, embedding: Tensor) -> Tensor:
