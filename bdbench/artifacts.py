@@ -448,6 +448,11 @@ def _verify_dataset(artifact: DatasetArtifact) -> None:
         raise ArtifactError(f"{artifact.path}: triggered.parquet names a test row that does not exist")
 
 
+def arithmetic(made: Mapping[str, Any]) -> str:
+    """Say how a run computed: in which precision, and whether its networks were compiled."""
+    return f"{made['precision']}, compiled" if made.get("compiled") else str(made["precision"])
+
+
 class Stopwatch:
     """Measures how an artifact is made: seconds and peak memory, with versions and hardware."""
 

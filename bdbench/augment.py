@@ -80,14 +80,27 @@ def _crop_and_flip(
         batch = F.pad(batch, (pad_x, pad_x, pad_y, pad_y))
     windows = batch.unfold(2, height, 1).unfold(3, width, 1)
     places = torch.stack([torch.arange(count), pad_y + down, pad_x + right, mirrored])
-    if windows.device.type == "cpu":  # numpy copies whole windows, torch value by value
-        image, top, left, turned = places.numpy()
-        taken = windows.numpy()[image, :, top, left]
-        taken[turned > 0] = taken[turned > 0][..., ::-1]
-        return torch.from_numpy(taken)
-    image, top, left, turned = places.to(windows.device)
-    shown = windows[image, :, top, left]
-    return torch.where(turned.view(-1, 1, 1, 1) > 0, shown.flip(3), shown)
+    return _windows_by_numpy(windows, places) if batch.device.type == "cpu" else _windows(windows, places)
+
+
+def _windows_by_numpy(windows: Tensor, places: Tensor) -> Tensor:
+    """Do what `_windows` does, on a CPU: numpy copies whole windows there, torch value by value."""
+    image, top, left, turned = places.numpy()
+    taken = windows.numpy()[image, :, top, left]
+    taken[turned > 0] = taken[turned > 0][..., ::-1]
+    return torch.from_numpy(taken)
+
+
+def _windows(windows: Tensor, places: Tensor) -> Tensor:
+    """Take windows (B, C, y, x, H, W) at places (4, B): image, top, left, and 1 where it is mirrored."""
+    image, top, left, turned = _drawn_on(windows.device, places)
+    taken = windows[image, :, top, left]
+    return torch.where(turned.view(-1, 1, 1, 1) > 0, taken.flip(3), taken)
+
+
+def _drawn_on(device: torch.device, drawn: Tensor) -> Tensor:
+    """Return on a device what was drawn on the CPU, without waiting for the device."""
+    return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
 
 
 def _reflected(length: int, pad: int, device: torch.device) -> Tensor:
@@ -107,7 +120,7 @@ def _cutout(batch: Tensor, rng: torch.Generator) -> Tensor:
         shape = [count, 1, 1, 1]
         shape[axis] = side
         keep = keep & ~covered.view(shape) if axis == 2 else keep | ~covered.view(shape)
-    return batch * keep.to(batch.device)
+    return batch * _drawn_on(batch.device, keep)
 
 
 def _affine(batch: Tensor, rng: torch.Generator) -> Tensor:
@@ -122,5 +135,5 @@ def _affine(batch: Tensor, rng: torch.Generator) -> Tensor:
     matrix = torch.stack(
         [torch.stack([cos, -sin + shear, uniform(0.2)], 1), torch.stack([sin, cos, uniform(0.2)], 1)], 1
     )
-    grid = F.affine_grid(matrix.to(batch.device), list(batch.shape), align_corners=False)
+    grid = F.affine_grid(_drawn_on(batch.device, matrix), list(batch.shape), align_corners=False)
     return F.grid_sample(batch, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -14,7 +14,7 @@ from typing import Any
 from bdbench import store, worker
 from bdbench.errors import DeviceError, OptionError
 from bdbench.machine import cores
-from bdbench.sweep import HUGE_PAGES, Launch, Order, usual_jobs
+from bdbench.sweep import Launch, Order, environment, usual_jobs
 
 CONNECT_SECONDS = 5.0
 RETRIES = 3
@@ -110,7 +110,7 @@ def make(text: str, name: str, folder: str, place: str, threads: int) -> int:
     with store.sweep_file(Path(folder), "logs", f"{name}.log").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "bdbench.worker"], stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
-            cwd=place, env={**HUGE_PAGES, **os.environ, "OMP_NUM_THREADS": str(threads)},
+            cwd=place, env={**environment(threads), **os.environ, "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
         assert process.stdin is not None
         process.stdin.write(text + "\n")

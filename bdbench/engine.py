@@ -120,6 +120,7 @@ class Engine:
         checkpoint_seconds: the least time between two checkpoints of one phase.
         image_memory: bytes of training images that may lie on the device, more are streamed; None for what is there.
         compile: let torch compile the networks that are trained; where it cannot, say why and go on without.
+        compiled: it did.
         cannot_compile: it could not.
     """
 
@@ -132,6 +133,7 @@ class Engine:
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     image_memory: int | None = None
     compile: bool = False
+    compiled: bool = field(default=False, init=False)
     cannot_compile: bool = field(default=False, init=False)
     _fed: Feed | None = field(default=None, init=False, repr=False)
 
@@ -182,7 +184,8 @@ class Engine:
             OptionError: the images have to be streamed, and `image_memory` cannot hold their batches.
             ArtifactError: the file of the images changed meanwhile.
         """
-        with out_of_memory_advice("--batch-size (or the phase's own), or --image-memory"):
+        advice = out_of_memory_advice("--batch-size (or the phase's own), or --image-memory")
+        with advice, _stance("force_eager", self.compile):  # but for the steps of a phase that trains a network
             model.to(self.device).to(memory_format=torch.channels_last)
             run = _Phase(
                 self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}), lr_flag
@@ -222,8 +225,11 @@ class Engine:
                 self.progress.note(f"{what}: from the cache ({key[:16]})")
                 self.history.extend(point.rows)
                 return
-            before = len(self.history)
+            before, could_compile = len(self.history), not self.cannot_compile
             train()
+            if self.cannot_compile and could_compile:
+                self.progress.note(f"{what}: not kept for other runs (not compiled)")
+                return
             try:
                 done = checkpoints.Point(0, stopped=True, rows=self.history[before:])
                 checkpoints.save(folder, key, done, objects)
@@ -271,9 +277,9 @@ class Engine:
         with out_of_memory_advice("the load of the device, or use --device cpu"):
             model.to(self.device).to(memory_format=torch.channels_last).eval()
             # compiling for a pass over the images does not pay
-            with torch.inference_mode(), _eager(self.compile), self.autocast():
+            with torch.inference_mode(), _stance("force_eager", self.compile), self.autocast():
                 for index, chunk in enumerate(images.split(size)):
-                    found = function(chunk.to(self.device).float().div_(255))
+                    found = function(chunk.to(self.device, torch.float32, copy=True).div_(255))
                     if not index:  # one piece of memory: small ones between a batch's large ones would scatter them
                         answers = found.new_empty((len(images), *found.shape[1:]))
                     answers[index * size :][: len(found)] = found
@@ -314,9 +320,10 @@ class _Phase(Generic[Module]):
         self.state: dict[str, Stateful] = {"model": model, "optimizer": self.optimizer, **companions}
         networks = [part for part in model.modules() if isinstance(part, Classifier)]
         self.compiled = engine.compile and not engine.cannot_compile and bool(networks)
+        self.compiled_sizes: set[int] = set()
         if self.compiled:
             for network in networks:
-                network.features.compile()
+                network.features.compile(dynamic=False)  # else an interrupted run would not end with the same bits
         self.step = 0
         self.stopped = False
         self.is_saved = False
@@ -394,23 +401,35 @@ class _Phase(Generic[Module]):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        try:
-            loss = self._descend(batch)
-        except RuntimeError as error:
-            if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            self.engine.progress.note(f"not compiled: {str(error).strip().splitlines()[0]}")
-            self.compiled, self.engine.cannot_compile = False, True
-            loss = self._descend(batch)
+        loss = self._descend_compiled(batch) if self.compiled else self._descend(batch)
         self.optimizer.step()
         return loss
 
     def _descend(self, batch: Batch) -> Tensor:
         """Compute the gradients and return the loss, detached."""
-        with _eager(self.engine.cannot_compile), self.engine.autocast():
+        with self.engine.autocast():
             loss = self.loss(self.model, batch)
         loss.backward()
         return loss.detach().float()
+
+    def _descend_compiled(self, batch: Batch) -> Tensor:
+        """Do the same with compiled networks; where torch cannot, say why and do as if it had not been tried."""
+        size = len(batch.rows)
+        before = None if size in self.compiled_sizes else _Moment(self.model)
+        try:
+            with _stance("default", self.engine.compile):
+                loss = self._descend(batch)
+        except RuntimeError as error:
+            if before is None or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            self.engine.progress.note(f"not compiled: {str(error).strip().splitlines()[0]}")
+            self.compiled, self.engine.cannot_compile = False, True
+            before.restore()
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._descend(batch)
+        self.compiled_sizes.add(size)
+        self.engine.compiled = True
+        return loss
 
     def _has_finite_weights(self) -> bool:
         """Say whether the last step of an epoch left numbers: its loss was taken before it."""
@@ -439,9 +458,25 @@ class _Phase(Generic[Module]):
             self.is_saved = True
 
 
-def _eager(wanted: bool) -> AbstractContextManager[object]:
-    """Run what was compiled as it was written, if wanted."""
-    return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
+class _Moment:
+    """What a step changes before it takes its gradients: global randomness and a module's buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        self.buffers = [buffer.clone() for buffer in model.buffers()]
+
+    def restore(self) -> None:
+        """Put it back."""
+        torch.set_rng_state(self.random[0])
+        torch.cuda.set_rng_state_all(self.random[1])
+        for buffer, before in zip(self.model.buffers(), self.buffers, strict=True):
+            buffer.copy_(before)
+
+
+def _stance(stance: Literal["default", "force_eager"], wanted: bool) -> AbstractContextManager[object]:
+    """Run what was compiled so, or as it was written, if wanted."""
+    return torch.compiler.set_stance(stance) if wanted else nullcontext()
 
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch's only common base

@@ -269,7 +269,7 @@ def defend(
         usual_settings = _settings(usual_recipe, usual)
         draft.facts["changed"] = [name for name, value in settings.items() if value != usual_settings[name]]
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
-        draft.made["compiled"] = engine.compile and not engine.cannot_compile
+        draft.made["compiled"] = engine.compiled
     return ModelArtifact.open(out)
 
 

@@ -291,18 +291,21 @@ class LocalJob:
             self.process.wait()
 
 
+def environment(threads: int) -> dict[str, str]:
+    """Return what a worker is started with that computes, and compiles, with so many threads."""
+    return {**HUGE_PAGES, "OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+
+
 def local(folder: Path, jobs: int, gpus: int) -> Launch:
     """Return what starts a cell here: cores are shared among the jobs, a GPU belongs to one of them."""
     threads = max(1, cores() // jobs)
 
     def launch(order: Order, job: int) -> LocalJob:
-        own = {"OMP_NUM_THREADS": str(threads)} if "OMP_NUM_THREADS" not in os.environ else {}
-        if gpus:
-            own["CUDA_VISIBLE_DEVICES"] = _visible(job % gpus)
+        own = {"CUDA_VISIBLE_DEVICES": _visible(job % gpus)} if gpus else {}
         with store.sweep_file(folder, "logs", f"{order.name}.log").open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "bdbench.worker"], stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
-                env={**HUGE_PAGES, **os.environ, **own}, start_new_session=True,
+                env={**environment(threads), **os.environ, **own}, start_new_session=True,
             )  # fmt: skip
         assert process.stdin is not None
         process.stdin.write(order.text + "\n")

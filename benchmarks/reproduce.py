@@ -267,6 +267,7 @@ class Settings(NamedTuple):
     source: Mapping[str, Any]
     device: str = "auto"
     precision: Precision = "auto"
+    compile: bool = False
 
 
 def run(cell: Cell, settings: Settings) -> dict[str, Any]:
@@ -287,17 +288,18 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
 
 def trained(cell: Cell, data: DatasetArtifact, settings: Settings) -> ModelArtifact:
     """Train or reuse the model of a cell."""
-    runs, device, precision = settings.runs, settings.device, cell.precision or settings.precision
-    suspect = None
+    runs, suspect = settings.runs, None
+    computing: dict[str, Any] = {
+        "device": settings.device, "precision": cell.precision or settings.precision, "compile": settings.compile,
+    }  # fmt: skip
     if DEFENSES.load(cell.method).needs_suspect:
         undefended = cell._replace(method="none", variant="", options=NO_OPTIONS)
         suspect = stages.defend(
-            data.path, "none", model=cell.model, preset=cell.preset, out=runs / undefended.name, device=device,
-            precision=precision,
+            data.path, "none", model=cell.model, preset=cell.preset, out=runs / undefended.name, **computing,
         ).path  # fmt: skip
     return stages.defend(
         data.path, cell.method, model=cell.model, preset=cell.preset, options=cell.options, suspect=suspect,
-        out=runs / cell.name, device=device, precision=precision,
+        out=runs / cell.name, **computing,
     )  # fmt: skip
 
 
@@ -322,12 +324,16 @@ def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[
     return list(({key(row): row for row in old} | {key(row): row for row in marked}).values())
 
 
+def command(suite: str, row: Mapping[str, Any]) -> dict[str, str]:
+    """Return what makes a row again."""
+    return {"command": f"python benchmarks/reproduce.py {suite}{' --compile' * row['made'].get('compiled', False)}"}
+
+
 def keep(suite: str, new: Sequence[dict[str, Any]], failures: Mapping[str, str], results: Path) -> None:
     """Write the rows as CSV, every single run, and as Markdown, one line for all seeds, in the order of the suite."""
     results.mkdir(parents=True, exist_ok=True)
     table, text = results / f"{suite}.csv", results / f"{suite}.md"
-    command = {"command": f"python benchmarks/reproduce.py {suite}"}
-    made = [{name: item for name, item in row.items() if name != "path"} | command for row in new]
+    made = [{name: item for name, item in row.items() if name != "path"} | command(suite, row) for row in new]
     cells = suites()[suite]
     rows = sorted(
         merge(read_rows(table), made),
@@ -414,6 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto")
+    parser.add_argument("--compile", action="store_true", help="let torch compile the networks that are trained")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long, within a cell too")
     parser.add_argument("--only", action="append", default=[], metavar="SUBSTRING", help="cells whose name has it")
     parser.add_argument("--missing", action="store_true", help="only cells that have no row in the results yet")
@@ -437,7 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{state(cell, given.runs):<12} {'row' if has_row[cell.name] else '-':<4} {cell.name}")
         return 0
     source = {"data_root": given.data_root} if given.data_root else {}
-    settings = Settings(given.runs, source, given.device, given.precision)
+    settings = Settings(given.runs, source, given.device, given.precision, given.compile)
     return run_all(suite, cells, settings, given.results, given.seconds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -152,6 +153,7 @@ def plain_poisoning(attack: Attack, name: str, source: SourceData) -> Turn:
 
     def turn() -> float:
         with tempfile.TemporaryDirectory() as folder:
+            settle()
             begun = time.perf_counter()
             eligible = [row for row, label in enumerate(labels) if attack.labels != "clean" or label == attack.target]
             order = np.random.default_rng(SEED).permutation(eligible).tolist()
@@ -171,12 +173,18 @@ def poisoning(attack: Attack, name: str, source: SourceData, *, differences: boo
 
     def turn() -> float:
         with tempfile.TemporaryDirectory() as folder:
+            settle()
             begun = time.perf_counter()
             seal(poison_source(source, attack, lab(), 0.0), attack, name, Path(folder) / "data", origin)
             seconds = time.perf_counter() - begun
         return len(source.train) / seconds
 
     return turn
+
+
+def settle() -> None:
+    """Have the disk write what others left to it: a turn that flushes what it wrote would wait for that too."""
+    getattr(os, "sync", lambda: None)()
 
 
 def seal(
@@ -223,12 +231,19 @@ def artifact_rows(bench: Bench) -> Iterator[Row]:
         path, tree, saved = (Path(folder) / name for name in ("data", "png", "data.pt"))
         tensors = {f"{row}": (split.images, split.labels) for row, split in enumerate(splits)}
 
-        def write() -> None:
-            shutil.rmtree(path, ignore_errors=True)
-            seal(poisoned, attack, "badnets", path)
+        def settled(work: Callable[[], object]) -> Turn:
+            def turn() -> float:
+                shutil.rmtree(path, ignore_errors=True)
+                settle()
+                return seconds_of(work)()
+
+            return turn
 
         moved = bench.copying(2 * sum(split.images.nbytes for split in splits))
-        turns = seconds_of(lambda: torch.save(tensors, saved)), seconds_of(write)
+        turns = (
+            settled(lambda: torch.save(tensors, saved)),
+            settled(lambda: seal(poisoned, attack, "badnets", path)),
+        )
         note = f"{len(poisoned.visible):,} images; baseline: torch.save, neither hashed nor flushed"
         yield compare("artifact-write", turns, "s", bench, limit=moved, note=note)
 

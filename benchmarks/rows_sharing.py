@@ -32,18 +32,19 @@ from measuring import (
 from torch import Tensor, nn
 
 from bdbench.devices import resolve_device
-from bdbench.engine import Recipe, mean_cross_entropy
+from bdbench.engine import Engine, Recipe, mean_cross_entropy
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator
 
-GPU_JOBS = (2, 4, 8)
-State = dict[str, Tensor]
+SEVERAL = (2, 4, 8)
+"""Trainings at once on a GPU."""
+Named = dict[str, Tensor]
 
 
 def sharing_rows(bench: Bench) -> Iterator[Row]:
     """Trainings of WRN-16-1 in processes of their own, all at once, beside one with all threads."""
     cores = os.cpu_count() or 1
-    numbers = GPU_JOBS if bench.device.type == "cuda" else tuple(sorted({2, cores} - {1}))
+    numbers = SEVERAL if bench.device.type == "cuda" else tuple(sorted({2, cores} - {1}))
     for jobs in numbers:
         alone, shared = Jobs(bench, 1, cores), Jobs(bench, jobs, max(1, cores // jobs))
         try:
@@ -95,8 +96,8 @@ def answer(process: subprocess.Popen[str]) -> None:
 class Networks:
     """Several WRN-16-1 of different first weights, each with batches of its own, that learn at the same time.
 
-    Their parameters are stacked and one step trains all: what a GPU that waits for launches may do faster than one
-    network after the other.
+    Either one after another, in the memory layout of bdbench's engine, or with stacked parameters, so that one step
+    trains all: what a GPU that waits for launches may do faster. Stacked parameters allow no layout but torch's own.
     """
 
     def __init__(self, bench: Bench, number: int, size: int = BATCH) -> None:
@@ -106,17 +107,19 @@ class Networks:
         self.images = torch.randn(number, size, *SHAPE, generator=rng).to(bench.device)
         self.labels = torch.randint(CLASSES, (number, size), generator=rng).to(bench.device)
         weights, self.statistics = torch.func.stack_module_state(list(self.apart))
-        self.weights: State = {name: nn.Parameter(weight) for name, weight in weights.items()}
-        self.shape = copy.deepcopy(self.apart[0])
-        self.optimizers = [Recipe().optimizer(network) for network in self.apart]
+        self.weights: Named = {name: nn.Parameter(weight) for name, weight in weights.items()}
+        self.pattern = copy.deepcopy(self.apart[0])
         self.optimizer = Recipe().optimizer(nn.ParameterList(self.weights.values()))
+        self.batches = []
+        for network, images, labels in zip(self.apart, self.images, self.labels, strict=True):
+            network.to(memory_format=torch.channels_last)
+            laid_out = images.contiguous(memory_format=torch.channels_last)
+            self.batches.append((network, Recipe().optimizer(network), laid_out, labels))
 
     def one_after_another(self) -> Tensor:
         """Take a step with each; return the losses (number,)."""
         losses = []
-        for network, optimizer, images, labels in zip(
-            self.apart, self.optimizers, self.images, self.labels, strict=True
-        ):
+        for network, optimizer, images, labels in self.batches:
             optimizer.zero_grad(set_to_none=True)
             with self.bench.engine().autocast():
                 loss = F.cross_entropy(network(images), labels)
@@ -134,25 +137,27 @@ class Networks:
         self.optimizer.step()
         return losses.detach()
 
-    def _loss(self, weights: State, statistics: State, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(self.shape, (weights, statistics), (images,)), labels)
+    def _loss(self, weights: Named, statistics: Named, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(self.pattern, (weights, statistics), (images,)), labels)
 
 
 class Bare(nn.Module):
-    """A classifier for normalised images, which leaves their layout alone: stacked parameters allow no other."""
+    """A classifier for normalised images, which leaves their layout alone."""
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
         self.features, self.head = model.features, model.head
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, C, H, W) to logits (B, K)."""
-        return cast("Tensor", self.head(self.features(images).float()))
+        """Map images (B, C, H, W) to logits (B, K) float32."""
+        embedding = self.features(images).float()
+        with torch.autocast(embedding.device.type, enabled=False):
+            return cast("Tensor", self.head(embedding))
 
 
 def stacked_rows(bench: Bench) -> Iterator[Row]:
     """Training steps of several networks in one process: with stacked parameters, beside one after another."""
-    for number in GPU_JOBS if bench.device.type == "cuda" else (2,):
+    for number in SEVERAL if bench.device.type == "cuda" else (2,):
         networks, steps = Networks(bench, number), max(1, bench.sizes.train // (number * BATCH))
         turns = (
             per_second(steps * number * BATCH, partial(repeat, networks.one_after_another, steps, bench)),
@@ -172,21 +177,24 @@ def repeat(step: Callable[[], object], times: int, bench: Bench) -> None:
 def compiled_rows(bench: Bench) -> Iterator[Row]:
     """An epoch of WRN-16-1, compiled by torch, beside one that is not; compiling itself is not counted.
 
-    On a GPU also with steps that are captured and replayed, which bdbench does not offer yet.
+    On a GPU also compiled so that its kernels are captured and replayed, which bdbench does not offer yet.
     """
     data = first(bench.train, bench.sizes.train)
     recipe = Recipe(epochs=1, batch_size=BATCH, augment="crop,flip")
-    plain, compiled, captured = (bench.model(name) for name in ("plain", "compiled", "captured"))
-    captured.features.compile(mode="reduce-overhead")
+    engine = replace(bench.engine(), compile=True)
 
-    def epoch(model: Classifier, *, by_engine: bool = False) -> Turn:
-        engine = replace(bench.engine(), compile=by_engine)
-        return per_second(len(data), lambda: engine.fit(model, data, mean_cross_entropy, recipe, phase="train"))
+    def epoch(model: Classifier, by: Engine) -> Turn:
+        return per_second(len(data), lambda: by.fit(model, data, mean_cross_entropy, recipe, phase="train"))
 
-    note = "baseline: not compiled"
-    yield compare("train-compiled", (epoch(plain), epoch(compiled, by_engine=True)), "images/s", bench, note=note)
+    compiled = epoch(bench.model("compiled"), engine)
+    row = compare("train-compiled", (epoch(bench.model("plain"), bench.engine()), compiled), "images/s", bench)
+    yield row._replace(note="torch could not compile it" if engine.cannot_compile else "baseline: not compiled")
     if bench.device.type == "cuda":
-        yield compare("train-captured", (epoch(plain), epoch(captured)), "images/s", bench, note=note)
+        captured = bench.model("captured")
+        captured.features.compile(mode="reduce-overhead", dynamic=False)
+        row = compare("train-captured", (compiled, epoch(captured, bench.engine())), "images/s", bench)
+        skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]  # noqa: SLF001 - torch says it nowhere else
+        yield row._replace(note=f"baseline: compiled alone; {skipped} graphs that could not be captured")
 
 
 def serve(given: Sequence[str]) -> None:

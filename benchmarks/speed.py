@@ -102,9 +102,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    """Measure, print, and write."""
-    arguments = parse_arguments()
+def main(given: Sequence[str] | None = None) -> int:
+    """Measure, print and write; return the exit code, 1 if a group of rows failed."""
+    arguments = parse_arguments(given)
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: meant
     begun = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 300)
@@ -116,14 +116,21 @@ def main() -> None:
     precision = f"{'bf16' if bf16 else 'fp32'} ({arguments.precision})"
     facts = machine_facts(bench.device, precision, bench.ceilings)
     rows: list[Row] = []
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, cache_in(Path(folder)):
         for name in dict.fromkeys(arguments.only or GROUPS):
-            with console.status(name):
-                rows += GROUPS[name](bench)
+            try:
+                with console.status(name):
+                    rows += GROUPS[name](bench)
+            except RuntimeError as error:  # torch's; the other groups go on
+                failed[name] = str(error).strip().splitlines()[0]
             if arguments.json:
                 arguments.json.write_text(as_json(rows), encoding="utf-8")
     show(console, facts, rows, time.perf_counter() - begun)
+    for name, message in failed.items():
+        console.print(f"failed: {name}: {message}", highlight=False, markup=False)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdbench import augment
 from bdbench.augment import OPERATIONS, augmented, parse_augment
 from bdbench.errors import OptionError
 from bdbench.seeds import generator
@@ -98,6 +99,38 @@ def test_crop_and_flip_together_are_windows_of_the_image_or_its_mirror() -> None
     known = set(windows(image[0], 1)) | set(windows(image[0].flip(2), 1))
     found = {crop.numpy().tobytes() for crop in batch_of(image, "crop", "flip", count=600)}
     assert found == known
+
+
+@pytest.mark.parametrize(
+    "operations", [("crop",), ("crop-reflect",), ("flip",), ("crop", "flip"), ("crop-reflect", "flip")]
+)
+@pytest.mark.parametrize("shape", [(9, 3, 8, 8), (7, 1, 17, 24)])
+def test_crop_and_flip_image_by_image(operations: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    """The same numbers are drawn, in the same order: results of before stay as they were."""
+    images = torch.randint(256, shape, generator=generator(1, "images"), dtype=torch.uint8)
+    count, _, height, width = shape
+    rng, one = generator(2, "draw"), (count, 1)
+    mirrored = torch.rand(one, generator=rng) < 0.5 if "flip" in operations else torch.zeros(one, dtype=torch.bool)
+    y, x = (round(side / 8) if operations[0] != "flip" else 0 for side in (height, width))
+    down, right = (torch.randint(-pad, pad + 1, one, generator=rng) if y else torch.zeros(one).long() for pad in (y, x))
+    expected = []
+    for image, turned, shift_y, shift_x in zip(images, mirrored, down, right, strict=True):
+        mode = "reflect" if "crop-reflect" in operations else "constant"
+        padded = F.pad(image[None].float(), (x, x, y, y), mode)[0]
+        top, left = y + int(shift_y), x + int(shift_x)
+        seen = padded[:, top : top + height, left : left + width]
+        expected.append(seen.flip(2) if turned else seen)
+    assert torch.equal(augmented(images, operations, generator(2, "draw")), torch.stack(expected) / 255)
+
+
+def test_a_gpu_takes_the_windows_that_a_cpu_takes() -> None:
+    images = torch.randint(256, (9, 3, 10, 12), generator=generator(1, "images"), dtype=torch.uint8)
+    rng = generator(2, "draw")
+    places = torch.stack(
+        [torch.arange(9), *(torch.randint(length, (9,), generator=rng) for length in (3, 5)), torch.arange(9) % 2]
+    )
+    seen = images.unfold(2, 8, 1).unfold(3, 8, 1)
+    assert torch.equal(augment._windows(seen, places), augment._windows_by_numpy(seen, places))
 
 
 def test_channels_move_together() -> None:

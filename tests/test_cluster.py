@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from test_sweep import UNDEFENDED, numbers, tiny_folder
@@ -63,6 +64,20 @@ def test_cells_on_this_machine_share_its_cores_and_what_ray_says_is_in_their_log
         assert "the node is gone" in (tmp_path / "cell.log").read_text()
     finally:
         connected.leave()
+
+
+@pytest.mark.parametrize(("use_gpus", "jobs", "asked"), [(True, 4, 1.0), (False, 8, 0.0)])
+def test_cells_on_the_cpu_leave_the_gpus_of_a_cluster_to_others(
+    monkeypatch: pytest.MonkeyPatch, use_gpus: bool, jobs: int, asked: float
+) -> None:
+    ray = MagicMock()
+    ray.cluster_resources.return_value = {"GPU": 4.0, "CPU": 8.0}
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(cluster, "_knock", lambda _: None)
+    connected = cluster.connect("head:6379", None, use_gpus=use_gpus)
+    assert connected.jobs == jobs
+    connected.launch(Path())
+    assert ray.remote.return_value.options.call_args.kwargs["num_gpus"] == asked
 
 
 def test_a_sweep_survives_the_death_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

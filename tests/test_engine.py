@@ -647,52 +647,104 @@ def test_engines_do_not_share_their_history() -> None:
 
 
 def compiled_run(
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception | None,
     holding: Callable[[Classifier], nn.Module] = lambda model: model,
     loss: Callable[[Any, Batch], Tensor] = mean_cross_entropy,
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Train with a compiler that fails or does nothing; return the weights and what was noted."""
+    **settings: Any,
+) -> tuple[dict[str, Tensor], list[str], Engine]:
+    """Train two epochs, compiled unless told otherwise; return the weights, what was noted, and the engine."""
     notes: list[str] = []
-    active = toy_compiler(monkeypatch, error)
-    engine = toy_engine(compile=True)
+    engine = toy_engine(**{"compile": True} | settings)
     engine.progress.note = notes.append  # type: ignore[method-assign]
     data = toy_data(40)
     model = engine.fit(holding(toy_model(data)), data, loss, toy_recipe(), phase="train")
-    assert active == []  # nothing is left behind for other code of the process
-    return weights_of(model), notes
+    return weights_of(model), notes, engine
 
 
-def test_what_cannot_be_compiled_is_trained_without_and_the_reason_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, notes = compiled_run(monkeypatch, cannot_compile())
+def noisy_sum(model: Classifier, batch: Batch) -> Tensor:
+    """A loss that draws numbers and calls the network twice."""
+    noisy = batch.images + 0.1 * torch.randn_like(batch.images)
+    return F.cross_entropy(model(noisy) + model(batch.images), batch.labels)
+
+
+@pytest.mark.parametrize("good", [0, 1, 4, 5])  # two calls a step: in the first one, and where the last batch is short
+def test_what_cannot_be_compiled_is_trained_as_if_nobody_had_tried(monkeypatch: pytest.MonkeyPatch, good: int) -> None:
+    plain, _, _ = compiled_run(loss=noisy_sum, compile=False)
+    compiler = toy_compiler(monkeypatch, cannot_compile(), good)
+    weights, notes, engine = compiled_run(loss=noisy_sum)
     assert notes == ["not compiled: no C++ compiler"]
-    data = toy_data(40)
-    plain = toy_engine().fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), phase="train")
-    assert are_equal(weights, weights_of(plain))
+    assert are_equal(weights, plain)
+    assert compiler.stances == []  # nothing is left behind for other code of the process
+    assert (engine.compiled, engine.cannot_compile) == (good > 1, True)
 
 
 def test_other_errors_of_a_compiled_step_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_compiler(monkeypatch, RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes"):
-        compiled_run(monkeypatch, RuntimeError("shapes do not fit"))
+        compiled_run()
 
 
 def test_what_can_be_compiled_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiled_run(monkeypatch, None)[1] == []
+    compiler = toy_compiler(monkeypatch)
+    _, notes, engine = compiled_run()
+    assert (notes, engine.compiled) == ([], True)
+    assert compiler.calls == 2 * 3  # a network, three steps an epoch
+    data = toy_data(40)
+    engine.losses(toy_model(data), data)
+    assert compiler.calls == 2 * 3
 
 
 def test_a_network_inside_of_what_is_trained_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_head = compiled_run(
-        monkeypatch,
-        cannot_compile(),
+    compiler = toy_compiler(monkeypatch)
+    compiled_run(
         lambda model: nn.ModuleDict({"network": model, "projection": nn.Linear(model.head.out_features, 2)}),
         lambda both, batch: both["projection"](both["network"](batch.images)).square().mean(),
     )
-    assert with_head[1] == ["not compiled: no C++ compiler"]
+    assert compiler.calls > 0
 
 
-def test_what_holds_no_network_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = compiled_run(
-        monkeypatch, cannot_compile(), lambda model: model.head,
-        lambda head, batch: head(batch.images.mean((1, 2, 3))[:, None].expand(-1, head.in_features)).square().mean(),
-    )  # fmt: skip
-    assert alone[1] == []
+def test_a_phase_that_trains_no_network_runs_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was compiled before: else a run that found an earlier phase done would end with other bits."""
+    compiler = toy_compiler(monkeypatch)
+    data, engine = toy_data(40), toy_engine(compile=True)
+    model = engine.fit(toy_model(data), data, mean_cross_entropy, toy_recipe(), phase="train")
+    calls = compiler.calls
+
+    def loss(head: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            embedding = model.embed(batch.images)
+        return F.cross_entropy(head(embedding), batch.labels)
+
+    def asks(_: object) -> None:
+        model(torch.zeros(2, 3, 8, 8))
+
+    engine.fit(model.head, data, loss, toy_recipe(), phase="head", before_epoch=asks)
+    assert calls == compiler.calls
+
+
+def test_what_is_asked_between_epochs_runs_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = toy_compiler(monkeypatch)
+    data = toy_data(40)
+    model = toy_model(data)
+
+    def asks(_: object) -> None:
+        model(torch.zeros(2, 3, 8, 8))
+
+    toy_engine(compile=True).fit(model, data, mean_cross_entropy, toy_recipe(), phase="train", before_epoch=asks)
+    assert compiler.calls == 2 * 3
+
+
+def test_what_was_not_compiled_is_not_kept_as_if_it_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    toy_compiler(monkeypatch, cannot_compile())
+    notes: list[str] = []
+    data, engine = toy_data(40), toy_engine(compile=True)
+    engine.progress.note = notes.append  # type: ignore[method-assign]
+    model = toy_model(data)
+
+    def train() -> None:
+        engine.fit(model, data, mean_cross_entropy, toy_recipe(), phase="train")
+
+    engine.reuse_or_train(tmp_path, "key", {"model": model}, "features", train)
+    assert notes[-1] == "features: not kept for other runs (not compiled)"
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+    engine.reuse_or_train(tmp_path, "key", {"model": model}, "features", lambda: None)  # known from the start
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import test_tables
-from toys import toy_file
+from toys import toy_compiler, toy_file
 
 from bdbench import stages, tables
 from bdbench.artifacts import DatasetArtifact, plain
@@ -184,11 +184,16 @@ def test_the_commands_of_a_run_make_the_same_artifacts(
     runs = tmp_path / "runs"
     shutil.copytree(digits.path, runs / "digits")
     options = {"epochs": 1, "batch_size": 256, "nesterov": False, "milestones": (0.1, 0.5)}
-    stages.evaluate(stages.defend(runs / "digits", "none", preset="fast", options=options, seed=7).path)
+    toy_compiler(monkeypatch)
+    told: dict[str, Any] = {"preset": "fast", "options": options, "seed": 7, "compile": True}
+    stages.evaluate(stages.defend(runs / "digits", "none", **told).path)
     rows = tables.read_rows([runs])
     found = describe_runs(rows, Shelf.of([runs]))[0]
     lines = [shlex.split(line) for line in found["commands"]]
     assert [line[:2] for line in lines] == [["bdbench", "poison"], ["bdbench", "train"], ["bdbench", "evaluate"]]
+    assert "--compile" in lines[1]
+    assert "--compile" not in lines[2]
+    assert ", compiled, " in found["facts"]["device"]
     assert lines[0][2:] == ["--dataset", "digits", "--attack", "badnets", "--trusted", "0.05", "--out", "again/digits"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -247,7 +247,7 @@ def test_a_method_that_mends_gets_the_undefended_model_of_its_cell(
     calls = []
 
     def defend(data: Path, method: str, **given: Any) -> SimpleNamespace:
-        calls.append((method, given["out"].name, given.get("suspect"), given["preset"]))
+        calls.append((method, given["out"].name, given.get("suspect"), given["preset"], given["compile"]))
         return SimpleNamespace(path=given["out"], manifest=SimpleNamespace(made={"seconds": 30.0}))
 
     monkeypatch.setattr(DEFENSES, "load", lambda name: SimpleNamespace(needs_suspect=name == "mcldef"))
@@ -256,13 +256,21 @@ def test_a_method_that_mends_gets_the_undefended_model_of_its_cell(
     monkeypatch.setattr(stages, "evaluate", lambda *_, **__: None)
     monkeypatch.setattr(tables, "evaluation_row", lambda _: {})
     cell = next(cell for cell in SUITES["ablation"] if cell.variant == "given-target")
-    found = reproduce.run(cell, reproduce.Settings(tmp_path, {}))
+    found = reproduce.run(cell, reproduce.Settings(tmp_path, {}, compile=True))
     assert calls == [
-        ("none", "cifar10-badnets-s0-none", None, "fast"),
-        ("mcldef", "cifar10-badnets-s0-mcldef-given-target", tmp_path / "cifar10-badnets-s0-none", "fast"),
+        ("none", "cifar10-badnets-s0-none", None, "fast", True),
+        ("mcldef", "cifar10-badnets-s0-mcldef-given-target", tmp_path / "cifar10-badnets-s0-none", "fast", True),
     ]
     assert found["made"] == {"seconds": 30.0}
     assert found["variant"] == "given-target"
+
+
+def test_the_command_of_a_row_compiles_where_the_row_did(tmp_path: Path) -> None:
+    one, other = SUITES["precision"][:2]
+    rows = [row_of(one), row_of(other) | {"made": {**row_of(other)["made"], "compiled": True}}]
+    reproduce.keep("precision", rows, {}, tmp_path)
+    found = [row["command"].partition("precision")[2] for row in compare.read_rows(tmp_path / "precision.csv")]
+    assert found == ["", " --compile"]
 
 
 def test_a_cell_that_fails_is_named_and_the_others_run(

@@ -209,3 +209,17 @@ def test_wrong_arguments_end_at_once_with_a_message(
         speed.parse_arguments(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_group_that_fails_is_named_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(_: Any) -> Any:
+        raise RuntimeError("no [such] kernel\nand more")
+
+    good = measuring.summarise("row", None, [1.0], "s")
+    monkeypatch.setattr(speed, "GROUPS", {"broken": broken, "good": lambda _: iter([good])})
+    monkeypatch.setattr(measuring, "measure_ceilings", lambda *_, **__: limits.Ceilings(1e9, None, 1e9))
+    assert speed.main(["--json", str(tmp_path / "rows.json")]) == 1
+    assert "failed: broken: no [such] kernel\n" in capsys.readouterr().out
+    assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["row"]

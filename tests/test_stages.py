@@ -966,7 +966,7 @@ def test_a_model_says_whether_it_was_compiled(
 ) -> None:
     told = {"preset": "tiny", "options": {"epochs": 1}, **CPU}
     plain = stages.defend(toys.path, "none", out=tmp_path / "plain", **told)
-    toy_compiler(monkeypatch, None)
+    toy_compiler(monkeypatch)
     compiled = stages.defend(toys.path, "none", out=tmp_path / "compiled", compile=True, **told)
     toy_compiler(monkeypatch, cannot_compile())
     refused = stages.defend(toys.path, "none", out=tmp_path / "refused", compile=True, **told)

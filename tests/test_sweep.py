@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from bdbench import artifacts, stages, store, sweep, tables, worker
+from bdbench import artifacts, cluster, stages, store, sweep, tables, worker
 from bdbench.cli import app, console
 from bdbench.cli import sweep as commands
 from bdbench.cli.sweep import view, watch
@@ -714,6 +714,38 @@ def test_a_sweep_on_the_cpu_has_a_job_a_core_whatever_gpus_there_are(
     assert "left with 5 at once" in ran([*words, "cuda"], capsys)[2]
     code, _, said = ran([*words, "cuda:1"], capsys)
     assert (code, "CUDA_VISIBLE_DEVICES=1 bdbench sweep ... --device cuda" in said) == (1, True)
+
+
+@pytest.mark.parametrize(("device", "use_gpus"), [("auto", True), ("cuda", True), ("cpu", False)])
+def test_ray_is_told_whether_gpus_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str, use_gpus: bool
+) -> None:
+    connect = Mock(side_effect=OptionError("seen"))
+    monkeypatch.setattr(cluster, "connect", connect)
+    monkeypatch.setattr(sweep, "check", lambda _: sweep.Checked(("mcldef",), 0, {}))
+    grid_of(tmp_path)
+    words = ["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--engine", "ray"]
+    ran([*words, "--device", device], capsys)
+    connect.assert_called_once_with(None, None, use_gpus=use_gpus)
+
+
+def test_a_worker_starts_with_its_share_of_the_cores_and_its_gpu_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = Mock()
+    monkeypatch.setattr(sweep.subprocess, "Popen", started)
+    monkeypatch.setattr(sweep, "cores", lambda: 12)
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "GLIBC_TUNABLES", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    sweep.local(tmp_path, 3, 2)(Order("cell", (), "{}"), 2)
+    given = started.call_args.kwargs["env"]
+    assert [given[name] for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")] == ["4", "4"]
+    assert (given["CUDA_VISIBLE_DEVICES"], given["GLIBC_TUNABLES"]) == ("0", "glibc.malloc.hugetlb=1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sweep.local(tmp_path, 3, 0)(Order("cell", (), "{}"), 2)
+    given = started.call_args.kwargs["env"]
+    assert given["OMP_NUM_THREADS"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in given
 
 
 def test_the_flags_of_training_reach_the_order(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,24 +218,44 @@ def cannot_compile() -> RuntimeError:
     return kind("no C++ compiler\nand more")
 
 
-def toy_compiler(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> list[str]:
-    """Put one that raises an error, or does nothing, in the place of torch's; return the stances that are taken."""
-    stances: list[str] = []
+@dataclass
+class ToyCompiler:
+    """In the place of torch's: counts what runs compiled, and raises an error, if one is given, after some of it.
 
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    Attributes:
+        error: what it raises where it cannot compile.
+        good: calls before it cannot.
+        calls: how often something ran compiled.
+        stances: those that are taken.
+    """
+
+    error: Exception | None = None
+    good: int = 0
+    calls: int = 0
+    stances: list[str] = field(default_factory=list)
+
+    def compiled(self, function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            if error is not None and not stances:
-                raise error
+            if self.stances[-1:] != ["force_eager"]:
+                if self.error is not None and self.calls == self.good:
+                    raise self.error
+                self.calls += 1
             return function(*args)
 
         return run
 
     @contextmanager
-    def set_stance(stance: str) -> Iterator[None]:
-        stances.append(stance)
-        yield
-        stances.pop()
+    def set_stance(self, stance: str) -> Iterator[None]:
+        self.stances.append(stance)
+        try:
+            yield
+        finally:
+            self.stances.pop()
 
-    monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
-    return stances
+
+def toy_compiler(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None, good: int = 0) -> ToyCompiler:
+    """Put a compiler that raises an error, or does nothing, in the place of torch's."""
+    compiler = ToyCompiler(error, good)
+    monkeypatch.setattr(torch, "compile", compiler.compiled)
+    monkeypatch.setattr(torch.compiler, "set_stance", compiler.set_stance)
+    return compiler

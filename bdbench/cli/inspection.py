@@ -77,6 +77,8 @@ def _say_manifest(found: Artifact) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from bdbench.artifacts import arithmetic
+
     asked, made = found.manifest.ask, found.manifest.made
     table = Table(box=None, show_header=False, pad_edge=False)
     config = ", ".join(f"{key} {value}" for key, value in asked.config.items() if value is not None)
@@ -86,7 +88,7 @@ def _say_manifest(found: Artifact) -> None:
         "asked": f"{asked.method} (version {asked.version}), seed {asked.seed}",
         "options": config,
         "from": ", ".join(f"{name} {value}" for name, value in asked.inputs.items()),
-        "made": f"{made['at']} in {made['seconds']:.1f} s on {made['device']}, {made['precision']}, "
+        "made": f"{made['at']} in {made['seconds']:.1f} s on {made['device']}, {arithmetic(made)}, "
         f"{made['threads']} threads, peak {made['peak_memory_bytes'] / 2**20:,.0f} MiB, "
         f"bdbench {made['bdbench']}, torch {made['torch']}",
     }

@@ -88,6 +88,7 @@ def defend(
       bdbench defend runs/cifar10-badnets-s0 --method abl --preset paper --isolation-rate 0.01
     """
     from bdbench import stages
+    from bdbench.artifacts import arithmetic
     from bdbench.devices import Precision
 
     place = Path(dataset) if dataset is not None else newest_dataset()
@@ -98,7 +99,7 @@ def defend(
             compile=compile, force=force, progress=progress,
         )  # fmt: skip
     asked = made.manifest.ask.config
-    console.say(f"{asked['model']} by {method}, preset {asked['preset']}, {made.manifest.made['precision']}")
+    console.say(f"{asked['model']} by {method}, preset {asked['preset']}, {arithmetic(made.manifest.made)}")
     console.say_made(made.path, made.id, made.manifest.made, [f"bdbench evaluate {quote(str(made.path))}"])
     if json:
         console.show_json({"path": made.path, "id": made.id, "config": asked, "made": made.manifest.made})

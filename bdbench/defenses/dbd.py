@@ -152,7 +152,8 @@ class DBD(Defense):
         """Hash what determines the features: images (not labels), first weights, options, seed, arithmetic."""
         options = {name: value for name, value in self.model_dump().items() if name.startswith("ssl_")}
         options |= {"temperature": self.temperature, "symmetric": self.symmetric, "version": self.version}
-        said = [options, engine.seed, engine.bf16, engine.compile, engine.device.type, tuple(data.images.shape)]
+        said = [options, engine.seed, engine.bf16, engine.device.type, tuple(data.images.shape)]
+        said += ["compiled"] if engine.compile and not engine.cannot_compile else []
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(data.images.numpy()).data)
         for name, value in net.state_dict().items():
@@ -269,7 +270,7 @@ class _MixMatch:
         data = self._augmented(rng) if self.options.split_augmented else self.data
         credible = self._credible(self.engine.losses(self.model, data))
         length = self.options.steps_per_epoch * self.recipe.batch_size
-        self.doubted = _cycle(torch.nonzero(~credible).flatten(), length, rng)
+        self.doubted = _cycle(torch.nonzero(~credible).flatten(), length, rng).to(self.engine.device)
         return _cycle(torch.nonzero(credible).flatten(), length, rng)
 
     def _credible(self, losses: Tensor) -> Tensor:

@@ -75,18 +75,18 @@ def model_command(model: ModelArtifact, data: DatasetArtifact, suspect: str | No
         return {**plain(recipe.model_dump()), **plain(defense.model_dump())}
 
     options = _flags(_differing(config, complete))
-    return _line([*words, *options, *_precision(model.manifest), "--out", _place(model.path.name)])
+    return _line([*words, *options, *_arithmetic(model.manifest), "--out", _place(model.path.name)])
 
 
 def evaluate_command(model: ModelArtifact, evaluation: Manifest | None) -> str:
     """Return the command that judges a model."""
     words = ["bdbench", "evaluate", _place(model.path.name)]
-    return _line([*words, *(_precision(evaluation) if evaluation else [])])
+    return _line([*words, *(_arithmetic(evaluation) if evaluation else [])])
 
 
-def _precision(manifest: Manifest) -> list[str]:
-    """Return the precision that was used: its default depends on the machine, and numbers depend on it."""
-    return ["--precision", str(manifest.made["precision"])]
+def _arithmetic(manifest: Manifest) -> list[str]:
+    """Return the precision that was used, whose default depends on the machine, and whether networks were compiled."""
+    return ["--precision", str(manifest.made["precision"]), *(["--compile"] if manifest.made.get("compiled") else [])]
 
 
 def _usual_preset(method: str, data: DatasetArtifact) -> str | None:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from bdbench import metrics
-from bdbench.artifacts import DatasetArtifact, ModelArtifact
+from bdbench.artifacts import DatasetArtifact, ModelArtifact, arithmetic
 from bdbench.errors import ArtifactError, BdbenchError
 from bdbench.pictures import shared_row, triggered_example
 from bdbench.report import commands
@@ -103,7 +103,7 @@ def _facts(model: ModelArtifact | None, data: DatasetArtifact | None, judged: Ma
     facts: dict[str, Any] = {}
     if model is not None:
         made = model.manifest.made
-        facts["device"] = f"{made['device']}, {made['precision']}, {made['threads']} threads"
+        facts["device"] = f"{made['device']}, {arithmetic(made)}, {made['threads']} threads"
         facts["versions"] = f"bdbench {made['bdbench']}, torch {made['torch']}, Python {made['python']}"
         facts["trained"] = made["at"]
         facts["method version"] = model.manifest.ask.version
