@@ -107,7 +107,7 @@ def data_path_rows(bench: Bench) -> Iterator[Row]:
     def batches() -> None:
         rng = generator(SEED, "data-path")
         for taken in feed.batches(torch.randperm(len(data), generator=rng), BATCH):
-            ((augmented(taken, AUGMENT, rng) - mean) / std).contiguous(memory_format=torch.channels_last)
+            (augmented(taken, AUGMENT, rng) - mean).div_(std).contiguous(memory_format=torch.channels_last)
         bench.wait()
 
     def by_hand(loader: baseline.Loader) -> Turn:

@@ -68,8 +68,8 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on s
 ImageMemory = Annotated[
     float | None,
     typer.Option(
-        help="GB of training images that may lie on the device; more are streamed from the artifact, with the same "
-        "result. Default: half of what a GPU has free, half of all RAM.",
+        help="GB of training images that a run (in a sweep: each job) may keep on the device; more are streamed from "
+        "the artifact, with the same result. Default: half of what a GPU has free, half of all RAM.",
         min=0,
         show_default=False,
     ),
@@ -78,8 +78,8 @@ Compile = Annotated[
     bool,
     typer.Option(
         "--compile",
-        help="Let torch compile the networks that are trained: 20 to 70 s at the start, 5 once it is cached; a third "
-        "faster on CPUs with AMX, little on others.",
+        help="Let torch compile the networks that defences train: 25 to 70 s at the first start, 5 once torch has them "
+        "in its cache; a fifth to a third less time on a CPU with AMX, little on others.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
