@@ -137,6 +137,10 @@ class Engine:
     cannot_compile: bool = field(default=False, init=False)
     _fed: Feed | None = field(default=None, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.compile:  # torch compiles for a few sizes of batches only: those of earlier runs shall not count
+            torch.compiler.reset()
+
     def fit(
         self,
         model: Module,
@@ -319,9 +323,9 @@ class _Phase(Generic[Module]):
         self.optimizer = optimizer or recipe.optimizer(model)
         self.state: dict[str, Stateful] = {"model": model, "optimizer": self.optimizer, **companions}
         networks = [part for part in model.modules() if isinstance(part, Classifier)]
-        self.compiled = engine.compile and not engine.cannot_compile and bool(networks)
-        self.compiled_sizes: set[int] = set()
-        if self.compiled:
+        self.compiles = engine.compile and not engine.cannot_compile and bool(networks)
+        self.proven = False
+        if self.compiles:
             for network in networks:
                 network.features.compile(dynamic=False)  # else an interrupted run would not end with the same bits
         self.step = 0
@@ -401,7 +405,8 @@ class _Phase(Generic[Module]):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._descend_compiled(batch) if self.compiled else self._descend(batch)
+        whole = len(batch.rows) == self.recipe.batch_size  # compiling for the last batch too would not pay
+        loss = self._descend_compiled(batch) if self.compiles and whole else self._descend(batch)
         self.optimizer.step()
         return loss
 
@@ -414,8 +419,7 @@ class _Phase(Generic[Module]):
 
     def _descend_compiled(self, batch: Batch) -> Tensor:
         """Do the same with compiled networks; where torch cannot, say why and do as if it had not been tried."""
-        size = len(batch.rows)
-        before = None if size in self.compiled_sizes else _Moment(self.model)
+        before = None if self.proven else _Moment(self.model)
         try:
             with _stance("default", self.engine.compile):
                 loss = self._descend(batch)
@@ -423,12 +427,11 @@ class _Phase(Generic[Module]):
             if before is None or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             self.engine.progress.note(f"not compiled: {str(error).strip().splitlines()[0]}")
-            self.compiled, self.engine.cannot_compile = False, True
+            self.compiles, self.engine.cannot_compile = False, True
             before.restore()
             self.optimizer.zero_grad(set_to_none=True)
             return self._descend(batch)
-        self.compiled_sizes.add(size)
-        self.engine.compiled = True
+        self.proven = self.engine.compiled = True
         return loss
 
     def _has_finite_weights(self) -> bool:

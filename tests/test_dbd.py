@@ -14,7 +14,18 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
-from toys import CLASSES, Fuse, are_equal, toy_batch, toy_data, toy_engine, toy_model, toy_recipe, weights_of
+from toys import (
+    CLASSES,
+    Fuse,
+    are_equal,
+    toy_batch,
+    toy_compiler,
+    toy_data,
+    toy_engine,
+    toy_model,
+    toy_recipe,
+    weights_of,
+)
 
 from bdbench.augment import augmented
 from bdbench.data import ImageDataset
@@ -475,6 +486,7 @@ def test_one_changed_pixel_changes_the_key() -> None:
 
 
 def test_seed_first_weights_and_arithmetic_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_compiler(monkeypatch)
     keys = [
         key_of(),
         key_of(engine=toy_engine(seed=1)),  # with equal weights

@@ -666,7 +666,7 @@ def noisy_sum(model: Classifier, batch: Batch) -> Tensor:
     return F.cross_entropy(model(noisy) + model(batch.images), batch.labels)
 
 
-@pytest.mark.parametrize("good", [0, 1, 4, 5])  # two calls a step: in the first one, and where the last batch is short
+@pytest.mark.parametrize("good", [0, 1])  # of the two calls of a step
 def test_what_cannot_be_compiled_is_trained_as_if_nobody_had_tried(monkeypatch: pytest.MonkeyPatch, good: int) -> None:
     plain, _, _ = compiled_run(loss=noisy_sum, compile=False)
     compiler = toy_compiler(monkeypatch, cannot_compile(), good)
@@ -674,7 +674,7 @@ def test_what_cannot_be_compiled_is_trained_as_if_nobody_had_tried(monkeypatch: 
     assert notes == ["not compiled: no C++ compiler"]
     assert are_equal(weights, plain)
     assert compiler.stances == []  # nothing is left behind for other code of the process
-    assert (engine.compiled, engine.cannot_compile) == (good > 1, True)
+    assert (engine.compiled, engine.cannot_compile) == (False, True)
 
 
 def test_other_errors_of_a_compiled_step_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -687,10 +687,11 @@ def test_what_can_be_compiled_is(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = toy_compiler(monkeypatch)
     _, notes, engine = compiled_run()
     assert (notes, engine.compiled) == ([], True)
-    assert compiler.calls == 2 * 3  # a network, three steps an epoch
+    assert compiler.calls == 2 * 2  # two whole batches an epoch; the third is short
+    assert compiler.resets == 1
     data = toy_data(40)
     engine.losses(toy_model(data), data)
-    assert compiler.calls == 2 * 3
+    assert compiler.calls == 2 * 2
 
 
 def test_a_network_inside_of_what_is_trained_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -730,7 +731,7 @@ def test_what_is_asked_between_epochs_runs_as_it_is_written(monkeypatch: pytest.
         model(torch.zeros(2, 3, 8, 8))
 
     toy_engine(compile=True).fit(model, data, mean_cross_entropy, toy_recipe(), phase="train", before_epoch=asks)
-    assert compiler.calls == 2 * 3
+    assert compiler.calls == 2 * 2
 
 
 def test_what_was_not_compiled_is_not_kept_as_if_it_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

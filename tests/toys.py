@@ -227,12 +227,14 @@ class ToyCompiler:
         good: calls before it cannot.
         calls: how often something ran compiled.
         stances: those that are taken.
+        resets: how often what was compiled was forgotten.
     """
 
     error: Exception | None = None
     good: int = 0
     calls: int = 0
     stances: list[str] = field(default_factory=list)
+    resets: int = 0
 
     def compiled(self, function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -243,6 +245,9 @@ class ToyCompiler:
             return function(*args)
 
         return run
+
+    def reset(self) -> None:
+        self.resets += 1
 
     @contextmanager
     def set_stance(self, stance: str) -> Iterator[None]:
@@ -258,4 +263,5 @@ def toy_compiler(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None
     compiler = ToyCompiler(error, good)
     monkeypatch.setattr(torch, "compile", compiler.compiled)
     monkeypatch.setattr(torch.compiler, "set_stance", compiler.set_stance)
+    monkeypatch.setattr(torch.compiler, "reset", compiler.reset)
     return compiler
