@@ -327,7 +327,7 @@ class _Phase(Generic[Module]):
         self.proven = False
         if self.compiles:
             for network in networks:
-                network.features.compile(dynamic=False)  # else an interrupted run would not end with the same bits
+                network.features.compile(dynamic=False)  # else an interrupted run might end with other bits
         self.step = 0
         self.stopped = False
         self.is_saved = False
