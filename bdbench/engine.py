@@ -283,7 +283,7 @@ class Engine:
             # compiling for a pass over the images does not pay
             with torch.inference_mode(), _stance("force_eager", self.compile), self.autocast():
                 for index, chunk in enumerate(images.split(size)):
-                    found = function(chunk.to(self.device, torch.float32, copy=True).div_(255))
+                    found = function(chunk.to(self.device).to(torch.float32, copy=True).div_(255))
                     if not index:  # one piece of memory: small ones between a batch's large ones would scatter them
                         answers = found.new_empty((len(images), *found.shape[1:]))
                     answers[index * size :][: len(found)] = found
