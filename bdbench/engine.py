@@ -141,6 +141,11 @@ class Engine:
         if self.compile:  # torch compiles for a few sizes of batches only: those of earlier runs shall not count
             torch.compiler.reset()
 
+    @property
+    def may_compile(self) -> bool:
+        """Networks that are trained are compiled, as far as is known."""
+        return self.compile and not self.cannot_compile
+
     def fit(
         self,
         model: Module,
@@ -189,7 +194,7 @@ class Engine:
             ArtifactError: the file of the images changed meanwhile.
         """
         advice = out_of_memory_advice("--batch-size (or the phase's own), or --image-memory")
-        with advice, _stance("force_eager", self.compile):  # but for the steps of a phase that trains a network
+        with advice, _eager(self.compile):  # but for the steps of a phase that trains a network
             model.to(self.device).to(memory_format=torch.channels_last)
             run = _Phase(
                 self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}), lr_flag
@@ -229,9 +234,9 @@ class Engine:
                 self.progress.note(f"{what}: from the cache ({key[:16]})")
                 self.history.extend(point.rows)
                 return
-            before, could_compile = len(self.history), not self.cannot_compile
+            before, compiles = len(self.history), self.may_compile
             train()
-            if self.cannot_compile and could_compile:
+            if self.may_compile != compiles:
                 self.progress.note(f"{what}: not kept for other runs (not compiled)")
                 return
             try:
@@ -281,7 +286,7 @@ class Engine:
         with out_of_memory_advice("the load of the device, or use --device cpu"):
             model.to(self.device).to(memory_format=torch.channels_last).eval()
             # compiling for a pass over the images does not pay
-            with torch.inference_mode(), _stance("force_eager", self.compile), self.autocast():
+            with torch.inference_mode(), _eager(self.compile), self.autocast():
                 for index, chunk in enumerate(images.split(size)):
                     found = function(chunk.to(self.device).to(torch.float32, copy=True).div_(255))
                     if not index:  # one piece of memory: small ones between a batch's large ones would scatter them
@@ -323,7 +328,7 @@ class _Phase(Generic[Module]):
         self.optimizer = optimizer or recipe.optimizer(model)
         self.state: dict[str, Stateful] = {"model": model, "optimizer": self.optimizer, **companions}
         networks = [part for part in model.modules() if isinstance(part, Classifier)]
-        self.compiles = engine.compile and not engine.cannot_compile and bool(networks)
+        self.compiles = engine.may_compile and bool(networks)
         self.proven = False
         if self.compiles:
             for network in networks:
@@ -421,7 +426,7 @@ class _Phase(Generic[Module]):
         """Do the same with compiled networks; where torch cannot, say why and do as if it had not been tried."""
         before = None if self.proven else _Moment(self.model)
         try:
-            with _stance("default", self.engine.compile):
+            with torch.compiler.set_stance("default"):
                 loss = self._descend(batch)
         except RuntimeError as error:
             if before is None or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -477,9 +482,9 @@ class _Moment:
             buffer.copy_(before)
 
 
-def _stance(stance: Literal["default", "force_eager"], wanted: bool) -> AbstractContextManager[object]:
-    """Run what was compiled so, or as it was written, if wanted."""
-    return torch.compiler.set_stance(stance) if wanted else nullcontext()
+def _eager(wanted: bool) -> AbstractContextManager[object]:
+    """Run what was compiled as it was written, if wanted."""
+    return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
 
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - torch's only common base

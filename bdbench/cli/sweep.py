@@ -101,8 +101,9 @@ def sweep(
     checked = check(read) if dry_run else checked_once(read, folder)
     gpus = 0 if device == "cpu" else checked.gpus
     job = Sweep(
-        read, folder.absolute(), device, precision, checked.suspects, checked.methods, replace, image_memory, compile
-    )
+        read, folder.absolute(), device, precision, checked.suspects, checked.methods, replace=replace,
+        image_memory=image_memory, compile=compile,
+    )  # fmt: skip
     if dry_run:
         show_plan(job, cells, jobs or usual_jobs(gpus), as_json=json)
         return

@@ -153,7 +153,7 @@ class DBD(Defense):
         options = {name: value for name, value in self.model_dump().items() if name.startswith("ssl_")}
         options |= {"temperature": self.temperature, "symmetric": self.symmetric, "version": self.version}
         said = [options, engine.seed, engine.bf16, engine.device.type, tuple(data.images.shape)]
-        said += ["compiled"] if engine.compile and not engine.cannot_compile else []
+        said += ["compiled"] if engine.may_compile else []
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(data.images.numpy()).data)
         for name, value in net.state_dict().items():
