@@ -79,7 +79,8 @@ Compile = Annotated[
     typer.Option(
         "--compile",
         help="Let torch compile the networks that defences train: 25 to 70 s at the first start, 5 once torch has them "
-        "in its cache; a tenth to a third less time on a CPU with AMX, little on others.",
+        "in its cache; a tenth to a third less time on a CPU with AMX, little on other CPUs, "
+        "not measured on GPUs.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
