@@ -129,7 +129,7 @@ class SourceData:
     Attributes:
         name: short name for tables and folder names.
         train, test: the splits; same classes and image shape.
-        augment: what `--augment auto` means for these images, such as ``"crop,flip"`` (see `bdbench.augment`).
+        augment: what `--augment auto` means for these images, such as ``"crop,flip"`` (see `bdbench.training.augment`).
     """
 
     name: str

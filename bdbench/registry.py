@@ -184,13 +184,19 @@ DEFENSES = Registry(
     "defense",
     "defenses",
     {
-        "none": ("bdbench.defenses.plain:NoDefense", "plain training: the undefended model"),
-        "oracle": ("bdbench.defenses.plain:Oracle", "reference: plain training without the poison, which it is told"),
-        "clean": ("bdbench.defenses.plain:Clean", "reference: plain training on the images before the attack"),
-        "cbd": ("bdbench.defenses.cbd:CBD", "trains away from an early-stopped, backdoored twin (CVPR 2023)"),
-        "abl": ("bdbench.defenses.abl:ABL", "isolates what is learned first, then unlearns it (NeurIPS 2021)"),
-        "dbd": ("bdbench.defenses.dbd:DBD", "features without labels, then only credible labels (ICLR 2022)"),
-        "mcldef": ("bdbench.defenses.mcldef:MCLDef", "inverts the trigger and purifies the model by contrast (2022)"),
+        "none": ("bdbench.defenses.training.plain:NoDefense", "plain training: the undefended model"),
+        "oracle": (
+            "bdbench.defenses.training.plain:Oracle",
+            "reference: plain training without the poison, which it is told",
+        ),
+        "clean": ("bdbench.defenses.training.plain:Clean", "reference: plain training on the images before the attack"),
+        "cbd": ("bdbench.defenses.training.cbd:CBD", "trains away from an early-stopped, backdoored twin (CVPR 2023)"),
+        "abl": ("bdbench.defenses.training.abl:ABL", "isolates what is learned first, then unlearns it (NeurIPS 2021)"),
+        "dbd": ("bdbench.defenses.training.dbd:DBD", "features without labels, then only credible labels (ICLR 2022)"),
+        "mcldef": (
+            "bdbench.defenses.repair.mcldef:MCLDef",
+            "inverts the trigger and purifies the model by contrast (2022)",
+        ),
     },
 )
 

@@ -15,45 +15,35 @@ underscores. A defence gets the visible training images and nothing that tells w
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
-
-from bdbench import judging, store
-from bdbench.artifacts import (
-    AS_FOUND,
-    OPENERS,
-    Artifact,
-    DatasetArtifact,
-    EvaluationArtifact,
-    ModelArtifact,
-    Stopwatch,
-    plain,
-    write_dataset,
-    write_model,
-)
+from bdbench import files
+from bdbench.artifacts import finding, manifests, store
+from bdbench.artifacts.base import Artifact
+from bdbench.artifacts.dataset import AS_FOUND, DatasetArtifact, write_dataset
+from bdbench.artifacts.kinds import OPENERS, EvaluationArtifact
+from bdbench.artifacts.made import Stopwatch, plain
+from bdbench.artifacts.manifests import Ask
+from bdbench.artifacts.model import ModelArtifact, write_model
+from bdbench.artifacts.sources import address_of, open_source
 from bdbench.attacks.base import Attack, Lab, TrainingAttack
-from bdbench.augment import parse_augment
-from bdbench.data import ImageDataset, PoisonedDataset, Role
+from bdbench.data import PoisonedDataset, Role
 from bdbench.datasets.cache import cache_folder
-from bdbench.defenses.base import Defended, Defense, Task, Truth
-from bdbench.devices import Precision, crowding, resolve_device, use_bf16
-from bdbench.engine import Engine, Recipe
-from bdbench.errors import ArtifactError, OptionError, unknown_name
-from bdbench.models.classifier import Classifier, build_classifier
-from bdbench.options import Options
-from bdbench.poisoning import as_found, poison_source
+from bdbench.defenses.base import Defended, Task, Truth
+from bdbench.errors import OptionError
+from bdbench.models.classifier import Classifier
 from bdbench.progress import Progress, Silent
-from bdbench.registry import ATTACKS, DEFENSES, MODELS
-from bdbench.seeds import scoped
-from bdbench.sources import address_of, open_source
-from bdbench.store import Ask
+from bdbench.protocol import judging
+from bdbench.protocol.budget import resolve_budget, settings_of
+from bdbench.protocol.inputs import check_trusted, dataset_of, open_suspect
+from bdbench.protocol.networks import fresh_model, model_name
+from bdbench.protocol.poisoning import as_found, poison_source
+from bdbench.registry import ATTACKS
+from bdbench.training.devices import Precision, crowding, resolve_device, use_bf16
+from bdbench.training.engine import Engine
 
-TINY_IMAGES = 10_000
-TINY_SIDE = 16
 FEW_POISONED = 50
 """With fewer poisoned samples a user is told that the attack may fail."""
 
@@ -104,9 +94,9 @@ def poison(
     source = origin.open(progress)
     config = {"dataset": source.name, "trusted": trusted, **plain(method.model_dump())}
     inputs = {"source": source.fingerprint[:16]}
-    inputs |= {path.name: store.file_sha256(path)[:16] for path in method.files() if path.is_file()}
+    inputs |= {path.name: files.file_sha256(path)[:16] for path in method.files() if path.is_file()}
     ask = Ask("dataset", attack, method.version, config, seed, inputs)
-    out = out or store.ROOT / f"{source.name}-{attack}-s{seed}"
+    out = out or finding.ROOT / f"{source.name}-{attack}-s{seed}"
     asked = {out: ask}
     if isinstance(method, TrainingAttack):
         config = {"model": model_name(method.victim, source.train.image_shape), "preset": "attacker"}
@@ -158,7 +148,7 @@ def take(
     if files is not None:
         inputs["files"] = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
     ask = Ask("dataset", AS_FOUND, 1, {"dataset": source.name}, 0, inputs)
-    out = out or store.ROOT / source.name
+    out = out or finding.ROOT / source.name
     if store.existing(out, ask, force=force):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
         return DatasetArtifact.open(out)
@@ -222,7 +212,7 @@ def defend(
     watch, progress = Stopwatch(), progress or Silent()
     place = resolve_device(device)
     bf16 = use_bf16(precision, place)
-    data = DatasetArtifact.open(store.locate(dataset, "dataset"))
+    data = DatasetArtifact.open(finding.locate(dataset, "dataset"))
     preset, defense, recipe = resolve_budget(method, preset, options or {}, data)
     if defense.needs_truth and not data.is_attacked:
         raise OptionError(
@@ -231,14 +221,14 @@ def defend(
         )
     seed = data.manifest.ask.seed if seed is None else seed
     inputs = {"dataset": data.id}
-    _check_trusted(defense, method, data)
-    suspect_model = _open_suspect(defense, method, suspect, data, model, preset, seed)
+    check_trusted(defense, method, data)
+    suspect_model = open_suspect(defense, method, suspect, data, model, preset, seed)
     if suspect_model is not None:
         inputs["suspect"] = suspect_model.id
         model = suspect_model.manifest.facts["model"]
         progress.note(f"suspect: {suspect_model.path}")
     model = model_name(model, data.image_shape)
-    settings = _settings(recipe, defense)
+    settings = settings_of(recipe, defense)
     config = {"model": model, "preset": preset, **settings}
     ask = Ask("model", method, defense.version, config, seed, inputs)
     out = out or data.path.with_name(f"{data.path.name}-{method}")
@@ -266,144 +256,16 @@ def defend(
         write_model(draft, model, result.model, data.train, engine.history, result.scores, result.set_aside)
         draft.facts |= {"findings": plain(dict(result.findings)), "reads_truth": defense.needs_truth}
         _, usual, usual_recipe = resolve_budget(method, preset, {}, data)
-        usual_settings = _settings(usual_recipe, usual)
+        usual_settings = settings_of(usual_recipe, usual)
         draft.facts["changed"] = [name for name, value in settings.items() if value != usual_settings[name]]
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
         draft.made["compiled"] = engine.compiled
     return ModelArtifact.open(out)
 
 
-def resolve_budget(
-    method: str, preset: str, options: Mapping[str, Any], data: DatasetArtifact
-) -> tuple[str, Defense, Recipe]:
-    """Return the preset's name, the defence and the recipe: preset first, then what the user gave.
-
-    Raises:
-        OptionError: unknown method, preset or option, or a value out of bounds.
-    """
-    cls = cast("type[Defense]", DEFENSES.load(method))
-    if preset == "auto":
-        small = data.manifest.facts["counts"]["train"] < TINY_IMAGES and max(data.image_shape[1:]) <= TINY_SIDE
-        preset = "tiny" if small else "fast"
-    if preset not in cls.presets:
-        raise unknown_name(f"preset of {method}", preset, cls.presets)
-    recipe_values, method_values = split_options({**cls.presets[preset], **options}, cls)
-    recipe = Recipe.parse(recipe_values)
-    if recipe.augment == "auto":
-        recipe = recipe.model_copy(update={"augment": data.manifest.facts["augment"]})
-    parse_augment(recipe.augment)
-    return preset, cls.parse(method_values), recipe
-
-
-def _settings(recipe: Recipe, defense: Defense) -> dict[str, Any]:
-    """Return all options of a run as JSON values."""
-    return {**plain(recipe.model_dump()), **plain(defense.model_dump())}
-
-
-def split_options(values: Mapping[str, Any], cls: type[Options]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split values into those of `Recipe` and those of the method.
-
-    Raises:
-        OptionError: a name that neither has.
-    """
-    known = {*Recipe.model_fields, *cls.model_fields}
-    for name in values:
-        if name not in known:
-            raise unknown_name("option", name, known)
-    recipe = {name: value for name, value in values.items() if name in Recipe.model_fields}
-    return recipe, {name: value for name, value in values.items() if name not in recipe}
-
-
 def _training_seconds(engine: Engine) -> float:
     """Return the seconds of all epochs, those before an interruption too."""
     return round(sum(float(row["seconds"]) for row in engine.history), 3)
-
-
-def model_name(model: str, image_shape: tuple[int, int, int]) -> str:
-    """Return the registered name of a model, which ``auto`` leaves to the size of the images."""
-    if model == "auto":
-        return "convnet" if max(image_shape[1:]) <= TINY_SIDE else "wrn-16-1"
-    MODELS.load(model)
-    return model
-
-
-def fresh_model(name: str, train: ImageDataset, seed: int, purpose: str) -> Classifier:
-    """Build a classifier for a data set; equal seeds and purposes give equal weights."""
-    mean, std = channel_statistics(train.images)
-    with scoped(seed, "weights", purpose):
-        factory = MODELS.load(model_name(name, train.image_shape))
-        return build_classifier(factory, train.image_shape, train.num_classes, mean, std)
-
-
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (C,) of uint8 images (N, C, H, W), in [0, 1].
-
-    They are those of about 5,000 images of at most 32x32 pixels, of as many pixels of larger ones.
-    """
-    pixels = images.shape[2] * images.shape[3]
-    wanted = max(1, 5000 * 1024 // max(1024, pixels))
-    sample = images[:: max(1, len(images) // wanted)].float().div(255)
-    return sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
-
-
-def _open_suspect(
-    defense: Defense, method: str, suspect: str | Path | None, data: DatasetArtifact, model: str, preset: str, seed: int
-) -> ModelArtifact | None:
-    """Return the model that a method mends: the one given, else the newest undefended one of this data set and seed.
-
-    One that was trained with the same preset goes before: it is what the method's row is compared with.
-    """
-    if not defense.needs_suspect:
-        if suspect is not None:
-            raise OptionError(f"method '{method}' trains from scratch and takes no --suspect")
-        return None
-    if suspect is not None:
-        found = ModelArtifact.open(store.locate(suspect, "model"))
-        if found.dataset_id != data.id:
-            raise ArtifactError(f"suspect {found.path} was trained on data set {found.dataset_id}, not on {data.id}")
-        if model not in ("auto", found.manifest.facts["model"]):
-            raise OptionError(f"suspect {found.path} is a {found.manifest.facts['model']}, not a {model}; drop --model")
-        return found
-    for root in (data.path.parent, store.ROOT):
-        fitting = [
-            ModelArtifact(path, manifest)
-            for path, manifest in reversed(store.find_artifacts(root, "model"))
-            if manifest.ask.method == "none" and manifest.ask.seed == seed
-            and manifest.ask.inputs["dataset"] == data.id and model in ("auto", manifest.facts["model"])
-        ]  # fmt: skip
-        if fitting:
-            return next((found for found in fitting if found.manifest.ask.config["preset"] == preset), fitting[0])
-    raise OptionError(
-        f"method '{method}' mends a model, and no undefended {'one' if model == 'auto' else model} of {data.path} with "
-        f"seed {seed} is beside it or under {store.ROOT}/; make one with: {_training_command(data, model, seed)} (or "
-        "give --suspect PATH)"
-    )
-
-
-def _training_command(data: DatasetArtifact, model: str, seed: int) -> str:
-    """Return the command that trains the undefended model of a network and a seed, where nothing is in its way."""
-    words = ["bdbench", "train", str(data.path)]
-    usual = data.path.with_name(f"{data.path.name}-none")
-    if model != "auto":
-        words += ["--model", model]
-    if seed != data.manifest.ask.seed:
-        words += ["--seed", str(seed)]
-    if usual.exists():
-        words += ["--out", f"{usual}-{'' if model == 'auto' else model.replace(':', '-') + '-'}s{seed}"]
-    return shlex.join(words)
-
-
-def _check_trusted(defense: Defense, method: str, data: DatasetArtifact) -> None:
-    """Refuse a method that needs trusted images where there are none."""
-    if defense.needs_trusted and not data.manifest.facts["counts"]["trusted"]:
-        attack, place = data.manifest.ask.method, shlex.quote(f"{data.path}-trusted")
-        way_out = "nobody vouches for data taken as found"
-        if data.is_attacked:
-            way_out = (
-                f"make some with: bdbench poison --attack {attack} --trusted 0.05 --out {place}, and what else it was "
-                "made with"
-            )
-        raise ArtifactError(f"method '{method}' needs trusted clean images, and {data.path} has none; {way_out}")
 
 
 def _check_result(result: Defended, count: int, method: str) -> None:
@@ -438,7 +300,7 @@ def evaluate(
     watch, progress = Stopwatch(), progress or Silent()
     place = resolve_device(device)
     bf16 = use_bf16(precision, place)
-    judged = ModelArtifact.open(store.locate(model, "model"))
+    judged = ModelArtifact.open(finding.locate(model, "model"))
     source = dataset_of(judged, data)
     ask = Ask("evaluation", "evaluate", 1, {}, judged.manifest.ask.seed, {"model": judged.id, "dataset": source.id})
     out = out or judged.path.with_name(f"{judged.path.name}-eval")
@@ -455,28 +317,7 @@ def evaluate(
     return EvaluationArtifact.open(out)
 
 
-def dataset_of(model: ModelArtifact, data: str | Path | None = None) -> DatasetArtifact:
-    """Return the data set that a model was trained on: the one given, else found by id beside it or under ``runs/``.
-
-    Raises:
-        ArtifactError: it is another one, or is not found.
-    """
-    wanted = model.dataset_id
-    if data is not None:
-        found = DatasetArtifact.open(store.locate(data, "dataset"))
-        if found.id != wanted:
-            raise ArtifactError(f"{model.path} was trained on data set {wanted}, but {found.path} is {found.id}")
-        return found
-    for root in (model.path.parent, store.ROOT):
-        for path, manifest in store.find_artifacts(root, "dataset"):
-            if manifest.id == wanted:
-                return DatasetArtifact(path, manifest)
-    raise ArtifactError(
-        f"the data set {wanted} of {model.path} is neither beside it nor under {store.ROOT}/; give --data PATH"
-    )
-
-
-def latest(kind: store.Kind, root: Path = store.ROOT) -> Artifact | None:
+def latest(kind: manifests.Kind, root: Path = finding.ROOT) -> Artifact | None:
     """Return the newest artifact of a kind under a folder, or None."""
-    found = store.find_artifacts(root, kind)
+    found = finding.find_artifacts(root, kind)
     return OPENERS[kind](*found[-1]) if found else None

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bdbench import artifacts, store, tables
+from bdbench import files
+from bdbench.artifacts import made
 from bdbench.registry import ATTACKS, DEFENSES, Registry
+from bdbench.reports.results import KEYS, RATES, SCORES, over_seeds
 
 PAPER = Path(__file__).with_name("paper.toml")
 PAGE = Path(__file__).with_name("RESULTS.md")
@@ -25,19 +27,19 @@ FIRST_NUMBER = HEADINGS.index("BA reported")
 
 
 def key(row: dict[str, Any]) -> str:
-    """Return what makes a row: the columns that `bdbench.tables` takes for one setting, variant and seed."""
-    return json.dumps([row[name] for name in (*tables.KEYS, "variant", "seed")], sort_keys=True)
+    """Return what makes a row: the columns that `bdbench.reports.tables` takes for one setting, variant and seed."""
+    return json.dumps([row[name] for name in (*KEYS, "variant", "seed")], sort_keys=True)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a results file as `tables.mark_rows` gives them; columns that an old file lacks are None.
+    """Read the rows of a results file as `results.mark_rows` gives them; columns that an old file lacks are None.
 
     Options that a method did not have when a row was made are at their defaults, and unset ones that it no longer has
     are left out, so that the row and one of today are the same setting. No file, no rows.
     """
     if not path.exists():
         return []
-    names = (*tables.RATES, *tables.SCORES, "der", "made", "processor", "cores", "command")
+    names = (*RATES, *SCORES, "der", "made", "processor", "cores", "command")
     defaults = dict.fromkeys(names) | {"marks": "", "variant": "", "findings": {}}
     rows = []
     with path.open(encoding="utf-8", newline="") as stream:
@@ -54,7 +56,7 @@ def todays(options: Mapping[str, Any], registry: Registry, name: str) -> dict[st
     """Return the options of a method as they would be given today."""
     if name not in registry.rows:  # the attacker's own model
         return dict(options)
-    known: dict[str, Any] = artifacts.plain(registry.load(name)().model_dump())
+    known: dict[str, Any] = made.plain(registry.load(name)().model_dump())
     return known | {option: value for option, value in options.items() if option in known or value is not None}
 
 
@@ -85,7 +87,7 @@ def measured(results: Path, suites: Sequence[str]) -> list[dict[str, Any]]:
         rows = [row for row in read_rows(results / f"{suite}.csv") if (key(row), row["made"]) not in seen]
         seen += [(key(row), row["made"]) for row in rows]
         for variant in dict.fromkeys(row["variant"] for row in rows):
-            merged = tables.over_seeds([row for row in rows if row["variant"] == variant])
+            merged = over_seeds([row for row in rows if row["variant"] == variant])
             settings += [row | {"suite": suite, "variant": variant} for row in merged]
     return settings
 
@@ -202,7 +204,7 @@ def compare(results: Path, suites: Sequence[str], page: Path = PAGE) -> int:
     except ValueError as error:
         print(f"{page}: {error}")
         return 1
-    with store.replace_file(page) as path:
+    with files.replace_file(page) as path:
         path.write_text(text, encoding="utf-8")
     print(f"wrote {page}: {len(settings)} measured settings of {', '.join(suites)}")
     return 0

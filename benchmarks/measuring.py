@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from bdbench.data import ImageDataset
-from bdbench.engine import Engine
 from bdbench.models.classifier import Classifier, build_classifier
+from bdbench.protocol.networks import channel_statistics
 from bdbench.registry import MODELS
 from bdbench.seeds import generator, scoped
-from bdbench.stages import channel_statistics
+from bdbench.training.engine import Engine
 
 BATCH = 128
 CLASSES = 10

@@ -11,8 +11,9 @@ from typing import Any
 
 import compare
 
-from bdbench import store, tables
+from bdbench import files
 from bdbench.registry import DEFENSES
+from bdbench.reports import results, tables
 
 README = Path(__file__).parents[1] / "README.md"
 Row = Mapping[str, Any]
@@ -81,7 +82,7 @@ GRID = [column for column in tables.COLUMNS if column.key in ("ba", "asr")]
 
 def grid(rows: Sequence[Row]) -> str:
     """Return BA and ASR over seeds, a line an attack, a column a defence; failed attacks are marked."""
-    merged = tables.over_seeds([dict(row) for row in rows])
+    merged = results.over_seeds([dict(row) for row in rows])
     defenses = [name for name in DEFENSES.rows if any(row["defense"] == name for row in merged)]
     lines = []
     for name in dict.fromkeys(row["attack"] for row in merged):
@@ -123,5 +124,5 @@ def write(results: Path) -> None:
     """Write every table between its markers."""
     for name, (page, suite, shown) in TABLES.items():
         text = compare.fill(page.read_text(encoding="utf-8"), name, shown(compare.read_rows(results / f"{suite}.csv")))
-        with store.replace_file(page) as path:
+        with files.replace_file(page) as path:
             path.write_text(text, encoding="utf-8")

@@ -32,13 +32,16 @@ import torch
 from compare import compare, key, read_rows
 from limits import cpu_name
 
-from bdbench import stages, store, tables
-from bdbench.artifacts import DatasetArtifact, ModelArtifact
-from bdbench.attacks.victims import VictimAttack
+from bdbench import files, stages
+from bdbench.artifacts import manifests
+from bdbench.artifacts.dataset import DatasetArtifact
+from bdbench.artifacts.model import ModelArtifact
+from bdbench.attacks.parts.victims import VictimAttack
 from bdbench.cli.quickstart import ATTACK_OPTIONS, METHODS
-from bdbench.devices import Precision
 from bdbench.errors import BdbenchError
 from bdbench.registry import ATTACKS, DEFENSES
+from bdbench.reports import results, tables
+from bdbench.training.devices import Precision
 
 RESULTS = Path(__file__).parent / "results"
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -281,7 +284,7 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
         model = ModelArtifact.open(data.path.with_name(f"{data.path.name}-victim"))
     else:
         model = trained(cell, data, settings)
-    row = tables.evaluation_row(stages.evaluate(model.path, data=data.path, device=device, precision=precision))
+    row = results.evaluation_row(stages.evaluate(model.path, data=data.path, device=device, precision=precision))
     made = model.manifest.made
     return row | {"variant": cell.variant, "made": made, "processor": processor(), "cores": os.cpu_count()}
 
@@ -320,7 +323,7 @@ def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[
         known = before.pop(key(row), None)
         same = known is not None and known["made"] == row["made"]
         fresh.append(row | {name: known[name] for name in PROVENANCE} if known is not None and same else row)
-    marked = tables.mark_rows([*before.values(), *fresh])[len(before) :]
+    marked = results.mark_rows([*before.values(), *fresh])[len(before) :]
     return list(({key(row): row for row in old} | {key(row): row for row in marked}).values())
 
 
@@ -341,13 +344,13 @@ def keep(suite: str, new: Sequence[dict[str, Any]], failures: Mapping[str, str],
     )
     parts = []
     if rows:
-        with store.replace_file(table) as path:
+        with files.replace_file(table) as path:
             path.write_text(str(tables.render(rows, "csv")))
         named = [row | {"defense": f"{row['defense']} {row['variant']}".strip()} for row in rows]
         parts.append(str(tables.render(named, "markdown")))
     if failures:
         parts.append("## Failed\n\n" + "\n".join(f"- `{name}`: {message}" for name, message in failures.items()))
-    with store.replace_file(text) as path:
+    with files.replace_file(text) as path:
         path.write_text("\n\n".join(parts) + "\n")
 
 
@@ -403,10 +406,10 @@ def run_all(suite: str, cells: Sequence[Cell], settings: Settings, results: Path
 def state(cell: Cell, runs: Path) -> str:
     """Say what of a cell is in the runs folder."""
     found = {
-        "evaluated": store.is_artifact(runs / f"{cell.name}-eval"),
-        "trained": store.is_artifact(runs / cell.name),
+        "evaluated": manifests.is_artifact(runs / f"{cell.name}-eval"),
+        "trained": manifests.is_artifact(runs / cell.name),
         "interrupted": (runs / f".{cell.name}.work").exists(),
-        "poisoned": store.is_artifact(runs / cell.data_name),
+        "poisoned": manifests.is_artifact(runs / cell.data_name),
     }
     return next((name for name, there in found.items() if there), "-")
 

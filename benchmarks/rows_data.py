@@ -39,18 +39,21 @@ from measuring import (
 from PIL import Image
 from torch import Tensor
 
-from bdbench import judging, metrics, store, tables
-from bdbench.artifacts import DatasetArtifact, plain, write_dataset
+from bdbench.artifacts import manifests, store
+from bdbench.artifacts.dataset import DatasetArtifact, write_dataset
+from bdbench.artifacts.made import plain
 from bdbench.attacks.base import Attack, Lab, State, TrainingAttack
+from bdbench.attacks.parts.surrogates import SurrogateAttack
 from bdbench.attacks.ssba import SSBA
-from bdbench.attacks.surrogates import SurrogateAttack
 from bdbench.data import ImageDataset, PoisonedDataset, SourceData
 from bdbench.datasets.paths import PathSource
-from bdbench.engine import Engine
-from bdbench.poisoning import poison_source
 from bdbench.progress import Silent
+from bdbench.protocol import judging, metrics
+from bdbench.protocol.networks import fresh_model
+from bdbench.protocol.poisoning import poison_source
 from bdbench.registry import ATTACKS
-from bdbench.stages import fresh_model
+from bdbench.reports import results, tables
+from bdbench.training.engine import Engine
 
 RUNS = 1_000
 
@@ -191,7 +194,7 @@ def seal(
     poisoned: PoisonedDataset, attack: Attack, name: str, path: Path, origin: Mapping[str, str] | None = None
 ) -> None:
     """Write a data set artifact; with an origin, what differs from it alone."""
-    ask = store.Ask("dataset", name, attack.version, plain(attack.model_dump()), SEED, {"source": "synthetic"})
+    ask = manifests.Ask("dataset", name, attack.version, plain(attack.model_dump()), SEED, {"source": "synthetic"})
     with store.create(path, ask) as draft:
         write_dataset(draft, poisoned, name="speed", augment="crop,flip", origin=origin)
 
@@ -268,9 +271,9 @@ def table_rows(bench: Bench) -> Iterator[Row]:
     """The table of 1,000 evaluations, read from their folders."""
     with tempfile.TemporaryDirectory() as folder:
         write_evaluations(Path(folder), RUNS)
-        rows = tables.read_rows([Path(folder)])
+        rows = results.read_rows([Path(folder)])
         turns = [
-            seconds_of(lambda: tables.render(tables.read_rows([Path(folder)]), "markdown")),
+            seconds_of(lambda: tables.render(results.read_rows([Path(folder)]), "markdown")),
             seconds_of(lambda: tables.render(rows, "markdown")),
         ]
         whole, rendering = take_turns(turns, bench.sizes.rounds)
@@ -281,8 +284,8 @@ def table_rows(bench: Bench) -> Iterator[Row]:
 def write_evaluations(root: Path, count: int) -> None:
     """Write evaluations, 10 seeds of every setting: one is made, the others are copies with other facts."""
     hits = torch.arange(10_000) % 10 > 0
-    rates = {name: metrics.rate(hits) for name in tables.RATES}
-    ask = store.Ask("evaluation", "evaluate", 1, {}, 0, {"model": "m", "dataset": "d"})
+    rates = {name: metrics.rate(hits) for name in results.RATES}
+    ask = manifests.Ask("evaluation", "evaluate", 1, {}, 0, {"model": "m", "dataset": "d"})
     facts = {
         "dataset": "speed", "model": "wrn-16-1", "attack_options": {}, "defense_options": {}, "preset": "paper",
         "seconds": 100.0, "peak_memory_bytes": 2**30, "reads_truth": False, "findings": {},
@@ -290,7 +293,7 @@ def write_evaluations(root: Path, count: int) -> None:
     one = root / "0"
     with store.create(one, ask) as draft:
         judging.metrics_frame(rates, {}).to_parquet(draft.folder / "metrics.parquet", index=False)
-    made = store.read_manifest(one)
+    made = manifests.read_manifest(one)
     for number in range(count):
         setting, seed = divmod(number, 10)
         attack, defense = f"attack-{setting // 5}", ("none", "abl", "cbd", "dbd", "mcldef")[setting % 5]
@@ -302,7 +305,7 @@ def write_evaluations(root: Path, count: int) -> None:
             shutil.copy(one / "metrics.parquet", folder)
         manifest = replace(made, id=asked.id, ask=asked, facts=said)
         sealed = replace(manifest, seal=manifest.expected_seal)
-        (folder / store.MANIFEST).write_text(json.dumps(asdict(sealed)), encoding="utf-8")
+        (folder / manifests.MANIFEST).write_text(json.dumps(asdict(sealed)), encoding="utf-8")
 
 
 ROWS: dict[str, Rows] = {

@@ -29,15 +29,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from bdbench.data import ImageDataset
-from bdbench.defenses.abl import ABL
 from bdbench.defenses.base import Defense, Task
-from bdbench.defenses.cbd import CBD
-from bdbench.defenses.dbd import DBD
-from bdbench.defenses.mcldef import MCLDef
-from bdbench.defenses.plain import NoDefense
-from bdbench.engine import Engine, Recipe
+from bdbench.defenses.repair.mcldef import MCLDef
+from bdbench.defenses.training.abl import ABL
+from bdbench.defenses.training.cbd import CBD
+from bdbench.defenses.training.dbd import DBD
+from bdbench.defenses.training.plain import NoDefense
 from bdbench.models.classifier import Classifier
-from bdbench.views import contrastive_view
+from bdbench.training.engine import Engine
+from bdbench.training.recipe import Recipe
+from bdbench.training.views import contrastive_view
 
 PHASES = {
     "epoch-none": ("none", "train"),

@@ -12,9 +12,9 @@ from measuring import SEED, SIDE, Bench, Row, Rows, Turn, per_second, summarise,
 from rows_data import attack_of, lab, poisoning, seal, synthetic_source
 from rows_networks import train_epoch
 
-from bdbench.artifacts import DatasetArtifact
-from bdbench.poisoning import poison_source
-from bdbench.stages import fresh_model
+from bdbench.artifacts.dataset import DatasetArtifact
+from bdbench.protocol.networks import fresh_model
+from bdbench.protocol.poisoning import poison_source
 
 
 class Size(NamedTuple):

@@ -32,14 +32,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bdbench.augment import augmented
 from bdbench.data import ImageDataset, MappedFile
 from bdbench.defenses.base import lowest
-from bdbench.defenses.dbd import ranked_groups
-from bdbench.engine import Recipe, mean_cross_entropy
-from bdbench.feeding import AHEAD
+from bdbench.defenses.training.dbd import ranked_groups
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator
+from bdbench.training.augment import augmented
+from bdbench.training.feeding import AHEAD
+from bdbench.training.loop import mean_cross_entropy
+from bdbench.training.recipe import Recipe
 
 AUGMENT = ("crop", "flip")
 ISOLATION_RATE = 0.01

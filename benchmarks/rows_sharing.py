@@ -31,10 +31,12 @@ from measuring import (
 )
 from torch import Tensor, nn
 
-from bdbench.devices import resolve_device
-from bdbench.engine import Engine, Recipe, mean_cross_entropy
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator
+from bdbench.training.devices import resolve_device
+from bdbench.training.engine import Engine
+from bdbench.training.loop import mean_cross_entropy
+from bdbench.training.recipe import Recipe
 
 SEVERAL = (2, 4, 8)
 """Trainings at once on a GPU."""

@@ -32,8 +32,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bdbench.devices import resolve_device, use_bf16
 from bdbench.errors import DeviceError
+from bdbench.training.devices import resolve_device, use_bf16
 
 GROUPS: Mapping[str, Rows] = {
     **rows_processes.ROWS,

@@ -19,11 +19,12 @@ from typing import Any
 import pandas as pd
 from reproduce import RESULTS, undefended
 
-from bdbench import pictures, stages
-from bdbench.artifacts import DatasetArtifact
+from bdbench import stages
+from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.errors import BdbenchError
-from bdbench.judging import trigger_distances
+from bdbench.protocol.judging import trigger_distances
 from bdbench.registry import ATTACKS
+from bdbench.reports import pictures
 
 
 def facts(name: str, data: DatasetArtifact) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from toys import toy_engine, toy_file, toy_source
 
 from bdbench import stages
-from bdbench.artifacts import DatasetArtifact
+from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.data import SourceData
-from bdbench.engine import Engine
+from bdbench.training.engine import Engine
 
 torch.set_num_threads(1)
 

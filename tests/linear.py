@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bdbench.attacks.surrogates import SurrogateAttack
-from bdbench.engine import frozen
+from bdbench.attacks.parts.surrogates import SurrogateAttack
 from bdbench.models.classifier import Classifier
+from bdbench.models.structure import frozen
 from bdbench.progress import Silent
 
 

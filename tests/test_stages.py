@@ -21,18 +21,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import TOY_ATTACKS, cannot_compile, sealed, toy_compiler, toy_file, toy_source
 
-from bdbench import judging, poisoning, stages, store, tables
-from bdbench.artifacts import DatasetArtifact, EvaluationArtifact, ModelArtifact, verify
+from bdbench import files, stages
+from bdbench.artifacts import finding, manifests, store
+from bdbench.artifacts.dataset import DatasetArtifact
+from bdbench.artifacts.kinds import EvaluationArtifact, verify
+from bdbench.artifacts.model import ModelArtifact
 from bdbench.cli.app import run
 from bdbench.data import ImageDataset, Role
 from bdbench.defenses.base import Defended, Defense, Task
-from bdbench.defenses.plain import NoDefense
-from bdbench.engine import Engine, Recipe
+from bdbench.defenses.training.plain import NoDefense
 from bdbench.errors import ArtifactError, DamageWarning, OptionError, TrainingError
-from bdbench.metrics import Rate
 from bdbench.options import Options, describe_options
 from bdbench.progress import Silent
+from bdbench.protocol import budget, judging, networks, poisoning
+from bdbench.protocol.metrics import Rate
 from bdbench.registry import ATTACKS, DEFENSES
+from bdbench.reports import results, tables
+from bdbench.training.engine import Engine
+from bdbench.training.recipe import Recipe
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 
@@ -173,7 +179,7 @@ def test_the_other_classes_have_a_column_where_labels_are_source_specific_only(
     data = stages.poison(toy_archive, "badnets", options={"labels": "source-specific"}, out=tmp_path / "data")
     for folder, source in (("specific", data), ("plain", toys)):
         made = stages.evaluate(defend(source, "none", tmp_path / folder / "none").path, data=source.path, **CPU)
-        (row,) = tables.read_rows([made.path])
+        (row,) = results.read_rows([made.path])
         shown = str(tables.render([row], "markdown"))
         assert ("ASR, other classes" in shown) == (folder == "specific")
         assert row["asr_others_n"] == (20 if folder == "specific" else None)
@@ -261,7 +267,7 @@ def test_another_seed_gives_another_model(name: str, toys: DatasetArtifact, tmp_
 
 def test_weights_begin_from_seed_and_purpose(toys: DatasetArtifact) -> None:
     heads = [
-        stages.fresh_model("convnet", toys.train, seed, purpose).head.weight
+        networks.fresh_model("convnet", toys.train, seed, purpose).head.weight
         for seed, purpose in ((0, "model"), (0, "model"), (1, "model"), (0, "twin"))
     ]
     assert [torch.equal(heads[0], head) for head in heads] == [True, True, False, False]
@@ -318,12 +324,12 @@ def scramble(artifact: DatasetArtifact, folder: Path) -> DatasetArtifact:
         images = load_file(folder / f"{split}.safetensors")["images"]
         save_file({"images": 255 - images}, folder / f"{split}.safetensors")
     save_file({"pattern": torch.ones(1)}, folder / "attack.safetensors")
-    raw = json.loads((folder / store.MANIFEST).read_text())
+    raw = json.loads((folder / manifests.MANIFEST).read_text())
     raw["files"] = {
-        name: {"sha256": store.file_sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        name: {"sha256": files.file_sha256(folder / name), "bytes": (folder / name).stat().st_size}
         for name in raw["files"]
     }
-    (folder / store.MANIFEST).write_text(json.dumps(sealed(raw)))
+    (folder / manifests.MANIFEST).write_text(json.dumps(sealed(raw)))
     return DatasetArtifact.open(folder)
 
 
@@ -342,13 +348,13 @@ def test_a_defence_opens_neither_truth_nor_test_images(
     name: str, toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    checked_file = store.checked_file
+    checked_file = manifests.checked_file
 
-    def watched(path: Path, manifest: store.Manifest, file: str) -> Path:
+    def watched(path: Path, manifest: manifests.Manifest, file: str) -> Path:
         opened.append(file)
         return checked_file(path, manifest, file)
 
-    monkeypatch.setattr(store, "checked_file", watched)
+    monkeypatch.setattr(manifests, "checked_file", watched)
     defend(toys, name, tmp_path / "model")
     assert {"train.safetensors", "train.parquet"} <= set(opened)
     allowed = {"train.safetensors", "train.parquet"}
@@ -544,9 +550,9 @@ def test_the_clean_row_trains_on_the_images_before_the_attack(toy_archive: Path,
 
 def task_of(data: DatasetArtifact, train: ImageDataset) -> Task:
     """What plain training of one epoch would get, with other images in place of those of the artifact."""
-    preset, _, recipe = stages.resolve_budget("none", "tiny", {"epochs": 1}, data)
+    preset, _, recipe = budget.resolve_budget("none", "tiny", {"epochs": 1}, data)
     assert preset == "tiny"
-    model = partial(stages.fresh_model, "convnet", data.train, data.manifest.ask.seed)
+    model = partial(networks.fresh_model, "convnet", data.train, data.manifest.ask.seed)
     return Task(train, model, recipe, Engine(torch.device("cpu"), bf16=False, seed=data.manifest.ask.seed))
 
 
@@ -559,7 +565,7 @@ def test_a_reference_row_without_the_truth_is_refused(name: str, toys: DatasetAr
 def test_reference_rows_are_marked_and_get_no_rating(toys: DatasetArtifact, tmp_path: Path) -> None:
     for name in ("none", "oracle", "clean", "cbd"):
         stages.evaluate(defend(toys, name, tmp_path / name).path, data=toys.path, **CPU)
-    rows = {row["defense"]: row for row in tables.read_rows([tmp_path])}
+    rows = {row["defense"]: row for row in results.read_rows([tmp_path])}
     assert {name: "r" in row["marks"] for name, row in rows.items()} == {
         "none": False, "oracle": True, "clean": True, "cbd": False
     }  # fmt: skip
@@ -591,7 +597,7 @@ def test_evaluate_finds_the_data_set_by_id_beside_the_model(toy_archive: Path, t
 def test_evaluate_finds_the_data_set_by_id_under_runs(
     toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "ROOT", toys.path.parent)
+    monkeypatch.setattr(finding, "ROOT", toys.path.parent)
     assert isinstance(stages.evaluate(defend(toys, "none", tmp_path / "none").path, **CPU), EvaluationArtifact)
 
 
@@ -633,24 +639,24 @@ def test_an_unknown_data_set_is_answered_with_the_nearest(tmp_path: Path) -> Non
 
 
 def test_options_of_the_recipe_and_of_the_method_are_given_together(toys: DatasetArtifact) -> None:
-    _, defense, recipe = stages.resolve_budget("abl", "tiny", {"lr": 0.3, "gamma": 0.7}, toys)
+    _, defense, recipe = budget.resolve_budget("abl", "tiny", {"lr": 0.3, "gamma": 0.7}, toys)
     assert recipe.lr == 0.3
     assert defense.model_dump()["gamma"] == 0.7
 
 
 def test_what_the_user_gives_wins_over_the_preset(toys: DatasetArtifact) -> None:
-    _, _, preset = stages.resolve_budget("none", "tiny", {}, toys)
-    _, _, given = stages.resolve_budget("none", "tiny", {"epochs": preset.epochs + 1}, toys)
+    _, _, preset = budget.resolve_budget("none", "tiny", {}, toys)
+    _, _, given = budget.resolve_budget("none", "tiny", {"epochs": preset.epochs + 1}, toys)
     assert given.epochs == preset.epochs + 1
 
 
 def test_a_small_set_of_tiny_images_gets_the_tiny_budget(toys: DatasetArtifact) -> None:
-    assert stages.resolve_budget("none", "auto", {}, toys)[0] == "tiny"
+    assert budget.resolve_budget("none", "auto", {}, toys)[0] == "tiny"
 
 
 def test_automatic_augmentation_is_the_data_sets_own(toys: DatasetArtifact, digits: DatasetArtifact) -> None:
-    assert stages.resolve_budget("none", "tiny", {}, digits)[2].augment == "crop,flip"
-    assert stages.resolve_budget("none", "tiny", {"augment": "none"}, digits)[2].augment == "none"
+    assert budget.resolve_budget("none", "tiny", {}, digits)[2].augment == "crop,flip"
+    assert budget.resolve_budget("none", "tiny", {"augment": "none"}, digits)[2].augment == "none"
 
 
 @pytest.mark.parametrize(
@@ -672,7 +678,7 @@ def test_wrong_names_are_answered(
     toys: DatasetArtifact, name: str, preset: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(OptionError, match=message):
-        stages.resolve_budget(name, preset, options, toys)
+        budget.resolve_budget(name, preset, options, toys)
 
 
 class AskedError(Exception):
@@ -720,7 +726,7 @@ DEFENSE_FIELDS = [field for name in DEFENSES.names() for field in fields_of(name
 def ask_of(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> str:
     """The id that a stage would make."""
 
-    def caught(path: Path, ask: store.Ask, *, force: bool) -> bool:
+    def caught(path: Path, ask: manifests.Ask, *, force: bool) -> bool:
         raise AskedError(ask.id)
 
     monkeypatch.setattr(store, "existing", caught)
@@ -828,9 +834,9 @@ def test_every_option_of_a_defence_is_read(name: str) -> None:
 
 
 def test_every_option_of_a_recipe_is_read() -> None:
-    from bdbench import engine
+    from bdbench.training import loop, recipe
 
-    assert set(Recipe.model_fields) <= names_read(engine)
+    assert set(Recipe.model_fields) <= names_read(loop, recipe)
 
 
 @every_defense
@@ -881,7 +887,7 @@ def test_a_defence_says_what_it_is(name: str) -> None:
 @every_defense
 @pytest.mark.parametrize("preset", ["paper", "fast", "tiny"])
 def test_every_defence_has_every_budget(name: str, preset: str, toys: DatasetArtifact) -> None:
-    chosen, defense, recipe = stages.resolve_budget(name, preset, {}, toys)
+    chosen, defense, recipe = budget.resolve_budget(name, preset, {}, toys)
     assert chosen == preset
     assert isinstance(defense, DEFENSES.load(name))
     assert recipe.epochs >= 1
@@ -928,7 +934,7 @@ PAPER: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_paper_preset_has_the_papers_constants(name: str, toys: DatasetArtifact) -> None:
-    _, defense, recipe = stages.resolve_budget(name, "paper", {}, toys)
+    _, defense, recipe = budget.resolve_budget(name, "paper", {}, toys)
     found = {**recipe.model_dump(), **defense.model_dump()}
     assert {option: found[option] for option in PAPER[name]} == PAPER[name]
 
@@ -942,7 +948,7 @@ def test_the_paper_preset_has_the_papers_constants(name: str, toys: DatasetArtif
 def test_the_paper_preset_has_the_papers_learning_rates(
     name: str, epochs: tuple[int, ...], rates: tuple[float, ...], toys: DatasetArtifact
 ) -> None:
-    _, _, recipe = stages.resolve_budget(name, "paper", {}, toys)
+    _, _, recipe = budget.resolve_budget(name, "paper", {}, toys)
     assert [recipe.lr_at(epoch) for epoch in epochs] == pytest.approx(rates)
 
 
@@ -951,7 +957,7 @@ def test_a_model_says_which_options_are_not_its_presets(toys: DatasetArtifact, t
     options = {"epochs": 1, "lr": 0.05, "momentum": 0.5}  # the second one is what `tiny` has
     model = stages.defend(toys.path, "none", preset="tiny", options=options, out=tmp_path / "none", **CPU)
     assert model.manifest.facts["changed"] == ["epochs", "momentum"]
-    (row,) = tables.mark_rows([tables.evaluation_row(stages.evaluate(model.path, data=toys.path))])
+    (row,) = results.mark_rows([results.evaluation_row(stages.evaluate(model.path, data=toys.path))])
     assert row["changed"] == ["epochs", "momentum"]
     assert "c" in row["marks"]
 
@@ -996,13 +1002,13 @@ def test_a_defence_that_scores_other_samples_is_a_mistake_of_ours(
 
 def test_channel_statistics_by_hand() -> None:
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
-    mean, std = stages.channel_statistics(images)
+    mean, std = networks.channel_statistics(images)
     assert mean.tolist() == [0.5]
     # 128 values, half of them 0.5 from the mean: sqrt(32 / 127)
     assert std.tolist() == pytest.approx([0.50197], abs=1e-4)
 
 
 def test_images_of_one_colour_have_a_deviation_that_can_be_divided_by() -> None:
-    assert stages.channel_statistics(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))[1].tolist() == pytest.approx(
+    assert networks.channel_statistics(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))[1].tolist() == pytest.approx(
         [1e-3] * 3
     )

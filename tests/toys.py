@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdbench import store
+from bdbench.artifacts import manifests
 from bdbench.attacks.base import Attack, Lab, Use
 from bdbench.data import ImageDataset, SourceData
-from bdbench.engine import Batch, Engine, Recipe
 from bdbench.models.classifier import Classifier, build_classifier, pool
 from bdbench.progress import Silent
 from bdbench.registry import ATTACKS
 from bdbench.seeds import generator, scoped
+from bdbench.training.engine import Engine
+from bdbench.training.loop import Batch
+from bdbench.training.recipe import Recipe
 
 CLASSES = ("ant", "bee", "cat", "dog")
 
@@ -208,7 +210,7 @@ class Fuse(Silent):
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a manifest with the seal that belongs to it."""
-    said = store.Manifest(**{**manifest, "ask": store.Ask(**manifest["ask"])})
+    said = manifests.Manifest(**{**manifest, "ask": manifests.Ask(**manifest["ask"])})
     return manifest | {"seal": said.expected_seal}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bdbench.attacks.badnets import GRID
 from bdbench.attacks.base import Attack, Lab, Labels, Occasion, State, pattern_for
-from bdbench.attacks.patches import paste, seeded_patch
+from bdbench.attacks.parts.patches import paste, seeded_patch
 from bdbench.data import ImageDataset
 
 OPACITIES = (0.5, 0.2, 0.5, 0.3)

@@ -14,11 +14,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bdbench.data import ImageDataset
-from bdbench.engine import Engine
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.options import Options
 from bdbench.seeds import addressed
+from bdbench.training.engine import Engine
 
 CHUNK = 256
 

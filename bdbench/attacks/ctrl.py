@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bdbench.attacks.base import Attack, Lab, Labels, Occasion, State
-from bdbench.attacks.frequency import window_pattern
+from bdbench.attacks.parts.frequency import window_pattern
 from bdbench.data import ImageDataset
 
 CHROMA_TO_RGB = (1.14, -0.977, 2.029)

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from bdbench.attacks.base import Lab, Labels, Occasion, State
-from bdbench.attacks.patches import scaled
-from bdbench.attacks.surrogates import SurrogateAttack, change_images, on_device, rows_of_target
+from bdbench.attacks.parts.patches import scaled
+from bdbench.attacks.parts.surrogates import SurrogateAttack, change_images, on_device, rows_of_target
 from bdbench.data import ImageDataset
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import addressed, generator

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bdbench.attacks.base import Attack, Lab, Occasion, State
-from bdbench.attacks.frequency import window_pattern
+from bdbench.attacks.parts.frequency import window_pattern
 from bdbench.data import ImageDataset
 
 CHROMA_TO_RGB = (1.403, -1.058, 1.773)

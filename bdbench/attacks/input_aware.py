@@ -12,11 +12,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bdbench.attacks.base import Lab, Occasion, State, wanted_labels
-from bdbench.attacks.generators import fresh, in_equal_batches, restored, step_along, weights_of
-from bdbench.attacks.victims import VictimAttack, epochs_of
+from bdbench.attacks.parts.generators import fresh, in_equal_batches, restored, step_along, weights_of
+from bdbench.attacks.parts.victims import VictimAttack, epochs_of
 from bdbench.data import ImageDataset
-from bdbench.engine import Batch, Recipe, frozen
 from bdbench.models.classifier import Classifier
+from bdbench.models.structure import frozen
+from bdbench.training.loop import Batch
+from bdbench.training.recipe import Recipe
 
 EPSILON = 1e-7
 BETAS = (0.5, 0.9)

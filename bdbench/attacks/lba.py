@@ -9,11 +9,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bdbench.attacks.base import Lab, Labels, Occasion, State
-from bdbench.attacks.surrogates import SurrogateAttack, rows_of_target
+from bdbench.attacks.parts.surrogates import SurrogateAttack, rows_of_target
 from bdbench.data import ImageDataset
-from bdbench.engine import Batch, Recipe
 from bdbench.errors import OptionError
 from bdbench.seeds import generator
+from bdbench.training.loop import Batch
+from bdbench.training.recipe import Recipe
 
 
 class LatentBackdoor(SurrogateAttack):

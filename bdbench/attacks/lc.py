@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bdbench.attacks.base import Lab, Labels, Occasion, State
-from bdbench.attacks.surrogates import SurrogateAttack, change_images
+from bdbench.attacks.parts.surrogates import SurrogateAttack, change_images
 from bdbench.data import ImageDataset
 from bdbench.models.classifier import Classifier
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bdbench.attacks.base import Lab, Labels, Occasion, State
-from bdbench.attacks.surrogates import CHANGED_AT_ONCE, SurrogateAttack, on_device, rows_of_target
+from bdbench.attacks.parts.surrogates import CHANGED_AT_ONCE, SurrogateAttack, on_device, rows_of_target
 from bdbench.data import ImageDataset
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator

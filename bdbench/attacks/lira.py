@@ -12,11 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bdbench.attacks.base import Lab, Occasion, State, wanted_labels
-from bdbench.attacks.generators import fresh, in_equal_batches, restored, weights_of
-from bdbench.attacks.victims import VictimAttack, epochs_of
+from bdbench.attacks.parts.generators import fresh, in_equal_batches, restored, weights_of
+from bdbench.attacks.parts.victims import VictimAttack, epochs_of
 from bdbench.data import ImageDataset
-from bdbench.engine import Batch
 from bdbench.models.classifier import Classifier
+from bdbench.training.loop import Batch
 
 WIDTHS = (16, 32, 64, 128)
 

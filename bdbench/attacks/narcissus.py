@@ -10,9 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bdbench.attacks.base import Lab, Labels, Occasion, State
-from bdbench.attacks.surrogates import SurrogateAttack, rows_of_target
+from bdbench.attacks.parts.surrogates import SurrogateAttack, rows_of_target
 from bdbench.data import ImageDataset
-from bdbench.engine import Batch, Recipe
+from bdbench.training.loop import Batch
+from bdbench.training.recipe import Recipe
 
 
 class Narcissus(SurrogateAttack):

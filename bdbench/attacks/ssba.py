@@ -11,12 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bdbench.attacks.base import Attack, Lab, Occasion, State
-from bdbench.attacks.generators import fresh, in_equal_batches, restored, weights_of
-from bdbench.attacks.victims import epochs_of
+from bdbench.attacks.parts.generators import fresh, in_equal_batches, restored, weights_of
+from bdbench.attacks.parts.victims import epochs_of
 from bdbench.data import ImageDataset
-from bdbench.engine import Batch, Recipe
 from bdbench.errors import TrainingError
 from bdbench.seeds import generator
+from bdbench.training.loop import Batch
+from bdbench.training.recipe import Recipe
 
 JUDGED = 512
 LEAST_BITS = 0.75

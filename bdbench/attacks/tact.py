@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bdbench.attacks.base import Attack, Lab, Labels, Occasion, State, pattern_for
-from bdbench.attacks.patches import paste, seeded_patch
+from bdbench.attacks.parts.patches import paste, seeded_patch
 from bdbench.data import ImageDataset
 from bdbench.errors import OptionError
 

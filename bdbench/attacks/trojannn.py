@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from bdbench.attacks.base import Lab, Occasion, State
-from bdbench.attacks.patches import scaled
-from bdbench.attacks.surrogates import SurrogateAttack
+from bdbench.attacks.parts.patches import scaled
+from bdbench.attacks.parts.surrogates import SurrogateAttack
 from bdbench.data import ImageDataset
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier

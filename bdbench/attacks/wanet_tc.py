@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from bdbench.attacks.base import Lab, State, wanted_labels
-from bdbench.attacks.victims import VictimAttack
+from bdbench.attacks.parts.victims import VictimAttack
 from bdbench.attacks.wanet import WaNet, shaken, warped
-from bdbench.augment import augmented, parse_augment
 from bdbench.data import ImageDataset
-from bdbench.engine import Batch
 from bdbench.models.classifier import Classifier
 from bdbench.seeds import generator
+from bdbench.training.augment import augmented, parse_augment
+from bdbench.training.loop import Batch
 
 
 class WaNetTC(VictimAttack, WaNet):

@@ -120,8 +120,8 @@ def _option_groups(command: str, arguments: Sequence[str] | None) -> dict[str, t
         name = _named(arguments, "attack") or "badnets"
         return {f"Options of {name}": ATTACKS.load(name)}
     if command in ("train", "defend"):
-        from bdbench.engine import Recipe
         from bdbench.registry import DEFENSES
+        from bdbench.training.recipe import Recipe
 
         name = (_named(arguments, "method") if command == "defend" else None) or "none"
         cls = DEFENSES.load(name)

@@ -10,11 +10,11 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
+from bdbench.artifacts.finding import ROOT
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName, with_folder
 from bdbench.cli.train import newest_dataset
 from bdbench.errors import ArtifactError, OptionError, did_you_mean
-from bdbench.store import ROOT
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 Assertions = Annotated[
@@ -60,8 +60,9 @@ def evaluate(
 
       bdbench evaluate runs/digits-badnets-s0-cbd --assert "asr<=0.05" --assert "ba>=0.9"
     """
-    from bdbench import stages, tables
-    from bdbench.devices import Precision
+    from bdbench import stages
+    from bdbench.reports import results, tables
+    from bdbench.training.devices import Precision
 
     checks = read_checks(assertions, junit)
     rows = {}
@@ -70,8 +71,8 @@ def evaluate(
             made = stages.evaluate(
                 model, data=data, device=device, precision=cast("Precision", precision), force=force, progress=progress
             )
-            rows[made.id] = tables.evaluation_row(made)
-    marked = tables.mark_rows(list(rows.values()))
+            rows[made.id] = results.evaluation_row(made)
+    marked = results.mark_rows(list(rows.values()))
     console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich"))
     console.say_next(f"bdbench table {quote(str(Path(marked[0]['path']).parent))} --format markdown")
     _check(marked, checks, junit)
@@ -109,9 +110,9 @@ def table(
 
       bdbench table runs/grid --ranks der
     """
-    from bdbench import tables
     from bdbench.errors import unknown_name
-    from bdbench.ranking import METRICS
+    from bdbench.reports import results, tables
+    from bdbench.reports.ranking import METRICS
 
     style = "json" if json else style
     if style not in get_args(tables.Format):
@@ -119,7 +120,7 @@ def table(
     if ranks is not None and ranks not in METRICS:
         raise unknown_name("metric to rank by", ranks, METRICS)
     checks = read_checks(assertions, junit)
-    rows = tables.read_rows(places or [ROOT], strict=bool(checks))  # what is passed over might not hold
+    rows = results.read_rows(places or [ROOT], strict=bool(checks))  # what is passed over might not hold
     written = cast("tables.Format", style)
     rendered = tables.render_ranking(rows, ranks, written) if ranks else tables.render(rows, written)
     if out is None:
@@ -152,7 +153,7 @@ def parse_assertion(text: str) -> tuple[str, str, float]:
     Raises:
         OptionError: it has another form, or names no metric.
     """
-    from bdbench.tables import RATES, SCORES
+    from bdbench.reports.results import RATES, SCORES
 
     found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*", text)
     if found is None:
@@ -202,8 +203,8 @@ def _write_junit(outcomes: list[tuple[str, str, str]], path: Path) -> None:
 
 
 def _models_of_newest() -> list[Path]:
-    from bdbench.artifacts import DatasetArtifact
-    from bdbench.store import find_artifacts
+    from bdbench.artifacts.dataset import DatasetArtifact
+    from bdbench.artifacts.finding import find_artifacts
 
     data = DatasetArtifact.open(newest_dataset())
     found = [path for path, manifest in find_artifacts(ROOT, "model") if manifest.ask.inputs.get("dataset") == data.id]

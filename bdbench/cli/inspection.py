@@ -11,7 +11,9 @@ from bdbench.cli import console
 from bdbench.cli.parameters import Json, with_folder
 
 if TYPE_CHECKING:
-    from bdbench.artifacts import Artifact, DatasetArtifact, ModelArtifact
+    from bdbench.artifacts.base import Artifact
+    from bdbench.artifacts.dataset import DatasetArtifact
+    from bdbench.artifacts.model import ModelArtifact
 
 
 def inspect(
@@ -39,8 +41,8 @@ def inspect(
 
       bdbench inspect runs/digits-badnets-s0 runs/digits-sig-s0 --image triggers.png
     """
-    from bdbench.artifacts import open_any
-    from bdbench.store import locate
+    from bdbench.artifacts.finding import locate
+    from bdbench.artifacts.kinds import open_any
 
     opened = [open_any(locate(artifact)) for artifact in artifacts]
     if json:
@@ -58,7 +60,8 @@ def _facts(found: Artifact) -> dict[str, Any]:
 
 
 def _say(found: Artifact) -> None:
-    from bdbench.artifacts import DatasetArtifact, ModelArtifact
+    from bdbench.artifacts.dataset import DatasetArtifact
+    from bdbench.artifacts.model import ModelArtifact
 
     _say_manifest(found)
     if isinstance(found, DatasetArtifact):
@@ -66,18 +69,18 @@ def _say(found: Artifact) -> None:
     elif isinstance(found, ModelArtifact):
         _say_model(found)
     else:
-        from bdbench import tables
-        from bdbench.artifacts import EvaluationArtifact
+        from bdbench.artifacts.kinds import EvaluationArtifact
+        from bdbench.reports import results, tables
 
-        row = tables.evaluation_row(EvaluationArtifact(found.path, found.manifest))
-        console.show(tables.render(tables.mark_rows([row]), "rich"))
+        row = results.evaluation_row(EvaluationArtifact(found.path, found.manifest))
+        console.show(tables.render(results.mark_rows([row]), "rich"))
 
 
 def _say_manifest(found: Artifact) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from bdbench.artifacts import arithmetic
+    from bdbench.artifacts.made import arithmetic
 
     asked, made = found.manifest.ask, found.manifest.made
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -103,8 +106,8 @@ def _say_dataset(found: DatasetArtifact) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from bdbench import judging
     from bdbench.data import Role
+    from bdbench.protocol import judging
 
     facts = found.manifest.facts
     channels, height, width = facts["image_shape"]
@@ -163,9 +166,10 @@ def _say_model(found: ModelArtifact) -> None:
 
 
 def _draw(opened: list[Artifact], image: Path) -> None:
-    from bdbench import pictures
-    from bdbench.artifacts import DatasetArtifact, ModelArtifact
+    from bdbench.artifacts.dataset import DatasetArtifact
+    from bdbench.artifacts.model import ModelArtifact
     from bdbench.errors import ArtifactError, OptionError
+    from bdbench.reports import pictures
 
     sources = [found for found in opened if isinstance(found, DatasetArtifact)]
     try:

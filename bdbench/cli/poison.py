@@ -28,7 +28,7 @@ from bdbench.cli.parameters import (
 )
 
 if TYPE_CHECKING:
-    from bdbench.devices import Precision
+    from bdbench.training.devices import Precision
 
 
 def poison(

@@ -33,7 +33,8 @@ def quickstart(
     """
     begun = time.perf_counter()
     console.say("loading torch ...")
-    from bdbench import stages, tables
+    from bdbench import stages
+    from bdbench.reports import results, tables
 
     with console.live_progress() as progress:
         data = stages.poison(
@@ -50,9 +51,9 @@ def quickstart(
             progress.note(f"{method} ...")
             model = stages.defend(data.path, method, device=device, force=force, progress=progress)
             rows.append(
-                tables.evaluation_row(stages.evaluate(model.path, device=device, force=force, progress=progress))
+                results.evaluation_row(stages.evaluate(model.path, device=device, force=force, progress=progress))
             )
-    marked = tables.mark_rows(rows)
+    marked = results.mark_rows(rows)
     console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich"))
     console.say_plainly(f"{time.perf_counter() - begun:.1f} s. In {out}: data set, models, evaluations")
     console.say_next(

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from bdbench.artifacts.finding import ROOT
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Json, with_folder
-from bdbench.store import ROOT
 
 
 def report(
@@ -31,7 +31,7 @@ def report(
 
       bdbench report runs/grid --out grid.html
     """
-    from bdbench.report.page import write_report
+    from bdbench.reports.page import write_report
 
     written = write_report(places or [ROOT], out)
     size = f"{written.bytes / 1e6:.2f} MB"

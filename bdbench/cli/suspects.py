@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bdbench.artifacts.finding import ROOT
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Json, with_folder
 from bdbench.errors import ArtifactError
-from bdbench.store import ROOT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,13 +56,13 @@ def suspects(
 
       bdbench suspects runs/photos-abl --csv suspects.csv --image suspects.png
     """
-    from bdbench import stages
-    from bdbench.artifacts import ModelArtifact
-    from bdbench.store import locate
-    from bdbench.suspects import by_class, rank
+    from bdbench.artifacts.finding import locate
+    from bdbench.artifacts.model import ModelArtifact
+    from bdbench.protocol import inputs
+    from bdbench.protocol.suspects import by_class, rank
 
     found = ModelArtifact.open(locate(model, "model") if model is not None else newest_scored())
-    source = stages.dataset_of(found, data)
+    source = inputs.dataset_of(found, data)
     ranked = rank(found, source)
     count = max(1, round(share * len(ranked)))
     classes = by_class(ranked, count)
@@ -82,7 +82,7 @@ def suspects(
             raise ArtifactError(f"cannot write {csv}: {error.strerror or error}") from error
         console.say_wrote(csv)
     if image is not None:
-        from bdbench import pictures
+        from bdbench.reports import pictures
 
         try:
             pictures.suspect_sheet(ranked, source, image)
@@ -100,7 +100,7 @@ def newest_scored() -> Path:
     Raises:
         ArtifactError: there is none.
     """
-    from bdbench.store import find_artifacts
+    from bdbench.artifacts.finding import find_artifacts
 
     for path, manifest in reversed(find_artifacts(ROOT, "model")):
         if "samples.parquet" in manifest.files:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bdbench import store
+from bdbench import files
+from bdbench.artifacts import finding
 from bdbench.cli import console
 from bdbench.cli.parameters import Compile, Device, ImageMemory, Json, PrecisionName
 from bdbench.errors import OptionError, unknown_name
@@ -22,8 +23,8 @@ from bdbench.errors import OptionError, unknown_name
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bdbench.grid import Cell, Grid
-    from bdbench.sweep import Run, State, Sweep
+    from bdbench.sweeps.grid import Cell, Grid
+    from bdbench.sweeps.sweep import Run, State, Sweep
 
 STATES = ("done", "running", "failed", "interrupted", "waiting", "changed")
 REFRESH_SECONDS = 0.5
@@ -78,9 +79,11 @@ def sweep(
 
       bdbench sweep grid.toml --out /shared/grid --engine ray --address head:6379
     """
-    from bdbench import grid as grids
-    from bdbench.sweep import Run, Sweep, check, checked_once, local, usual_jobs
-    from bdbench.sweep import shard as part_of
+    from bdbench.sweeps import grid as grids
+    from bdbench.sweeps.checking import check, checked_once
+    from bdbench.sweeps.jobs import local
+    from bdbench.sweeps.sweep import Run, Sweep, usual_jobs
+    from bdbench.sweeps.sweep import shard as part_of
 
     if engine not in ENGINES:
         raise unknown_name("engine", engine, ENGINES)
@@ -96,7 +99,7 @@ def sweep(
         write_example(grid, grids.EXAMPLE)
         return
     read = grids.read_grid(grid, grids.parse_seeds(seeds) if seeds is not None else None)
-    folder = out or store.ROOT / grid.stem
+    folder = out or finding.ROOT / grid.stem
     cells: Sequence[Cell] = part_of(read.cells, shard) if shard else read.cells
     checked = check(read) if dry_run else checked_once(read, folder)
     gpus = 0 if device == "cpu" else checked.gpus
@@ -110,7 +113,7 @@ def sweep(
     refuse_changed(job, cells)
     with ExitStack() as ending:
         if engine == "ray":
-            from bdbench.cluster import connect
+            from bdbench.sweeps.cluster import connect
 
             cluster = connect(address, jobs, use_gpus=device != "cpu")
             ending.callback(cluster.leave)
@@ -161,7 +164,7 @@ def refuse_changed(job: Sweep, cells: Sequence[Cell]) -> None:
 
 def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int, *, as_json: bool) -> None:
     """Print the cells and their states, and estimate the time; nothing is written."""
-    from bdbench.sweep import seconds_left
+    from bdbench.sweeps.sweep import seconds_left
 
     found = job.states()
     states = {cell: found[cell] for cell in cells}
@@ -205,7 +208,7 @@ def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") 
     from rich.markup import escape
     from rich.table import Table
 
-    from bdbench.sweep import seconds_left
+    from bdbench.sweeps.sweep import seconds_left
 
     table = Table(box=None, pad_edge=False)
     for column in ("running", "phase", "", "seconds"):
@@ -228,16 +231,16 @@ def finish(run: Run, *, as_json: bool) -> None:
     """Print the table of what is done, name what failed, and end with exit code 1 if anything did."""
     from rich.markup import escape
 
-    from bdbench import tables
-    from bdbench.artifacts import EvaluationArtifact
+    from bdbench.artifacts.kinds import EvaluationArtifact
+    from bdbench.reports import results, tables
 
     folder = run.sweep.folder
     rows = [
-        tables.evaluation_row(EvaluationArtifact.open(folder / state.record["evaluation"]))
+        results.evaluation_row(EvaluationArtifact.open(folder / state.record["evaluation"]))
         for state in run.states.values()
         if state.state == "done"
     ]
-    marked = tables.mark_rows(rows)
+    marked = results.mark_rows(rows)
     failed = {run.sweep.grid.name(cell): state for cell, state in run.states.items() if state.state == "failed"}
     if as_json:
         reasons = {name: state.record.get("reason", "") for name, state in failed.items()}
@@ -249,7 +252,7 @@ def finish(run: Run, *, as_json: bool) -> None:
     if failed:
         console.say(
             "the failed cells are made again with [cyan]--retry[/cyan]; their logs are in "
-            f"[bold]{escape(str(folder / store.SWEEP / 'logs'))}[/bold]"
+            f"[bold]{escape(str(folder / finding.SWEEP / 'logs'))}[/bold]"
         )
         raise typer.Exit(1)
     console.say_next(f"bdbench table {quote(str(folder))} --format markdown")
@@ -267,7 +270,7 @@ def status(
     from rich.markup import escape
     from rich.table import Table
 
-    from bdbench.sweep import read_records, read_waiting
+    from bdbench.sweeps.records import read_records, read_waiting
 
     begun = read_records(folder)
     waiting = [{"name": name, "state": "waiting", "seconds": 0.0} for name in read_waiting(folder, begun)]
@@ -310,8 +313,8 @@ def gc(
     if not folder.is_dir():
         raise OptionError(f"{folder} is not a folder")
     if remove:
-        store.check_idle(folder)
-    found = [(path, store.folder_bytes(path)) for path in store.unneeded(folder, strict=remove)]
+        finding.check_idle(folder)
+    found = [(path, files.folder_bytes(path)) for path in finding.unneeded(folder, strict=remove)]
     if json:
         console.show_json({"removed": remove, "unneeded": [{"path": path, "bytes": size} for path, size in found]})
     else:

@@ -88,8 +88,8 @@ def defend(
       bdbench defend runs/cifar10-badnets-s0 --method abl --preset paper --isolation-rate 0.01
     """
     from bdbench import stages
-    from bdbench.artifacts import arithmetic
-    from bdbench.devices import Precision
+    from bdbench.artifacts.made import arithmetic
+    from bdbench.training.devices import Precision
 
     place = Path(dataset) if dataset is not None else newest_dataset()
     with console.live_progress() as progress:

@@ -29,9 +29,10 @@ def verify(
     """
     from rich.markup import escape
 
-    from bdbench.artifacts import verify as check
+    from bdbench.artifacts.finding import artifacts_under, locate
+    from bdbench.artifacts.kinds import verify as check
+    from bdbench.artifacts.manifests import is_artifact
     from bdbench.errors import BdbenchError
-    from bdbench.store import artifacts_under, is_artifact, locate
 
     references: list[str] = []
     for reference in artifacts:

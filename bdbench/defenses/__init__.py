@@ -1,1 +1,1 @@
-"""Defences, one file each."""
+"""Defenses, one file each: `training` from a poisoned set, `repair` from a backdoored model; `parts` they share."""

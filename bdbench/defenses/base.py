@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from bdbench.data import ImageDataset
-from bdbench.engine import Engine, Recipe
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.options import Options
+from bdbench.training.engine import Engine
+from bdbench.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Sealed folders on disk: datasets, models and evaluations."""

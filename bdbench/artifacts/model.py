@@ -1,0 +1,101 @@
+"""Model artifacts: weights, history and, where the method scored samples, its scores."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import pandas as pd  # pyarrow would import it in the middle of its own work, where a Ctrl-C is lost
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from bdbench.artifacts.base import Artifact, write_frame
+from bdbench.artifacts.manifests import AGAIN
+from bdbench.artifacts.store import Draft
+from bdbench.data import ImageDataset
+from bdbench.errors import ArtifactError
+from bdbench.models.classifier import Classifier, build_classifier
+from bdbench.registry import MODELS
+from bdbench.training.checkpoints import save_tensors
+
+HISTORY = pa.schema({
+    "phase": pa.string(), "epoch": pa.int64(), "loss": pa.float64(), "lr": pa.float64(),
+    "images_per_second": pa.float64(), "seconds": pa.float64(),
+})  # fmt: skip
+"""Columns of a model's history."""
+
+
+class ModelArtifact(Artifact):
+    """A trained classifier with its history and, where the method scored samples, its scores."""
+
+    kind = "model"
+
+    def classifier(self) -> Classifier:
+        """Rebuild the network and load its weights, in evaluation mode, on the CPU.
+
+        Raises:
+            ArtifactError: damaged, or weights that do not belong to the network.
+        """
+        facts = self.manifest.facts
+        shape = tuple(facts["image_shape"])
+        blank = torch.zeros(shape[0])
+        model = build_classifier(MODELS.load(facts["model"]), shape, len(facts["class_names"]), blank, blank + 1)
+        try:
+            model.load_state_dict(self.tensors("model.safetensors"), strict=True)
+        except RuntimeError as error:
+            said = textwrap.shorten(str(error), 300, placeholder=" ...")
+            raise ArtifactError(f"{self.path} does not hold weights of {facts['model']} ({said}); {AGAIN}") from error
+        return model.eval()
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """phase, epoch, loss, lr, images_per_second, seconds."""
+        return self.frame("history.parquet")
+
+    @property
+    def samples(self) -> pd.DataFrame | None:
+        """row, score (higher is more suspect), set_aside; None where the method scored nothing."""
+        return self.frame("samples.parquet") if "samples.parquet" in self.manifest.files else None
+
+    @property
+    def dataset_id(self) -> str:
+        """Id of the data set it was trained on."""
+        return self.manifest.ask.inputs["dataset"]
+
+
+def write_model(
+    draft: Draft,
+    name: str,
+    model: Classifier,
+    data: ImageDataset,
+    history: list[dict[str, Any]],
+    scores: Tensor | None = None,
+    set_aside: Tensor | None = None,
+) -> None:
+    """Write the files and facts of a model artifact.
+
+    Args:
+        draft: from `store.create`.
+        name: of the registered architecture.
+        model: weights are stored on the CPU, contiguous.
+        data: what it classifies: classes and image shape.
+        history: rows of the engine.
+        scores: (N,) float, higher is more suspect; None takes the decision, if there is one, for a score.
+        set_aside: (N,) bool, the samples that the method took for poison, or None if it takes no decision.
+    """
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_tensors(weights, draft.folder / "model.safetensors")
+    pq.write_table(pa.Table.from_pylist(history, HISTORY), draft.folder / "history.parquet")
+    if scores is None and set_aside is not None:
+        scores = set_aside.float()
+    if scores is not None:
+        chosen = torch.zeros(len(scores), dtype=torch.bool) if set_aside is None else set_aside
+        write_frame(draft, "samples.parquet", {"score": scores.float(), "set_aside": chosen})
+    draft.facts |= {
+        "model": name,
+        "class_names": list(data.class_names),
+        "image_shape": list(data.image_shape),
+        "sets_aside": set_aside is not None,
+    }

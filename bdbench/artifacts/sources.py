@@ -1,0 +1,41 @@
+"""From a registered name or a path to a source of images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from bdbench.artifacts.manifests import is_artifact
+from bdbench.datasets.base import Source
+from bdbench.datasets.paths import PathSource
+from bdbench.errors import OptionError, did_you_mean
+from bdbench.registry import DATASETS
+
+
+def open_source(dataset: str | Path, options: Mapping[str, Any]) -> Source:
+    """Return the source of a registered name, or of a path.
+
+    Raises:
+        OptionError: neither is known, the path is an artifact, or an option does not fit.
+    """
+    if str(dataset) in DATASETS.rows:
+        return cast("Source", DATASETS.load(str(dataset)).parse(options))
+    path = Path(dataset).expanduser()
+    if is_artifact(path):
+        raise OptionError(f"{path} is an artifact already; go on with: bdbench defend {path} --method abl")
+    if not path.exists() and not re.search(r"[/\\.]", str(dataset)):
+        raise OptionError(
+            f"unknown data set '{dataset}'.{did_you_mean(str(dataset), DATASETS.rows)} Known: "
+            f"{', '.join(DATASETS.names())}; or give the path of an image folder, a Parquet or an .npz file"
+        )
+    return PathSource.parse({"path": path, **options})
+
+
+def address_of(dataset: str | Path, source: Source) -> dict[str, Any]:
+    """Return `dataset` and `options` that open a source again from any folder: places are absolute."""
+    options = source.model_dump(exclude_defaults=True)
+    places = {name: str(value.expanduser().resolve()) for name, value in options.items() if isinstance(value, Path)}
+    options |= places
+    return {"dataset": options.pop("path", str(dataset)), "options": options}

@@ -1,0 +1,259 @@
+"""MCLDef: reconstruct the trigger from a backdoored model, then push its effect out of the features by contrast."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from bdbench.data import ImageDataset
+from bdbench.defenses.base import Defended, Defense, Task
+from bdbench.defenses.parts.inversion import FORMS, SUCCESS, Stamp, Triggers, anomaly
+from bdbench.errors import OptionError
+from bdbench.models.classifier import Classifier
+from bdbench.models.structure import frozen
+from bdbench.seeds import scoped
+from bdbench.training.loop import Batch
+
+MIN_CLASSES = 3
+"""Of two sizes none lies more than 0.7 deviations from their median."""
+
+IMAGES_AT_ONCE = 1024
+"""Stamped images in a step of the inversion: classes beyond it wait for the next group."""
+
+PASS = {"cpu": 128}
+"""Stamped images in a pass through the network, where all of a step are too many for the caches of a device."""
+
+
+class MCLDef(Defense):
+    """Reconstructs the trigger of a backdoored model and tunes the features until stamped images look like clean ones.
+
+    1. `invert`: for every class, all together, the trigger that turns trusted images into it, as small as it gets. The
+    target is the class whose trigger is so much smaller than the others' that its distance from their median is
+    over `anomaly_threshold` median absolute deviations. 2. `purify`: with z the embedding of a stamped image by the
+    model that is tuned, and z+ and z- those of the clean and the stamped image by the model as it was,
+    -log(e^(cos(z, z+) / tau) / (e^(cos(z, z+) / tau) + e^(cos(z, z-) / tau))) falls. The head is left alone. Labels of
+    the trusted images are not used, unless `clean_weight` asks for it. If no class stands out, or no trigger works,
+    the model is returned as it was, and the row is marked.
+
+    Paper: Yue et al., Model-Contrastive Learning for Backdoor Defense, https://arxiv.org/abs/2205.04411.
+
+    Two codes are published, with different inversions: `--form mask` (2022: a mask and a pattern, the mask's size
+    penalised) and `--form pixel` (2023: a pattern that is added, its cost raised while it works and lowered while it
+    does not). Both are told the target (`--oracle-target`), which here is inferred. The first one keeps the last
+    trigger, however well it works (`--inversion-keep last`), augments (`--inversion-augment crop,flip`), and clamps
+    patterns in normalised space, where black and white cannot be reached; here pixels are pixels. The second one keeps
+    a pattern that has a lower penalty and fewer changed pixels, goes on from what it kept, zeroes what is under 1/255
+    on either side, and leaves out a last batch that is not full; here the pattern that changes least is kept, training
+    goes on from where it is, and what is zeroed is the difference of the sides. Success is counted over the images that
+    are not of the class before. Images of the target class are purified too, as there. In both the tuned model sees
+    stamped images only, so its batch-norm statistics are those of stamped images (`--clean-norms` adds the clean ones),
+    and nothing holds its accuracy (`--clean-weight`, which takes `--clean-norms` with it). The learning rate of
+    purification is 0.1, 0.01 and 0.001, as there for CIFAR-10; for GTSRB it begins at 0.01.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2205.04411"
+    threat: ClassVar[str] = "the defender has the backdoored model and a few trusted clean images, no training set"
+    needs_trusted: ClassVar[bool] = True
+    needs_suspect: ClassVar[bool] = True
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {
+            "epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "step", "milestones": (0.05, 0.5), "nesterov": False,
+        },
+        "fast": {
+            "inversion_epochs": 10, "epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "step",
+            "milestones": (0.05, 0.5), "nesterov": False,
+        },
+        "tiny": {
+            "form": "mask", "inversion_epochs": 40, "inversion_batch_size": 36, "inversion_lr": 0.1,
+            "inversion_cost": 0.2, "anomaly_threshold": 1.5, "epochs": 20, "batch_size": 16, "lr": 0.1,
+            "schedule": "step", "milestones": (0.05, 0.5), "nesterov": False,
+        },
+    }  # fmt: skip
+
+    form: Literal["mask", "pixel"] = Field(
+        "pixel", description="What is reconstructed: mask and pattern, or pixels added."
+    )
+    oracle_target: int | None = Field(None, ge=0, description="Tell it the target class; marked in every table.")
+    anomaly_threshold: float = Field(
+        2.0, ge=0, description="How far below the others' sizes, in median absolute deviations, the target's must lie."
+    )
+    inversion_epochs: int = Field(100, ge=1, description="Passes over the trusted images for the inversion.")
+    inversion_batch_size: int = Field(64, ge=2, description="Trusted images in a step of it.")
+    inversion_lr: float | None = Field(
+        None, gt=0, description="Its learning rate (Adam); default: the form's, 0.005 for mask, 0.1 for pixel."
+    )
+    inversion_cost: float | None = Field(
+        None,
+        ge=0,
+        description="Weight of the trigger's size; default: the form's, 0.01 for mask, 0.001 (at first) for pixel.",
+    )
+    inversion_augment: str = Field("none", description="Augmentation for the inversion; see --augment.")
+    inversion_keep: Literal["best", "last"] = Field(
+        "best", description="Keep the smallest trigger that works, or the last one."
+    )
+    tau: float = Field(0.5, gt=0, description="Temperature of the contrast.")
+    clean_weight: float = Field(
+        0.0, ge=0, description="Weight of a cross entropy on the clean trusted images; takes --clean-norms with it."
+    )
+    clean_norms: bool = Field(
+        False, description="Let batch norm see the clean images too, in one batch with the stamped."
+    )
+
+    def run(self, task: Task) -> Defended:
+        """Invert, decide, purify."""
+        if task.suspect is None or task.trusted is None:
+            raise OptionError("MCLDef needs the undefended model and trusted images; see `bdbench show mcldef`")
+        classes = torch.arange(task.trusted.num_classes)
+        if self.oracle_target is not None:
+            if self.oracle_target >= len(classes):
+                raise OptionError(
+                    f"oracle_target {self.oracle_target} does not exist: classes are 0..{len(classes) - 1}"
+                )
+            classes = classes[self.oracle_target :][:1]
+        elif len(classes) < MIN_CLASSES:
+            raise OptionError(
+                f"among {len(classes)} classes none can stand out: MCLDef infers the target of at least {MIN_CLASSES}; "
+                "tell it with --oracle-target"
+            )
+        suspect = frozen(task.suspect.to(task.engine.device))
+        step = max(1, IMAGES_AT_ONCE // self.inversion_batch_size)
+        found = Found.join([self._invert(task, suspect, task.trusted, group) for group in classes.split(step)])
+        target, findings = self._decide(found)
+        task.engine.progress.note(findings["said"])
+        if target is None:
+            return Defended(suspect, findings=findings)
+        return Defended(self._purify(task, suspect, task.trusted, found.stamps[target]), findings=findings)
+
+    def _invert(self, task: Task, suspect: Classifier, trusted: ImageDataset, classes: Tensor) -> Found:
+        """Reconstruct the triggers of some classes together."""
+        engine = task.engine
+        with scoped(engine.seed, "triggers", int(classes[0])):
+            triggers = FORMS[self.form](classes, trusted.image_shape, self.inversion_cost, self.inversion_keep)
+        triggers.patience = max(1, round(triggers.patience_share * self.inversion_epochs))
+        lr = self.inversion_lr or triggers.lr
+        recipe = task.recipe.model_copy(
+            update={
+                "epochs": self.inversion_epochs, "batch_size": self.inversion_batch_size, "lr": lr,
+                "schedule": "constant", "warmup": 0.0,
+                "augment": task.recipe.augment if self.inversion_augment == "auto" else self.inversion_augment,
+            }
+        )  # fmt: skip
+
+        plain = recipe.augment == "none"
+        known = engine.logits(suspect, trusted.images).argmax(1).to(engine.device) if plain else None
+        at_once = max(1, PASS.get(engine.device.type, IMAGES_AT_ONCE) // self.inversion_batch_size)
+
+        def loss(triggers: Triggers, batch: Batch) -> Tensor:
+            triggers.clamp()
+            stamped = triggers.stamp(batch.images)
+            losses, answers = pulled(suspect, stamped, triggers.classes, at_once)
+            with torch.no_grad():
+                before = suspect(batch.images).argmax(1) if known is None else known[batch.rows]
+                triggers.count(before, answers)
+            return (losses + triggers.cost * triggers.penalty()).sum()
+
+        phase = "invert" if len(classes) == trusted.num_classes else f"invert-{int(classes[0])}"
+        engine.fit(
+            triggers, trusted, loss, recipe, phase=phase, stop=Triggers.finish_epoch,
+            optimizer=torch.optim.Adam(triggers.parameters(), lr, betas=triggers.betas), lr_flag="--inversion-lr",
+        )  # fmt: skip
+        return Found(classes, triggers.best_size.cpu(), triggers.best_success.cpu(), triggers.stamps())
+
+    def _decide(self, found: Found) -> tuple[int | None, dict[str, Any]]:
+        """Return the place of the target's trigger, or None, and what to tell of it."""
+        works = found.success >= SUCCESS
+        whole_image = float(found.stamps[0].add[0].numel())
+        scores = anomaly(torch.where(works, found.sizes, whole_image))
+        place = int(torch.where(works, found.sizes, math.inf).argmin())
+        target = int(found.classes[place])
+        told = self.oracle_target is not None
+        stands_out = told or bool(scores[place] > self.anomaly_threshold)
+        unchanged = not (works[place] and stands_out)
+        if not works[place]:
+            said = f"inversion failed: no trigger turns {SUCCESS:.0%} of the trusted images to a class; model unchanged"
+        elif not stands_out:
+            said = (
+                f"no class stands out: the smallest trigger, of class {target}, is {scores[place]:.1f} deviations "
+                f"below the median (threshold {self.anomaly_threshold}); model unchanged"
+            )
+        else:
+            said = f"target class {target} {'as told' if told else f'inferred, anomaly {scores[place]:.1f}'}"
+        findings = {
+            "said": said, "unchanged": unchanged, "target": None if unchanged else target,
+            "classes": found.classes.tolist(), "sizes": _rounded(found.sizes), "success": _rounded(found.success),
+            "anomaly": _rounded(scores),
+        }  # fmt: skip
+        return None if unchanged else place, findings
+
+    def _purify(self, task: Task, suspect: Classifier, trusted: ImageDataset, trigger: Stamp) -> Classifier:
+        """Tune a copy of the suspect's features."""
+        model = copy.deepcopy(suspect).requires_grad_(True)
+        model.head.requires_grad_(False)
+        trigger = Stamp(*(part.to(task.engine.device) for part in trigger))
+        joint = self.clean_norms or self.clean_weight > 0
+
+        def loss(model: Classifier, batch: Batch) -> Tensor:
+            stamped = trigger(batch.images)
+            with torch.no_grad():
+                positive, negative = suspect.embed(batch.images), suspect.embed(stamped)
+            embedding = model.embed(torch.cat([stamped, batch.images]) if joint else stamped)
+            total = contrast(embedding[: len(stamped)], positive, negative, self.tau)
+            if self.clean_weight:
+                clean = model.classify(embedding[len(stamped) :])
+                total = total + self.clean_weight * F.cross_entropy(clean, batch.labels)
+            return total
+
+        return task.engine.fit(model, trusted, loss, task.recipe, phase="purify")
+
+
+def pulled(suspect: Classifier, stamped: Tensor, classes: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+    """Return each class's mean cross entropy (k,) of its stamped images (k, B, C, H, W), and the answers (k, B).
+
+    Classes have nothing to do with each other, so `at_once` of them go through the network and back at a time: the
+    gradient is that of all together, and the activations of few are held.
+    """
+    losses, answers = [], []
+    for part, wanted in zip(stamped.split(at_once), classes.split(at_once), strict=True):
+        seen = part.detach().requires_grad_()
+        logits = suspect(seen.flatten(0, 1))
+        each = F.cross_entropy(logits, wanted.repeat_interleave(part.shape[1]), reduction="none")
+        own = each.view(part.shape[:2]).mean(1)
+        (slope,) = torch.autograd.grad(own.sum(), seen)
+        losses.append(own.detach() + ((part - part.detach()) * slope).flatten(1).sum(1))
+        answers.append(logits.argmax(1).view(part.shape[:2]))
+    return torch.cat(losses), torch.cat(answers)
+
+
+def contrast(anchor: Tensor, positive: Tensor, negative: Tensor, tau: float) -> Tensor:
+    """Return the model-contrastive loss of embeddings (B, D): ln 2 where positive and negative are equal."""
+    difference = F.cosine_similarity(anchor, positive) - F.cosine_similarity(anchor, negative)
+    return F.softplus(-difference / tau).mean()
+
+
+def _rounded(values: Tensor) -> list[float | None]:
+    """Return JSON numbers; infinity becomes None."""
+    return [round(value, 4) if math.isfinite(value) else None for value in values.tolist()]
+
+
+class Found(NamedTuple):
+    """What the inversion found: classes, trigger sizes and success rates (K,), and the triggers."""
+
+    classes: Tensor
+    sizes: Tensor
+    success: Tensor
+    stamps: list[Stamp]
+
+    @classmethod
+    def join(cls, groups: list[Found]) -> Found:
+        """Put groups of classes together."""
+        classes = torch.cat([group.classes for group in groups])
+        sizes = torch.cat([group.sizes for group in groups])
+        success = torch.cat([group.success for group in groups])
+        return cls(classes, sizes, success, [stamp for group in groups for stamp in group.stamps])

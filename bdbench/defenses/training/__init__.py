@@ -1,0 +1,1 @@
+"""Defenses that train a model from a set that may be poisoned."""

@@ -1,0 +1,256 @@
+"""ABL: isolate what is learned first, train on the rest, then unlearn what was isolated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from bdbench.data import ImageDataset
+from bdbench.defenses.base import Defended, Defense, Task, lowest
+from bdbench.errors import OptionError
+from bdbench.models.classifier import Classifier
+from bdbench.models.structure import norms_of
+from bdbench.seeds import generator
+from bdbench.training.augment import parse_augment
+from bdbench.training.loop import Batch, LossFunction, mean_cross_entropy
+
+Trap = Literal["batch", "sample", "flooding"]
+Cap = Literal["batch", "sample"]
+Norms = Literal["batch", "untracked", "frozen"]
+
+
+class ABL(Defense):
+    """Isolates the samples that are learned first, trains on the rest, and unlearns the isolated ones.
+
+    1. `isolate`: a short training without augmentation whose loss is kept near gamma, so that only what is learned
+    very fast falls below; then the `isolation_rate` of samples with the lowest loss is set aside. 2. `finetune`: plain
+    training on the rest. 3. `unlearn`: ascent on the loss of the isolated samples up to a cap, the loss of guessing,
+    together with descent on the rest (`--objective joint`) or alone, for a dose of steps.
+
+    Paper: Li et al., Anti-Backdoor Learning: Training Clean Models on Poisoned Data, NeurIPS 2021,
+    https://arxiv.org/abs/2110.11571.
+
+    What runs unless told otherwise joins both forms: the code's fine-tuning, then the paper's joint objective, in every
+    preset for 300 steps of a rate and a weight decay (2e-3, none) that are ours, chosen on the training set of CIFAR-10
+    with BadNets, with its true roles. The paper goes from isolation straight to the joint objective: `--no-finetune
+    --objective joint --unlearn-lr 5e-4 --unlearn-weight-decay 1e-4 --unlearn-stop 1000 --unlearn-steps N`, N as many as
+    the remaining epochs have; `--epochs`, `--lr` and `--schedule` then train nothing. Its formula of local ascent read
+    per sample is `--trap sample`, which also pushes triggered samples back up to gamma; the batch mean, which is taken
+    unless told otherwise, is the code's. The cap is ours:
+    ascent on cross entropy has no bound, and beyond guessing it only teaches the model never to say the target class,
+    which target recall shows and papers that leave that class out do not. A batch's mean reaches it by the samples that
+    are furthest gone, while others may keep the backdoor; `--unlearn-cap sample` takes it from each, and takes the
+    target class as well where most of the isolated are triggered images of that class itself, whose loss is the lowest.
+
+    The published code is `--preset paper --augment crop,flip,cutout --isolation-epochs 10 --trap flooding` with
+    `--objective ascent --unlearn-steps 32 --unlearn-lr 5e-4 --unlearn-stop 1000 --unlearn-momentum kept
+    --unlearn-weight-decay 1e-4`: ascent alone, without a cap, by the optimiser of the fine-tuning as that left it.
+    Since August 2022 it takes half the steps, twice as large (`--batch-size 128 --unlearn-batch-size 128
+    --unlearn-steps 16`). `flooding` has the same gradient as `batch`. backdoor-toolbox keeps the statistics of batch
+    norm as they are while unlearning, but does not use them: `--unlearn-norms untracked`.
+
+    Differs from the published code in every mode: isolation shuffles its batches, a last batch of one image is left
+    out, all runs are seeded. The joint objective draws as many of the rest, augmented, as there are isolated ones in
+    the step, with replacement. An accuracy on the rest, as a second reason to stop, is not there.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2110.11571"
+    threat: ClassVar[str] = "the defender controls training; has the poisoned set only, no clean data"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {
+            "isolation_epochs": 20, "epochs": 60, "batch_size": 64, "schedule": "step", "milestones": (2 / 3, 1.0),
+        },
+        "fast": {"isolation_epochs": 3, "epochs": 9},
+        "tiny": {
+            "isolation_epochs": 3, "isolation_lr": 0.05, "isolation_rate": 0.05, "isolation_augment": "auto",
+            "epochs": 20, "batch_size": 32, "lr": 0.05, "unlearn_cap": "sample",
+        },
+    }  # fmt: skip
+
+    isolation_epochs: int = Field(20, ge=1, description="Epochs of the isolating phase.")
+    isolation_rate: float = Field(0.01, gt=0, lt=1, description="Share of the training set that is isolated.")
+    isolation_augment: str = Field("none", description="Augmentation while isolating; see --augment.")
+    isolation_lr: float = Field(0.1, gt=0, description="Constant learning rate while isolating.")
+    gamma: float = Field(0.5, ge=0, description="Loss that the isolating phase is kept at.")
+    trap: Trap = Field(
+        "batch", description="How it is kept there: ascent below gamma by batch mean or sample, or flooding."
+    )
+    finetune: bool = Field(
+        True, description="Train on the rest between isolating and unlearning; off: the paper's form."
+    )
+    objective: Literal["joint", "ascent"] = Field(
+        "joint",
+        description="Unlearning: descent on the rest and ascent on the isolated (paper), or ascent alone (code).",
+    )
+    unlearn_steps: int = Field(300, ge=0, description="Dose: steps of unlearning.")
+    unlearn_batch_size: int = Field(64, ge=2, description="Isolated samples in a step of unlearning.")
+    unlearn_lr: float = Field(2e-3, gt=0, description="Learning rate of unlearning.")
+    unlearn_stop: float = Field(
+        1.0, gt=0, description="Cap of the ascent, in units of ln(K), the loss of guessing; alone, it ends there."
+    )
+    unlearn_cap: Cap = Field("batch", description="The cap holds for the batch's mean loss, or for every sample's.")
+    unlearn_momentum: Literal["fresh", "kept"] = Field(
+        "fresh", description="Momentum of unlearning begins at zero, or goes on from the phase before (code)."
+    )
+    unlearn_weight_decay: float = Field(0.0, ge=0, description="Weight decay while unlearning (code: 1e-4).")
+    unlearn_norms: Norms = Field(
+        "batch",
+        description="Batch norm while unlearning: by the (joint) batch, which moves the running statistics; by the "
+        "batch, these untracked; or by these, frozen.",
+    )
+
+    def run(self, task: Task) -> Defended:
+        """Isolate, fine-tune, unlearn; the scores are the negated losses after isolation."""
+        engine, recipe = task.engine, task.recipe
+        count = isolated_count(self.isolation_rate, len(task.train))
+        isolation = recipe.model_copy(
+            update={
+                "epochs": self.isolation_epochs, "lr": self.isolation_lr, "schedule": "constant", "warmup": 0.0,
+                "augment": recipe.augment if self.isolation_augment == "auto" else self.isolation_augment,
+            }
+        )  # fmt: skip
+        model = task.new_model("model")
+        # The optimiser that goes on into unlearning takes the steps of the phase before it; None makes fresh ones.
+        kept = recipe.optimizer(model) if self.unlearn_momentum == "kept" else None
+        model = engine.fit(
+            model, task.train, trapped_loss(self.trap, self.gamma), isolation, phase="isolate",
+            optimizer=None if self.finetune else kept, lr_flag="--isolation-lr",
+        )  # fmt: skip
+        losses = engine.losses(model, task.train)
+        isolated = lowest(losses, count)
+        rest = torch.nonzero(~isolated).flatten()
+        if self.finetune:
+            model = engine.fit(
+                model, task.train, mean_cross_entropy, recipe, phase="finetune", rows=rest, optimizer=kept
+            )
+        if self.unlearn_steps:
+            model = self._unlearn(task, model, task.train.take(isolated), rest, kept)
+        return Defended(model, scores=-losses, set_aside=isolated)
+
+    def _unlearn(
+        self,
+        task: Task,
+        model: Classifier,
+        isolated: ImageDataset,
+        rest: Tensor,
+        kept: torch.optim.Optimizer | None,
+    ) -> Classifier:
+        engine = task.engine
+        recipe = task.recipe.model_copy(
+            update={
+                "epochs": self.unlearn_steps, "batch_size": self.unlearn_batch_size,  # `max_steps` ends it
+                "lr": self.unlearn_lr, "schedule": "constant", "warmup": 0.0,
+                "weight_decay": self.unlearn_weight_decay, "augment": "none",
+            }
+        )  # fmt: skip
+        if kept is not None:
+            for group in kept.param_groups:
+                group["weight_decay"] = self.unlearn_weight_decay
+        cap = self.unlearn_stop * math.log(isolated.num_classes)
+        descent = _Descent(rest, task) if self.objective == "joint" else None
+
+        def loss(model: Classifier, batch: Batch) -> Tensor:
+            if descent is None:
+                return -capped_loss(model(batch.images), batch.labels, self.unlearn_cap, cap)
+            images, labels = descent.batch(batch.step, len(batch.labels))
+            logits = model(torch.cat([batch.images, images]))
+            split = len(batch.labels)
+            ascent = capped_loss(logits[:split], batch.labels, self.unlearn_cap, cap)
+            return F.cross_entropy(logits[split:], labels) - ascent
+
+        with untracked_norms(model) if self.unlearn_norms == "untracked" else nullcontext():
+            return engine.fit(
+                model, isolated, loss, recipe, phase="unlearn", optimizer=kept, max_steps=self.unlearn_steps,
+                stop=None if descent is not None else lambda model: float(engine.losses(model, isolated).mean()) >= cap,
+                frozen_norms=self.unlearn_norms == "frozen", lr_flag="--unlearn-lr",
+            )  # fmt: skip
+
+
+def isolated_count(rate: float, total: int) -> int:
+    """Return how many of `total` samples a rate isolates, rounded down.
+
+    Raises:
+        OptionError: fewer than two, or fewer than two stay; training needs two.
+    """
+    count = int(rate * total)
+    if count < 2:
+        raise OptionError(
+            f"isolation_rate {rate} isolates {count} of {total} samples; raise it to at least "
+            f"{math.ceil(2e6 / total) / 1e6:g}"
+        )
+    if total - count < 2:
+        raise OptionError(
+            f"isolation_rate {rate} isolates {count} of {total} samples and leaves {total - count}; lower it to at "
+            f"most {math.floor(1e6 - 2e6 / total) / 1e6:g}"
+        )
+    return count
+
+
+def capped_loss(logits: Tensor, labels: Tensor, per: Cap, cap: float) -> Tensor:
+    """Return what is ascended: the cross entropy up to a cap, from which it has no gradient.
+
+    ``batch``: min(mean, cap); ``sample``: the mean over samples of min(cross entropy, cap).
+    """
+    if per == "batch":
+        return F.cross_entropy(logits, labels).clamp_max(cap)
+    return F.cross_entropy(logits, labels, reduction="none").clamp_max(cap).mean()
+
+
+@contextmanager
+def untracked_norms(model: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norm in training mode, while batches are normalised by their own."""
+    norms = norms_of(model)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def trapped_loss(trap: Trap, gamma: float) -> LossFunction:
+    """Return the isolating loss: descent above `gamma`, ascent below it.
+
+    ``batch``: sign(L - gamma) * L of the batch mean L; ``sample``: the mean of sign(l - gamma) * l over samples;
+    ``flooding``: |L - gamma| + gamma.
+    """
+
+    def loss(model: Classifier, batch: Batch) -> Tensor:
+        return trap_losses(F.cross_entropy(model(batch.images), batch.labels, reduction="none"), trap, gamma)
+
+    return loss
+
+
+def trap_losses(losses: Tensor, trap: Trap, gamma: float) -> Tensor:
+    """Return the scalar of `trapped_loss` for per-sample cross entropies (B,)."""
+    if trap == "sample":
+        return ((losses.detach() - gamma).sign() * losses).mean()
+    mean = losses.mean()
+    if trap == "flooding":
+        return (mean - gamma).abs() + gamma
+    return (mean.detach() - gamma).sign() * mean
+
+
+class _Descent:
+    """Batches of the samples that were not isolated, addressed by step."""
+
+    def __init__(self, rest: Tensor, task: Task) -> None:
+        self.rest, self.labels = rest, task.train.labels
+        self.feed = task.engine.feed(task.train)
+        self.operations = parse_augment(task.recipe.augment)
+        self.seed = task.engine.seed
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return images (B, C, H, W) in [0, 1] and labels (B,)."""
+        rng = generator(self.seed, "unlearn", "descent", step)
+        rows = self.rest[torch.randint(len(self.rest), (size,), generator=rng)]
+        return self.feed.batch(rows, self.operations, rng), self.labels[rows].to(self.feed.device)

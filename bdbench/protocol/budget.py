@@ -1,0 +1,59 @@
+"""The budget of a run: the preset first, then what the user gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from bdbench.artifacts.dataset import DatasetArtifact
+from bdbench.artifacts.made import plain
+from bdbench.defenses.base import Defense
+from bdbench.errors import unknown_name
+from bdbench.options import Options
+from bdbench.protocol.networks import TINY_SIDE
+from bdbench.registry import DEFENSES
+from bdbench.training.augment import parse_augment
+from bdbench.training.recipe import Recipe
+
+TINY_IMAGES = 10_000
+
+
+def resolve_budget(
+    method: str, preset: str, options: Mapping[str, Any], data: DatasetArtifact
+) -> tuple[str, Defense, Recipe]:
+    """Return the preset's name, the defence and the recipe: preset first, then what the user gave.
+
+    Raises:
+        OptionError: unknown method, preset or option, or a value out of bounds.
+    """
+    cls = cast("type[Defense]", DEFENSES.load(method))
+    if preset == "auto":
+        small = data.manifest.facts["counts"]["train"] < TINY_IMAGES and max(data.image_shape[1:]) <= TINY_SIDE
+        preset = "tiny" if small else "fast"
+    if preset not in cls.presets:
+        raise unknown_name(f"preset of {method}", preset, cls.presets)
+    recipe_values, method_values = split_options({**cls.presets[preset], **options}, cls)
+    recipe = Recipe.parse(recipe_values)
+    if recipe.augment == "auto":
+        recipe = recipe.model_copy(update={"augment": data.manifest.facts["augment"]})
+    parse_augment(recipe.augment)
+    return preset, cls.parse(method_values), recipe
+
+
+def settings_of(recipe: Recipe, defense: Defense) -> dict[str, Any]:
+    """Return all options of a run as JSON values."""
+    return {**plain(recipe.model_dump()), **plain(defense.model_dump())}
+
+
+def split_options(values: Mapping[str, Any], cls: type[Options]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split values into those of `Recipe` and those of the method.
+
+    Raises:
+        OptionError: a name that neither has.
+    """
+    known = {*Recipe.model_fields, *cls.model_fields}
+    for name in values:
+        if name not in known:
+            raise unknown_name("option", name, known)
+    recipe = {name: value for name, value in values.items() if name in Recipe.model_fields}
+    return recipe, {name: value for name, value in values.items() if name not in recipe}

@@ -1,0 +1,93 @@
+"""What a stage starts from: the dataset of a model, the model that a method repairs, trusted images."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from bdbench.artifacts import finding
+from bdbench.artifacts.dataset import DatasetArtifact
+from bdbench.artifacts.model import ModelArtifact
+from bdbench.defenses.base import Defense
+from bdbench.errors import ArtifactError, OptionError
+
+
+def open_suspect(
+    defense: Defense, method: str, suspect: str | Path | None, data: DatasetArtifact, model: str, preset: str, seed: int
+) -> ModelArtifact | None:
+    """Return the model that a method mends: the one given, else the newest undefended one of this data set and seed.
+
+    One that was trained with the same preset goes before: it is what the method's row is compared with.
+    """
+    if not defense.needs_suspect:
+        if suspect is not None:
+            raise OptionError(f"method '{method}' trains from scratch and takes no --suspect")
+        return None
+    if suspect is not None:
+        found = ModelArtifact.open(finding.locate(suspect, "model"))
+        if found.dataset_id != data.id:
+            raise ArtifactError(f"suspect {found.path} was trained on data set {found.dataset_id}, not on {data.id}")
+        if model not in ("auto", found.manifest.facts["model"]):
+            raise OptionError(f"suspect {found.path} is a {found.manifest.facts['model']}, not a {model}; drop --model")
+        return found
+    for root in (data.path.parent, finding.ROOT):
+        fitting = [
+            ModelArtifact(path, manifest)
+            for path, manifest in reversed(finding.find_artifacts(root, "model"))
+            if manifest.ask.method == "none" and manifest.ask.seed == seed
+            and manifest.ask.inputs["dataset"] == data.id and model in ("auto", manifest.facts["model"])
+        ]  # fmt: skip
+        if fitting:
+            return next((found for found in fitting if found.manifest.ask.config["preset"] == preset), fitting[0])
+    raise OptionError(
+        f"method '{method}' mends a model, and no undefended {'one' if model == 'auto' else model} of {data.path} with "
+        f"seed {seed} is beside it or under {finding.ROOT}/; make one with: {_training_command(data, model, seed)} (or "
+        "give --suspect PATH)"
+    )
+
+
+def _training_command(data: DatasetArtifact, model: str, seed: int) -> str:
+    """Return the command that trains the undefended model of a network and a seed, where nothing is in its way."""
+    words = ["bdbench", "train", str(data.path)]
+    usual = data.path.with_name(f"{data.path.name}-none")
+    if model != "auto":
+        words += ["--model", model]
+    if seed != data.manifest.ask.seed:
+        words += ["--seed", str(seed)]
+    if usual.exists():
+        words += ["--out", f"{usual}-{'' if model == 'auto' else model.replace(':', '-') + '-'}s{seed}"]
+    return shlex.join(words)
+
+
+def check_trusted(defense: Defense, method: str, data: DatasetArtifact) -> None:
+    """Refuse a method that needs trusted images where there are none."""
+    if defense.needs_trusted and not data.manifest.facts["counts"]["trusted"]:
+        attack, place = data.manifest.ask.method, shlex.quote(f"{data.path}-trusted")
+        way_out = "nobody vouches for data taken as found"
+        if data.is_attacked:
+            way_out = (
+                f"make some with: bdbench poison --attack {attack} --trusted 0.05 --out {place}, and what else it was "
+                "made with"
+            )
+        raise ArtifactError(f"method '{method}' needs trusted clean images, and {data.path} has none; {way_out}")
+
+
+def dataset_of(model: ModelArtifact, data: str | Path | None = None) -> DatasetArtifact:
+    """Return the data set that a model was trained on: the one given, else found by id beside it or under ``runs/``.
+
+    Raises:
+        ArtifactError: it is another one, or is not found.
+    """
+    wanted = model.dataset_id
+    if data is not None:
+        found = DatasetArtifact.open(finding.locate(data, "dataset"))
+        if found.id != wanted:
+            raise ArtifactError(f"{model.path} was trained on data set {wanted}, but {found.path} is {found.id}")
+        return found
+    for root in (model.path.parent, finding.ROOT):
+        for path, manifest in finding.find_artifacts(root, "dataset"):
+            if manifest.id == wanted:
+                return DatasetArtifact(path, manifest)
+    raise ArtifactError(
+        f"the data set {wanted} of {model.path} is neither beside it nor under {finding.ROOT}/; give --data PATH"
+    )

@@ -1,0 +1,140 @@
+"""What `evaluate` computes: predictions, the metrics that follow from them and the truth, and facts for tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from bdbench.artifacts.dataset import DatasetArtifact
+from bdbench.artifacts.model import ModelArtifact
+from bdbench.models.classifier import Classifier
+from bdbench.protocol import metrics
+from bdbench.training.engine import Engine
+
+MEASURED_PAIRS = 1000
+
+
+def trigger_distances(source: DatasetArtifact) -> dict[str, float]:
+    """Return `metrics.image_distances` of at most 1,000 triggered test images, evenly chosen, from their clean ones."""
+    rows = torch.arange(len(source.triggered))[:: math.ceil(len(source.triggered) / MEASURED_PAIRS)]
+    before = source.test.images[source.triggered_rows[rows]]
+    return metrics.image_distances(before, source.triggered.images[rows])
+
+
+def predict(engine: Engine, model: Classifier, source: DatasetArtifact) -> pd.DataFrame:
+    """Return a row per clean and per triggered test image: split, row, label, clean_label, prediction, confidence."""
+    test = source.test
+    frames = []
+    splits = [("test", test, torch.arange(len(test)))]
+    if source.is_attacked:
+        splits.append(("triggered", source.triggered, source.triggered_rows))
+    for name, split, rows in splits:
+        confidence, prediction = engine.logits(model, split.images).softmax(1).max(1)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "split": name,
+                    "row": rows.numpy(),
+                    "label": split.labels.numpy(),
+                    "clean_label": test.labels[rows].numpy(),
+                    "prediction": prediction.numpy(),
+                    "confidence": confidence.numpy().astype(np.float32),
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def measure(
+    frame: pd.DataFrame, source: DatasetArtifact, model: ModelArtifact
+) -> tuple[dict[str, metrics.Rate], dict[str, float]]:
+    """Return the rates, and the metrics that are no rates, of predictions; opens the truth if the model scored samples.
+
+    Of a data set as it was found only BA is known.
+
+    Args:
+        frame: from `predict`.
+        source: the data set, with its truth.
+        model: the model artifact, for what it set aside.
+    """
+
+    def column(split: str, name: str) -> Tensor:
+        return torch.from_numpy(frame.loc[frame["split"] == split, name].to_numpy(copy=True))
+
+    if not source.is_attacked:
+        return {"ba": metrics.rate(column("test", "prediction") == column("test", "clean_label"))}, {}
+    config = source.manifest.ask.config
+    said, wanted, rows = (column("triggered", name) for name in ("prediction", "label", "row"))
+    counts = torch.ones_like(said, dtype=torch.bool)
+    if config["labels"] == "source-specific":
+        counts = column("triggered", "clean_label") == config["source"]
+    rates = metrics.classification_rates(
+        predicted=column("test", "prediction"),
+        labels=column("test", "clean_label"),
+        triggered_predicted=said[counts],
+        wanted=wanted[counts],
+        triggered_rows=rows[counts],
+        target=None if config["labels"] == "all-to-all" else config["target"],
+    )
+    if not counts.all():
+        rates["asr_others"] = metrics.rate((said == wanted)[~counts])
+    samples = model.samples
+    if samples is None:
+        return rates, {}
+    is_poison = source.is_poison
+    if model.manifest.facts["sets_aside"]:
+        rates |= metrics.set_aside_rates(torch.from_numpy(samples["set_aside"].to_numpy(copy=True)), is_poison)
+    return rates, metrics.score_metrics(torch.from_numpy(samples["score"].to_numpy(copy=True)), is_poison)
+
+
+def metrics_frame(rates: Mapping[str, metrics.Rate], values: Mapping[str, float]) -> pd.DataFrame:
+    """Return metric, value, low, high, numerator, denominator; what is no rate has a value only."""
+    rows: list[dict[str, Any]] = [
+        {
+            "metric": name,
+            "value": item.value,
+            "low": item.interval[0],
+            "high": item.interval[1],
+            "numerator": item.numerator,
+            "denominator": item.denominator,
+        }
+        for name, item in rates.items()
+    ]
+    rows += [{"metric": name, "value": value} for name, value in values.items()]
+    columns = ["metric", "value", "low", "high", "numerator", "denominator"]
+    return pd.DataFrame(rows, columns=columns).astype({"numerator": "Int64", "denominator": "Int64"})
+
+
+def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
+    """Return what a table needs to know beside the metrics, so that it opens evaluations only."""
+    asked, attacked = model.manifest.ask, source.manifest.ask
+    return {
+        "dataset": source.manifest.facts["name"],
+        "dataset_id": source.id,
+        "source": source.manifest.ask.inputs.get("source"),
+        "source_options": dict(source.manifest.facts.get("source_options", {})),
+        "model": asked.config["model"],
+        "model_id": model.id,
+        "attack": attacked.method,
+        "replay": source.manifest.facts.get("replay", False),
+        "attack_options": dict(attacked.config),
+        "defense": asked.method,
+        "defense_options": dict(asked.config),
+        "preset": asked.config["preset"],
+        "findings": dict(model.manifest.facts.get("findings", {})),
+        "changed": list(model.manifest.facts.get("changed", [])),
+        "reads_truth": model.manifest.facts.get("reads_truth", False),
+        "seed": asked.seed,
+        "attack_seed": attacked.seed,
+        # Counted by epochs too: those before an interruption are in the history, not in the last start's seconds.
+        "seconds": max(model.manifest.made["seconds"], model.manifest.made["training_seconds"]),
+        "peak_memory_bytes": model.manifest.made["peak_memory_bytes"],
+        "device": model.manifest.made["device"],
+        "precision": model.manifest.made["precision"],
+    }

@@ -1,0 +1,39 @@
+"""A fresh network for a dataset: by name, or by the size of the images."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bdbench.data import ImageDataset
+from bdbench.models.classifier import Classifier, build_classifier
+from bdbench.registry import MODELS
+from bdbench.seeds import scoped
+
+TINY_SIDE = 16
+
+
+def model_name(model: str, image_shape: tuple[int, int, int]) -> str:
+    """Return the registered name of a model, which ``auto`` leaves to the size of the images."""
+    if model == "auto":
+        return "convnet" if max(image_shape[1:]) <= TINY_SIDE else "wrn-16-1"
+    MODELS.load(model)
+    return model
+
+
+def fresh_model(name: str, train: ImageDataset, seed: int, purpose: str) -> Classifier:
+    """Build a classifier for a data set; equal seeds and purposes give equal weights."""
+    mean, std = channel_statistics(train.images)
+    with scoped(seed, "weights", purpose):
+        factory = MODELS.load(model_name(name, train.image_shape))
+        return build_classifier(factory, train.image_shape, train.num_classes, mean, std)
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (C,) of uint8 images (N, C, H, W), in [0, 1].
+
+    They are those of about 5,000 images of at most 32x32 pixels, of as many pixels of larger ones.
+    """
+    pixels = images.shape[2] * images.shape[3]
+    wanted = max(1, 5000 * 1024 // max(1024, pixels))
+    sample = images[:: max(1, len(images) // wanted)].float().div(255)
+    return sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)

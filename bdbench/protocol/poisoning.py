@@ -1,0 +1,166 @@
+"""Who is poisoned and how labels change: one place for all attacks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bdbench.attacks.base import Attack, Lab, TrainingAttack, wanted_labels
+from bdbench.data import ImageDataset, PoisonedDataset, Role, SourceData
+from bdbench.errors import OptionError
+from bdbench.seeds import generator
+
+
+def poison_source(source: SourceData, attack: Attack, lab: Lab, trusted: float) -> PoisonedDataset:
+    """Poison a training split, trigger the eligible test images, and reserve a trusted clean set.
+
+    Args:
+        source: both clean splits.
+        attack: with its options.
+        lab: the seed of every random choice, and what trains networks for attacks that need them.
+        trusted: share of the training split that is reserved, clean, before anything is poisoned; 0 for none.
+
+    Raises:
+        OptionError: a class does not exist, `trusted` takes all images, or the rate asks for none or for more than are
+            eligible.
+    """
+    clean, seed = source.train, lab.seed
+    _check_classes(attack, clean.num_classes)
+    kept, reserved = _reserve(len(clean), trusted, seed)
+    train = clean.take(kept)
+    poisoned = choose_poisoned(train.labels, attack, generator(seed, "poison", "choose"))
+    covers = _choose_covers(train.labels, poisoned, attack, seed)
+    tested = eligible_for_test(source.test.labels, attack)
+
+    if isinstance(attack, TrainingAttack):
+        state, victim = attack.train(train, lab)
+    else:
+        state, victim = attack.fit(train, lab), None
+    images, labels = train.images, train.labels.clone()
+    roles = torch.zeros(len(train), dtype=torch.uint8)
+    roles[poisoned], roles[covers] = Role.POISON, Role.COVER
+    originals = images[roles != Role.CLEAN]
+    images[poisoned] = attack.craft(train, poisoned, state, lab)
+    shown = attack.trigger(train, poisoned, state, "poison", seed)
+    images[covers] = attack.trigger(train, covers, state, "cover", seed)
+    images[poisoned] = shown
+    labels[poisoned] = wanted_labels(train.labels[poisoned], attack, clean.num_classes)
+
+    return PoisonedDataset(
+        visible=ImageDataset(images, labels, clean.class_names),
+        clean_labels=train.labels,
+        roles=roles,
+        source_rows=kept,
+        originals=originals,
+        test=source.test,
+        triggered=ImageDataset(
+            attack.trigger(source.test, tested, state, "test", seed),
+            wanted_labels(source.test.labels[tested], attack, clean.num_classes),
+            clean.class_names,
+        ),
+        triggered_rows=tested,
+        trusted=clean.take(reserved),
+        trigger_state=state,
+        victim=victim,
+    )
+
+
+def as_found(source: SourceData) -> PoisonedDataset:
+    """Return a source as it is: nothing is poisoned, triggered or reserved, and what it holds is not known."""
+    train, test = source.train, source.test
+    none = torch.empty(0, dtype=torch.int64)
+    return PoisonedDataset(
+        visible=train,
+        clean_labels=train.labels,
+        roles=torch.zeros(len(train), dtype=torch.uint8),
+        source_rows=torch.arange(len(train)),
+        originals=train.images[none],
+        test=test,
+        triggered=test.take(none),
+        triggered_rows=none,
+        trusted=train.take(none),
+        trigger_state={},
+    )
+
+
+def eligible_for_test(labels: Tensor, attack: Attack) -> Tensor:
+    """Return the rows of test images to trigger: all for all-to-all, else those of other classes than the target.
+
+    ASR counts all of them, but for source-specific labels the source class alone (see `bdbench.protocol.judging`).
+
+    Raises:
+        OptionError: none counts.
+    """
+    triggered = torch.ones_like(labels, dtype=torch.bool) if attack.labels == "all-to-all" else labels != attack.target
+    counted = labels == attack.source if attack.labels == "source-specific" else triggered
+    if not counted.any():
+        raise OptionError(
+            f"no test image is eligible for {attack.labels} labels with target {attack.target}; raise --test-fraction "
+            "or use more images"
+        )
+    return torch.nonzero(triggered).flatten()
+
+
+def _check_classes(attack: Attack, num_classes: int) -> None:
+    for name in ("target", "source") if attack.labels == "source-specific" else ("target",):
+        if getattr(attack, name) >= num_classes:
+            raise OptionError(f"{name} {getattr(attack, name)} does not exist: the classes are 0..{num_classes - 1}")
+
+
+def choose_poisoned(labels: Tensor, attack: Attack, rng: torch.Generator) -> Tensor:
+    """Draw the training rows to poison: an exact count, without replacement, sorted.
+
+    `rate` counts from all N samples, `class_rate` from those of the target class (source-specific: of the source
+    class); both are rounded to nearest. Eligible are all samples (clean labels: the target class; source-specific: the
+    source class; `exclude_target`: all but the target class).
+
+    Raises:
+        OptionError: the count is 0, or more than are eligible.
+    """
+    in_target = labels == attack.target
+    if attack.labels == "clean":
+        eligible = in_target
+    elif attack.labels == "source-specific":
+        eligible = labels == attack.source
+    elif attack.labels == "all-to-one" and attack.exclude_target:
+        eligible = ~in_target
+    else:
+        eligible = torch.ones_like(in_target)
+    rows = torch.nonzero(eligible).flatten()
+    of_class = int((labels == attack.source if attack.labels == "source-specific" else in_target).sum())
+    if attack.class_rate is not None:
+        said, rate, counted = f"class_rate {attack.class_rate}", attack.class_rate, of_class
+    else:
+        said, rate, counted = f"rate {attack.rate}", attack.rate or 0, len(labels)
+    count = round(rate * counted)
+    if count < 1:
+        raise OptionError(f"{said} of {counted} samples is less than one sample; raise it")
+    if count > len(rows):
+        raise OptionError(f"{said} asks for {count} samples, only {len(rows)} are eligible; lower it")
+    return rows[torch.randperm(len(rows), generator=rng)[:count]].sort().values
+
+
+def _choose_covers(labels: Tensor, poisoned: Tensor, attack: Attack, seed: int) -> Tensor:
+    count = round(attack.cover_ratio * len(poisoned))
+    free = torch.ones_like(labels, dtype=torch.bool)
+    free[poisoned] = False
+    rows = torch.nonzero(free & attack.may_cover(labels)).flatten()
+    if count > len(rows):
+        raise OptionError(
+            f"the attack asks for {count} cover samples, only {len(rows)} can be; lower --cover-ratio or its rate"
+        )
+    chosen = torch.randperm(len(rows), generator=generator(seed, "cover", "choose"))[:count]
+    return rows[chosen].sort().values
+
+
+def _reserve(total: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split row numbers into those that stay and the trusted ones, both sorted.
+
+    Raises:
+        OptionError: none stays.
+    """
+    count = round(share * total)
+    if count == total:
+        raise OptionError(f"trusted {share} leaves none of the {total} training images; lower it")
+    order = torch.randperm(total, generator=generator(seed, "trusted", "choose"))
+    return order[count:].sort().values, order[:count].sort().values

@@ -1,0 +1,60 @@
+"""Which training samples a defence suspects: its scores beside labels and places. The truth plays no part."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from bdbench.artifacts.dataset import DatasetArtifact
+from bdbench.artifacts.model import ModelArtifact
+from bdbench.errors import ArtifactError
+
+
+def rank(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
+    """Return the training samples, the most suspect first; among equal scores the first row.
+
+    Args:
+        model: of a method that scores samples.
+        data: what it was trained on.
+
+    Returns:
+        row (of the artifact), place (file, or the row again), label, class (its name), score (higher is more
+        suspect; only the order of one model's scores means anything), set_aside.
+
+    Raises:
+        ArtifactError: the method scored nothing.
+    """
+    samples = model.samples
+    if samples is None:
+        raise ArtifactError(
+            f"{model.path} is by {model.manifest.ask.method}, which scores no samples; a defence such as abl does: "
+            f"bdbench defend {data.path} --method abl"
+        )
+    labels = data.column("train.parquet", "label").tolist()
+    frame = pd.DataFrame(
+        {
+            "row": samples["row"],
+            "place": data.places,
+            "label": labels,
+            "class": [data.class_names[label] for label in labels],
+            "score": samples["score"],
+            "set_aside": samples["set_aside"],
+        }
+    )
+    return frame.sort_values(["score", "row"], ascending=[False, True], ignore_index=True)
+
+
+def by_class(ranked: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Return how the `count` most suspect samples spread over the labels.
+
+    Args:
+        ranked: from `rank`.
+        count: at least 1.
+
+    Returns:
+        label, class, images, suspects, share (of the class's images that are suspect), the largest share first.
+    """
+    groups = ranked.groupby(["label", "class"])["row"].agg(images="size").reset_index()
+    suspects = ranked.head(count)["label"].value_counts()
+    groups["suspects"] = groups["label"].map(suspects).fillna(0).astype(int)
+    groups["share"] = groups["suspects"] / groups["images"]
+    return groups.sort_values(["share", "label"], ascending=[False, True], ignore_index=True)

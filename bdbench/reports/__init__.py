@@ -1,0 +1,1 @@
+"""What evaluations say: tables, ranking, pictures, and the report's page."""

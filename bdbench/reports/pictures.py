@@ -1,0 +1,166 @@
+"""Pictures of artifacts: what a trigger looks like, how a training went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bdbench.artifacts.dataset import DatasetArtifact
+from bdbench.artifacts.model import ModelArtifact
+from bdbench.errors import ArtifactError
+
+EXAMPLES = 8
+SHOWN = 200
+GALLERY_COLUMNS = 9
+SHEET_COLUMNS, SHEET_ROWS, LONGEST_NAME = 10, 5, 16
+
+
+def contact_sheet(data: DatasetArtifact, path: Path) -> None:
+    """Draw triggered test images under their clean ones, and the difference, amplified to the full range.
+
+    Raises:
+        ArtifactError: nothing is triggered.
+    """
+    triggered, test, rows = data.triggered, data.test, data.triggered_rows
+    if not len(triggered):
+        raise ArtifactError(f"{data.path} was taken as it was found: there is no trigger to draw")
+    places = np.linspace(0, len(triggered) - 1, min(EXAMPLES, len(triggered))).round().astype(int)
+    figure = Figure(figsize=(1.3 * len(places) + 1.2, 4.6), layout="constrained")
+    axes = figure.subplots(3, len(places), squeeze=False)
+    after = triggered.images[places].float()
+    before = test.images[rows[places]].float()
+    change = after - before
+    largest = max(1.0, float(change.abs().max()))
+    for column, place in enumerate(places):
+        true, wanted = int(test.labels[rows[place]]), int(triggered.labels[place])
+        pictures = (before[column], after[column], 127.5 + 127.5 * change[column] / largest)
+        titles = (data.class_names[true], f"-> {data.class_names[wanted]}", "")
+        for line, (pixels, title) in enumerate(zip(pictures, titles, strict=True)):
+            axis = axes[line, column]
+            _show(axis, pixels, title)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for line, label in enumerate(("clean", "triggered", f"change x {127.5 / largest:.1f}")):
+        axes[line, 0].set_ylabel(label)
+    figure.suptitle(f"{data.manifest.facts['name']}, {data.manifest.ask.method}")
+    _save(figure, path)
+
+
+def gallery(sources: Sequence[DatasetArtifact], path: Path) -> None:
+    """Draw one test image under the trigger of every data set, with the change, amplified to the full range.
+
+    Args:
+        sources: poisoned versions of the same test images.
+        path: of the picture.
+
+    Raises:
+        ArtifactError: their test images differ, or no test image is triggered in all of them.
+    """
+    row = shared_row(sources)
+    before = sources[0].test.images[row].float()
+    columns = min(GALLERY_COLUMNS, len(sources) + 1)
+    bands = math.ceil((len(sources) + 1) / columns)
+    figure = Figure(figsize=(1.25 * columns, 2.7 * bands), layout="constrained")
+    axes = figure.subplots(2 * bands, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    _show(axes[0, 0], before, "clean")
+    for place, source in enumerate(sources, 1):
+        band, column = divmod(place, columns)
+        shown = triggered_example(source, row)
+        _show(axes[2 * band, column], shown.triggered, source.manifest.ask.method)
+        _show(axes[2 * band + 1, column], shown.change, f"x {shown.gain:.1f}")
+    _save(figure, path)
+
+
+def shared_row(sources: Sequence[DatasetArtifact]) -> int:
+    """Return the test row of an image that all data sets trigger, of middle contrast among the first.
+
+    Raises:
+        ArtifactError: their test images differ, or no test image is triggered in all of them.
+    """
+    first = sources[0].test.images
+    if any(not torch.equal(it.test.images, first) for it in sources[1:]):
+        raise ArtifactError("the data sets do not have the same test images; poison one source with each attack")
+    shared = set.intersection(*({int(row) for row in it.triggered_rows} for it in sources))
+    if not shared:
+        raise ArtifactError("no test image is triggered in all of the data sets; their targets leave none")
+    # Of the images that all trigger, one of middle contrast shows faint and strong triggers alike.
+    rows = sorted(shared)[:SHOWN]
+    contrast = first[rows].float().flatten(1).std(1)
+    return rows[int(contrast.argsort()[len(rows) // 2])]
+
+
+def suspect_sheet(ranked: pd.DataFrame, data: DatasetArtifact, path: Path) -> None:
+    """Draw the most suspect training images, with the class that they are labelled as and where they lie.
+
+    Args:
+        ranked: from `bdbench.protocol.suspects.rank`.
+        data: the data set.
+        path: of the picture.
+    """
+    shown = ranked.head(SHEET_COLUMNS * SHEET_ROWS)
+    lines = math.ceil(len(shown) / SHEET_COLUMNS)
+    figure = Figure(figsize=(1.4 * SHEET_COLUMNS, 1.65 * lines), layout="constrained")
+    axes = figure.subplots(lines, SHEET_COLUMNS, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (_, item) in zip(axes.flat, shown.iterrows(), strict=False):
+        name = str(item["place"]).rpartition("/")[2]
+        _show(axis, data.train.images[int(item["row"])].float(), f"{item['class']}\n{name[-LONGEST_NAME:]}")
+    _save(figure, path)
+
+
+class Example(NamedTuple):
+    """One test image (C, H, W) float in [0, 255]: clean, triggered, and the change times `gain` around gray."""
+
+    clean: Tensor
+    triggered: Tensor
+    change: Tensor
+    gain: float
+
+
+def triggered_example(source: DatasetArtifact, row: int) -> Example:
+    """Return a test row of a data set with and without the trigger, and the change, amplified to the full range."""
+    before = source.test.images[row].float()
+    after = source.triggered.images[source.triggered_rows.tolist().index(row)].float()
+    change = after - before
+    gain = 127.5 / max(1.0, float(change.abs().max()))
+    return Example(before, after, 127.5 + gain * change, gain)
+
+
+def _show(axis: Axes, pixels: Tensor, title: str) -> None:
+    """Show an image (C, H, W) float in [0, 255]."""
+    shown = pixels.permute(1, 2, 0).round().numpy().astype(np.uint8)
+    axis.imshow(shown.squeeze(-1) if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=255)
+    axis.set_title(title, fontsize=9)
+
+
+def loss_curves(model: ModelArtifact, path: Path) -> None:
+    """Draw the mean loss of every epoch, one panel a phase."""
+    phases = list(model.history.groupby("phase", sort=False))
+    figure = Figure(figsize=(4 * len(phases), 3.2), layout="constrained")
+    for axis, (phase, rows) in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases, strict=True):
+        axis.plot(rows["epoch"], rows["loss"], marker=".")
+        axis.set_title(str(phase))
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("loss")
+        axis.grid(alpha=0.3)
+    asked = model.manifest.ask
+    figure.suptitle(f"{asked.method}, {asked.config['model']}, preset {asked.config['preset']}, seed {asked.seed}")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with mpl.rc_context({"savefig.dpi": 150}):
+        figure.savefig(path)

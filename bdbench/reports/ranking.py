@@ -1,0 +1,111 @@
+"""Do defences differ over attacks? Average ranks, Friedman's test and Nemenyi's critical difference.
+
+Source: Demšar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 2006.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+METRICS = {"der": True, "ba": True, "asr": False}
+"""What defences can be ranked by, and whether more is better."""
+
+
+class Ranked(NamedTuple):
+    """A defence with one of its presets: its average rank, where 1 is the best of all in every block, and its mean."""
+
+    defense: str
+    preset: str
+    rank: float
+    mean: float
+
+
+class Ranking(NamedTuple):
+    """Defences in the order of their average ranks.
+
+    Attributes:
+        metric: what was ranked.
+        defenses: best first.
+        blocks: how many settings (data set, model, attack) had a value of every defence.
+        statistic, p: Friedman's; nan below 3 defences or 2 blocks.
+        critical_difference: ranks further apart than this differ at the 5 % level; nan likewise.
+        failed: settings whose attack failed undefended; incomplete: settings that lack a defence. Both are left out.
+    """
+
+    metric: str
+    defenses: tuple[Ranked, ...]
+    blocks: int
+    statistic: float
+    p: float
+    critical_difference: float
+    failed: tuple[str, ...]
+    incomplete: tuple[str, ...]
+
+
+def rank(rows: Sequence[dict[str, Any]], metric: str = "der") -> Ranking:
+    """Rank the defences of rows over seeds.
+
+    A block is a data set, a model and an attack with its options. Equal values share a rank. Undefended and reference
+    rows are not ranked.
+
+    Args:
+        rows: from `bdbench.reports.results.merge`.
+        metric: der, ba or asr.
+    """
+    blocks: dict[str, dict[tuple[str, str], float]] = {}
+    names: dict[str, str] = {}
+    failed: set[str] = set()
+    for row in rows:
+        if row["defense"] == "none" or "r" in row["marks"]:
+            continue
+        block = json.dumps([row[key] for key in ("dataset", "model", "attack", "attack_options")], sort_keys=True)
+        names[block] = f"{row['dataset']}, {row['model']}, {row['attack']}"
+        if {"w", "?"} & set(row["marks"]):
+            failed.add(block)
+        elif row[metric] is not None:
+            blocks.setdefault(block, {})[row["defense"], row["preset"]] = row[metric]
+    defenses = sorted({name for values in blocks.values() for name in values})
+    whole = {block: values for block, values in blocks.items() if len(values) == len(defenses)}
+    table_BK = np.array([[values[name] for name in defenses] for values in whole.values()], dtype=float)
+    ranks_BK = _ranks(-table_BK if METRICS[metric] else table_BK) if whole else np.zeros((0, len(defenses)))
+    means = table_BK.mean(0) if whole else np.full(len(defenses), math.nan)
+    average = ranks_BK.mean(0) if whole else np.full(len(defenses), math.nan)
+    order = np.argsort(average, kind="stable")
+    statistic, p, difference = _test(ranks_BK)
+    return Ranking(
+        metric,
+        tuple(
+            Ranked(defense, preset, float(average[place]), float(means[place]))
+            for place, (defense, preset) in ((place, defenses[place]) for place in order)
+        ),
+        len(whole),
+        statistic,
+        p,
+        difference,
+        tuple(sorted(names[block] for block in failed)),
+        tuple(sorted(names[block] for block in blocks.keys() - whole.keys())),
+    )
+
+
+def _ranks(values_BK: np.ndarray) -> np.ndarray:
+    """Return ranks from 1 within each row; equal values share the mean of theirs."""
+    from scipy.stats import rankdata
+
+    return np.asarray(rankdata(values_BK, axis=1), dtype=float)
+
+
+def _test(ranks_BK: np.ndarray) -> tuple[float, float, float]:
+    """Return Friedman's statistic and p, and Nemenyi's critical difference at 5 %."""
+    from scipy.stats import friedmanchisquare, studentized_range
+
+    blocks, count = ranks_BK.shape
+    if blocks < 2 or count < 3:
+        return math.nan, math.nan, math.nan
+    statistic, p = friedmanchisquare(*ranks_BK.T)
+    quantile = studentized_range.ppf(0.95, count, math.inf) / math.sqrt(2)
+    return float(statistic), float(p), float(quantile * math.sqrt(count * (count + 1) / (6 * blocks)))

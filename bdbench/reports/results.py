@@ -1,0 +1,187 @@
+"""Evaluations -> one row each, and rows merged over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bdbench.artifacts.finding import find_artifacts
+from bdbench.artifacts.kinds import EvaluationArtifact
+from bdbench.errors import ArtifactError
+from bdbench.protocol.metrics import defence_effectiveness, mean_interval
+
+RATES = (
+    "ba", "asr", "asr_others", "floor", "ra", "ba_non_target", "target_recall", "detection_precision",
+    "detection_recall",
+)  # fmt: skip
+
+
+SCORES = ("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr")
+
+
+KEYS = ("dataset", "model", "attack", "attack_options", "defense", "defense_options", "preset")
+
+
+SOURCE = ("source", "source_options")
+"""What tells data sets of one name apart; rows from before it was kept have None."""
+
+
+WEAK_ATTACK = 0.5
+
+
+FLOOR_MARGIN = 0.1
+
+
+def read_rows(places: Sequence[Path], *, strict: bool = False) -> list[dict[str, Any]]:
+    """Return a row per evaluation found at or under the given folders, oldest first.
+
+    A row has dataset, model, attack, defense, preset, seed, and for every rate its value, n, low and high.
+
+    Raises:
+        ArtifactError: a place is no folder, or no evaluation is there; `strict`, and an artifact there is damaged.
+    """
+    for place in places:
+        if not place.is_dir():
+            raise ArtifactError(f"{place} is not a folder; give the folder that holds your runs")
+    seen: dict[str, dict[str, Any]] = {}
+    for place in places:
+        for path, manifest in find_artifacts(place, "evaluation", strict=strict):
+            seen[manifest.id] = evaluation_row(EvaluationArtifact(path, manifest))
+    if not seen:
+        raise ArtifactError(f"no evaluation under {', '.join(map(str, places))}; make one with: bdbench evaluate")
+    return mark_rows(list(seen.values()))
+
+
+def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
+    """Return one evaluation as a flat row of JSON values; what does not apply is None."""
+    facts = evaluation.manifest.facts
+    row: dict[str, Any] = {**facts, **{name: facts.get(name) for name in SOURCE}}
+    row |= {"evaluation_id": evaluation.id, "path": str(evaluation.path)}
+    entries = {entry["metric"]: entry for entry in evaluation.records("metrics.parquet")}
+    for name in (*RATES, *SCORES):
+        entry = entries.get(name, {"value": None, "denominator": None, "low": None, "high": None})
+        row[name] = finite(entry["value"])
+        if name in RATES:
+            row |= {f"{name}_n": entry["denominator"], f"{name}_low": finite(entry["low"])}
+            row |= {f"{name}_high": finite(entry["high"])}
+    return row
+
+
+def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add `der` against the undefended row of the same data set, model, seed and, if there is one, preset.
+
+    Also `attack_failed` and `marks`. An undefended row tells by its own ASR whether the attack failed: a data set may
+    have several, of other budgets.
+    """
+    undefended = {_pairing(row): row for row in rows if row["defense"] == "none"}
+    undefended |= {(*_pairing(row), row["preset"]): row for row in rows if row["defense"] == "none"}
+    marked = []
+    for row in rows:
+        near = undefended.get((*_pairing(row), row["preset"]), undefended.get(_pairing(row)))
+        base = row if row["defense"] == "none" else near
+        attacked = row["asr"] is not None
+        failed = None
+        if base is not None and attacked:
+            failed = bool(base["asr"] < WEAK_ATTACK or base["asr"] - base["floor"] < FLOOR_MARGIN)
+        der = None
+        if base is not None and attacked and row["defense"] != "none" and not row.get("reads_truth"):
+            der = defence_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
+        marks = "n" if not attacked else "?" if base is None else "w" if failed else ""
+        marks += "" if row["preset"] == "paper" else "b"
+        marks += "c" if row.get("changed") else ""
+        marks += "o" if row["defense_options"].get("oracle_target") is not None else ""
+        marks += "r" if row.get("reads_truth") else ""
+        marks += "p" if row.get("replay") else ""
+        marks += "u" if row.get("findings", {}).get("unchanged") else ""
+        marked.append({**row, "der": der, "attack_failed": failed, "marks": marks})
+    return marked
+
+
+def _pairing(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["dataset_id"], row["model"], row["seed"]
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number as JSON knows it: None for nan."""
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge rows that differ in seeds only: mean, and under `<metric>_sd` and `<metric>_half` the spread.
+
+    `<metric>_sd` is the sample standard deviation, `<metric>_half` half of the 95 % t interval; both None for one seed.
+    """
+    merged = []
+    for group in by_setting(rows):
+        seeds = sorted({row["seed"] for row in group})
+        out: dict[str, Any] = {key: group[0].get(key) for key in (*KEYS, *SOURCE)}
+        out |= {"seeds": seeds, "marks": "".join(sorted({mark for row in group for mark in row["marks"]}))}
+        for name in (*RATES, *SCORES, "der", "seconds", "peak_memory_bytes"):
+            out |= mean_and_spread(name, [row.get(name) for row in group])
+        merged.append(out)
+    return merged
+
+
+def mean_and_spread(name: str, values: Iterable[float | None]) -> dict[str, float | None]:
+    """Return mean, standard deviation and half interval of a metric under the names that `over_seeds` gives them."""
+    parts = mean_interval([math.nan if value is None else value for value in values])
+    return dict(zip((name, f"{name}_sd", f"{name}_half"), map(finite, parts), strict=True))
+
+
+def merge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return `over_seeds` with attacks and defences named so that rows of different options are told apart."""
+    merged = over_seeds(rows)
+    for row, dataset in zip(merged, _sources_apart(merged), strict=True):
+        row["dataset"] = dataset
+    attacks = _tell_apart(merged, "attack", ("dataset",))
+    defenses = _tell_apart(merged, "defense", ("dataset", "model", "preset"))
+    return [
+        row | {"attack": attack, "defense": defense}
+        for row, attack, defense in zip(merged, attacks, defenses, strict=True)
+    ]
+
+
+def by_setting(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return rows in groups that differ in seeds only, both in the order of the rows."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps([row.get(key) for key in (*KEYS, *SOURCE)], sort_keys=True), []).append(row)
+    return list(groups.values())
+
+
+def _sources_apart(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the name of each row's data set; of equal names with their source's options, or else its id."""
+    told = []
+    for row in rows:
+        own = row["source_options"] or {}
+        others = [
+            other["source_options"] or {}
+            for other in rows
+            if other["dataset"] == row["dataset"]
+            and None not in (row["source"], other["source"])
+            and other["source"] != row["source"]
+        ]
+        differing = sorted({name for other in others for name in own | other if own.get(name) != other.get(name)})
+        said = [f"{name}={own[name]}" for name in differing if name in own]
+        if others and not differing:
+            said = [row["source"][:6]]
+        told.append(" ".join([row["dataset"], *said]))
+    return told
+
+
+def _tell_apart(rows: list[dict[str, Any]], name: str, among: Sequence[str]) -> list[str]:
+    """Return the name of each row's attack or defence, with the options that differ among rows of equal `among`."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row[key] for key in (*among, name)), []).append(row)
+    told = []
+    for row in rows:
+        own = row[f"{name}_options"]
+        others = [it[f"{name}_options"] for it in alike[tuple(row[key] for key in (*among, name))]]
+        differing = [key for key, value in own.items() if any(other.get(key) != value for other in others)]
+        differing = [key for key in differing if own[key] is not None]
+        told.append(" ".join([row[name], *(f"{key}={own[key]}" for key in differing)]))
+    return told

@@ -1,0 +1,249 @@
+"""Evaluations -> one row each -> tables: rich, Markdown, CSV, LaTeX, JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import pandas as pd
+from rich.console import Console, ConsoleOptions
+from rich.table import Table
+from rich.text import Text
+
+from bdbench.errors import OptionError
+from bdbench.registry import DEFENSES
+from bdbench.reports.formats import Column, latex, markdown
+from bdbench.reports.ranking import Ranked, Ranking, rank
+from bdbench.reports.results import finite, merge
+
+Format = Literal["rich", "markdown", "csv", "latex", "json"]
+
+
+COLUMNS = (
+    Column("dataset", "data", False),
+    Column("model", "model", False),
+    Column("attack", "attack", False),
+    Column("defense", "defence", False),
+    Column("preset", "preset", False),
+    Column("seeds", "seeds", False),
+    Column("ba", "BA"),
+    Column("asr", "ASR"),
+    Column("asr_others", "ASR, other classes"),
+    Column("floor", "floor"),
+    Column("ra", "RA"),
+    Column("target_recall", "target recall"),
+    Column("der", "DER"),
+    Column("detection_precision", "set aside: precision"),
+    Column("auroc", "AUROC"),
+    Column("seconds", "seconds", False),
+    Column("peak_memory_bytes", "peak MiB", False),
+    Column("marks", "", False),
+)
+
+SHARED = ("dataset", "model", "attack", "preset", "seeds")
+"""Columns that stand once above the printed table where all its rows agree."""
+
+SPARED = ("peak_memory_bytes", "seconds", "target_recall", "detection_precision", "auroc", "ra", "asr_others", "der")
+"""Columns that a narrow terminal does without, first to last."""
+
+MARKS = {
+    "w": "the attack failed: its undefended ASR is under 0.5 or within 0.1 of its floor; do not score defences by it",
+    "n": "the data as they were found: no trigger is known, and so no ASR",
+    "?": "no undefended row of the same data set and model here: neither DER nor the strength of the attack is known",
+    "b": "a small budget, not the paper's",
+    "c": "other options than the preset's",
+    "o": "the defence was told the target class",
+    "r": "a reference that reads the truth, no defence",
+    "p": "the attack's generator was trained with a victim of its own, then frozen and replayed as data",
+    "u": "the defence found no backdoor and returned the model as it was",
+}
+
+
+def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bring what belongs to one data set, model and attack together, its defences in the registry's order."""
+    settings: dict[tuple[str | None, ...], int] = {}
+    places = {name: place for place, name in enumerate(DEFENSES.names())}
+    return sorted(
+        rows,
+        key=lambda row: (
+            settings.setdefault(_setting(row), len(settings)), places.get(row["defense"].split()[0], len(places))
+        ),
+    )  # fmt: skip
+
+
+def _setting(row: dict[str, Any]) -> tuple[str | None, ...]:
+    return tuple(row.get(name) for name in ("dataset", "model", "attack"))
+
+
+def render(rows: Sequence[dict[str, Any]], style: Format) -> Fitting | str:
+    """Return the table of BA and ASR over seeds in one of the formats; JSON and CSV hold every single run.
+
+    Args:
+        rows: from `read_rows`.
+        style: rich gives what a `rich.console.Console` prints, the others text.
+    """
+    if style == "json":
+        return json.dumps({"rows": list(rows)}, indent=1)
+    if style == "csv":
+        flat = [
+            {key: json.dumps(item) if isinstance(item, dict | list) else item for key, item in row.items()}
+            for row in rows
+        ]
+        return pd.DataFrame(flat).to_csv(index=False)
+    merged = _grouped(merge(rows))
+    columns = [column for column in COLUMNS if any(cell(row, column) for row in merged)]
+    cells = [[cell(row, column) for column in columns] for row in merged]
+    notes = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in row["marks"] for row in merged)]
+    if style == "rich":
+        return Fitting(columns, cells, merged, notes)
+    return markdown(columns, cells, notes) if style == "markdown" else latex(columns, cells, notes)
+
+
+RANKING = (
+    Column("defense", "defence", False), Column("preset", "preset", False), Column("rank", "average rank"),
+    Column("mean", "mean"),
+)  # fmt: skip
+
+
+def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -> Fitting | str:
+    """Return the defences by their average ranks over attacks, with Friedman's test, in one of the formats.
+
+    Args:
+        rows: from `read_rows`.
+        metric: der, ba or asr.
+        style: as in `render`; CSV and JSON hold the same lines.
+
+    Raises:
+        OptionError: there is no row of a defence, or all attacks failed.
+    """
+    found = rank(merge(rows), metric)
+    if not found.defenses:
+        raise OptionError(f"nothing to rank: {'; '.join(left_out(found)) or 'no row is of a defence'}")
+    lines = [own._asdict() for own in found.defenses]
+    if style == "json":
+        facts = {key: finite(value) if isinstance(value, float) else value for key, value in found._asdict().items()}
+        return json.dumps({**facts, "defenses": lines}, indent=1)
+    if style == "csv":
+        return pd.DataFrame(lines, columns=Ranked._fields).to_csv(index=False)
+    cells = [
+        [f"{line[column.key]:.3f}" if column.is_rate else str(line[column.key]) for column in RANKING] for line in lines
+    ]
+    if style == "rich":
+        return Fitting(list(RANKING), cells, [line | {"marks": ""} for line in lines], ranking_notes(found))
+    return (markdown if style == "markdown" else latex)(list(RANKING), cells, ranking_notes(found))
+
+
+def ranking_notes(found: Ranking) -> list[str]:
+    """Return what has to be said beside ranks: over what, Friedman's test, and what was left out."""
+    notes = [f"ranked by {found.metric.upper()} over {found.blocks} settings of data set, model and attack"]
+    if not math.isnan(found.p):
+        notes.append(
+            f"Friedman: chi-squared {found.statistic:.2f}, p {found.p:.3g}; critical difference of ranks "
+            f"{found.critical_difference:.2f} (Nemenyi, 5 %)"
+        )
+    else:
+        notes.append("no test: it needs at least 3 defences and 2 settings")
+    return notes + left_out(found)
+
+
+def left_out(found: Ranking) -> list[str]:
+    """Return which settings have no part in a ranking, and why."""
+    notes = []
+    if found.failed:
+        notes.append(f"left out, the attack failed or its strength is not known: {'; '.join(found.failed)}")
+    if found.incomplete:
+        notes.append(f"left out, a defence is missing: {'; '.join(found.incomplete)}")
+    return notes
+
+
+def cell(row: dict[str, Any], column: Column) -> str:
+    """Return what a merged row shows in a column: of a rate the mean over seeds with its standard deviation."""
+    value = row[column.key]
+    if column.key == "seeds":
+        return str(value[0]) if len(value) == 1 else f"{len(value)}"
+    if column.key in ("seconds", "peak_memory_bytes"):
+        return f"{value / (2**20 if column.key == 'peak_memory_bytes' else 1):,.0f}"
+    if not column.is_rate:
+        return str(value)
+    if value is None:
+        return ""
+    spread = row[f"{column.key}_sd"]
+    return f"{value:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
+class Fitting:
+    """A table for a terminal of any width.
+
+    What all rows share stands above it. Where it is too wide, spreads get lines of their own, then columns stay away.
+
+    Args:
+        columns, cells: the table, cells as text.
+        rows: what the lines are made of, for their emphasis.
+        notes: lines below it.
+    """
+
+    def __init__(
+        self, columns: list[Column], cells: list[list[str]], rows: list[dict[str, Any]], notes: list[str]
+    ) -> None:
+        texts = {column: [line[place] for line in cells] for place, column in enumerate(columns)}
+        shared = [column for column in columns if column.key in SHARED and len(set(texts[column])) == 1]
+        self.title = " · ".join(_shared(column, rows[0], texts[column][0]) for column in shared)
+        self.columns = {column: texts[column] for column in columns if column not in shared}
+        self.rows, self.notes = rows, notes
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+        """Yield the table for a console of this width."""
+        shown, notes = self.columns, list(self.notes)
+        if _width(shown) > options.max_width:
+            shown = {column: [text.replace(" ± ", "\n± ") for text in texts] for column, texts in shown.items()}
+        spared = []
+        for key in SPARED:
+            if _width(shown) > options.max_width:
+                spared += [column.heading for column in shown if column.key == key]
+                shown = {column: texts for column, texts in shown.items() if column.key != key}
+        if spared:
+            notes.append(f"no room here for: {', '.join(spared)} (`bdbench table --format csv` has them)")
+        if self.title:
+            yield Text(self.title)
+        yield self._table(shown)
+        if notes:
+            yield Text("\n".join(notes), style="dim italic")
+
+    def _table(self, shown: Mapping[Column, Sequence[str]]) -> Table:
+        table = Table(header_style="bold")
+        for column, texts in shown.items():
+            if _is_number(column):
+                heading = "\n".join(textwrap.wrap(column.heading, _least(column, texts)))
+                table.add_column(heading, justify="right", no_wrap=True)
+            else:
+                table.add_column(column.heading, overflow="fold")
+        for place, row in enumerate(self.rows):
+            table.add_row(
+                *(texts[place] for texts in shown.values()),
+                style="bold" if row["defense"] == "none" else "dim" if "r" in row["marks"] else None,
+                end_section=any(_setting(after) != _setting(row) for after in self.rows[place + 1 : place + 2]),
+            )
+        return table
+
+
+def _width(columns: Mapping[Column, Sequence[str]]) -> int:
+    """Return the least width of a table that breaks no word and no number."""
+    return 1 + sum(3 + _least(column, texts) for column, texts in columns.items())
+
+
+def _least(column: Column, texts: Iterable[str]) -> int:
+    parts = (part for text in texts for part in (text.splitlines() if _is_number(column) else text.split()))
+    return max(map(len, (*column.heading.split(), *parts)), default=0)
+
+
+def _is_number(column: Column) -> bool:
+    return column.is_rate or column.key in ("seconds", "peak_memory_bytes")
+
+
+def _shared(column: Column, row: dict[str, Any], text: str) -> str:
+    if column.key == "seeds":
+        return f"seed {text}" if len(row["seeds"]) == 1 else f"{text} seeds"
+    return f"{column.heading} {text}"

@@ -1,0 +1,1 @@
+"""Grids of attacks, defenses and seeds, every cell in a process of its own."""

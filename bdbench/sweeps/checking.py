@@ -1,0 +1,86 @@
+"""Every option of a grid is checked before anything runs, in another process, so that this one stays small."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bdbench
+from bdbench import files
+from bdbench.errors import ArtifactError, OptionError
+from bdbench.registry import plugin_releases
+from bdbench.sweeps import records
+from bdbench.sweeps.grid import Grid, Named, line_of
+
+
+class Checked(NamedTuple):
+    """What `check` found.
+
+    Attributes:
+        suspects: labels of the defences that mend an undefended model.
+        gpus: how many are usable.
+        methods: from "attack LABEL" and "defense LABEL" to a digest of version, presets and options: another digest
+            means another result.
+    """
+
+    suspects: tuple[str, ...]
+    gpus: int
+    methods: Mapping[str, str]
+
+
+def check(grid: Grid) -> Checked:
+    """Check every option of a grid, in another process, so that this one stays small.
+
+    Raises:
+        OptionError: an option does not fit; the message has the file, the line and the way out.
+    """
+    order = {
+        "kind": "check",
+        "named": [[axis, label, *_checked_named(grid, axis, named)] for (axis, label), named in grid.named.items()],
+        "models": sorted({cell.model for cell in grid.cells} - {"auto"}),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "bdbench.sweeps.worker"], input=json.dumps(order) + "\n", capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise ArtifactError(f"the check of {grid.path} ended with {done.returncode}: {done.stderr.strip()[-400:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    lines = grid.path.read_text(encoding="utf-8").splitlines()
+    for axis, label, message in found["errors"]:
+        place = line_of(lines, f"{axis}.{label}") or line_of(lines, "recipe" if axis == "defense" else label)
+        raise OptionError(f"{grid.path}{place}, {axis} {label}: {message}")
+    return Checked(tuple(found["suspects"]), found["gpus"], found["methods"])
+
+
+def checked_once(grid: Grid, folder: Path) -> Checked:
+    """Return what `check` found for this grid, machine and releases before, or check now and keep it in the folder.
+
+    Raises:
+        OptionError: see `check`.
+    """
+    machine = [platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES", "")]
+    releases = [bdbench.__version__, *plugin_releases()]
+    key = hashlib.sha256("\n".join([grid.path.read_text(encoding="utf-8"), *machine, *releases]).encode()).hexdigest()
+    file = records.sweep_file(folder, "checks", f"{key[:16]}.json")
+    try:
+        suspects, gpus, methods = json.loads(file.read_text(encoding="utf-8"))
+        return Checked(tuple(suspects), int(gpus), dict(methods))
+    except (OSError, ValueError, TypeError):
+        found = check(grid)
+    with files.replace_file(file) as path:
+        path.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def _checked_named(grid: Grid, axis: str, named: Named) -> tuple[str, dict[str, Any]]:
+    if axis == "defense":
+        return named.use, {**grid.recipe, "preset": grid.preset, **named.options}
+    return named.use, dict(named.options)

@@ -1,0 +1,70 @@
+"""What version 0.1 stored opens today, under the same ids; `made-by-0.1.tar.gz` was written by its own commands."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdbench import stages
+from bdbench.artifacts.kinds import verify
+from bdbench.progress import Silent
+
+STORED = Path(__file__).with_name("made-by-0.1.tar.gz")
+CPU = {"device": "cpu", "precision": "fp32"}
+
+
+class Notes(Silent):
+    """Keeps what a stage says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stored")
+    with tarfile.open(STORED) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["d", "m", "dbd", "m-eval", "dbd-eval"])
+def test_every_artifact_of_0_1_is_whole(stored: Path, name: str) -> None:
+    verify(stored / "runs" / name)
+
+
+@pytest.fixture
+def notes(stored: Path, monkeypatch: pytest.MonkeyPatch) -> Notes:
+    monkeypatch.setenv("BDBENCH_CACHE", str(stored / "cache"))
+    return Notes()
+
+
+def poison_again(out: Path, notes: Notes) -> stages.DatasetArtifact:
+    return stages.poison(
+        "digits", "lc", options={"surrogate_epochs": 12}, source_options={"images": 200}, trusted=0.1, seed=3,
+        out=out, progress=notes, **CPU,
+    )  # fmt: skip
+
+
+def test_the_same_questions_have_the_ids_of_0_1(stored: Path, notes: Notes) -> None:
+    runs = stored / "runs"
+    poison_again(runs / "d", notes)
+    stages.defend(runs / "d", "none", options={"epochs": 1}, out=runs / "m", progress=notes, **CPU)
+    short = {"epochs": 1, "ssl_epochs": 1, "head_epochs": 1, "steps_per_epoch": 2}
+    stages.defend(runs / "d", "dbd", options=short, out=runs / "dbd", progress=notes, **CPU)
+    assert [line.split(" is there already")[0] for line in notes.lines] == [str(runs / n) for n in ("d", "m", "dbd")]
+
+
+def test_the_surrogate_that_0_1_cached_gives_the_same_poisoned_images(
+    stored: Path, tmp_path: Path, notes: Notes
+) -> None:
+    again = poison_again(tmp_path / "d", notes)
+    before = stages.DatasetArtifact.open(stored / "runs" / "d")
+    assert any(line.startswith("surrogate") and "from the cache" in line for line in notes.lines)
+    assert torch.equal(again.train.images, before.train.images)

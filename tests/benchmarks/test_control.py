@@ -1,0 +1,64 @@
+"""The no-poison control: what each defence costs where there is nothing to defend against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from toys import toy_data, toy_engine, toy_model, toy_recipe
+
+from bdbench.data import ImageDataset
+from bdbench.defenses.base import Defended, Task
+from bdbench.models.classifier import Classifier
+from bdbench.registry import DEFENSES
+from bdbench.training.engine import Engine
+
+CLASSES = tuple("abcdefgh")
+TRAIN = toy_data(640, 1, 16, classes=CLASSES)
+TRUSTED = toy_data(160, 1, 16, seed=2, classes=CLASSES)
+TEST = toy_data(400, 1, 16, seed=1, classes=CLASSES)
+
+COST = {"cbd": 0.05, "abl": 0.02, "dbd": 0.1, "mcldef": 0.02}
+"""The most BA that each may cost on these images."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cbd": {"twin_epochs": 1},
+    "abl": {"isolation_epochs": 2, "isolation_rate": 0.02, "unlearn_steps": 30, "unlearn_batch_size": 8},
+    "dbd": {"ssl_epochs": 4, "ssl_batch_size": 128, "head_epochs": 20, "steps_per_epoch": 40, "split_by": "class"},
+    "mcldef": {"inversion_epochs": 30},
+}
+RECIPE: dict[str, dict[str, Any]] = {
+    "dbd": {"epochs": 4, "lr": 0.01},
+    "mcldef": {"epochs": 10, "lr": 0.01, "schedule": "constant"},
+}
+
+
+def accuracy(model: Classifier) -> float:
+    return float((toy_engine().logits(model, TEST.images).argmax(1) == TEST.labels).float().mean())
+
+
+def run(method: str, train: ImageDataset, suspect: Classifier | None, engine: Engine) -> Defended:
+    recipe = toy_recipe(**({"epochs": 10, "batch_size": 32} | RECIPE.get(method, {})))
+    task = Task(train, lambda purpose: toy_model(train, purpose), recipe, engine, trusted=TRUSTED, suspect=suspect)
+    defended: Defended = DEFENSES.load(method).parse(OPTIONS.get(method, {})).run(task)
+    return defended
+
+
+@pytest.fixture(scope="module")
+def undefended() -> Classifier:
+    return run("none", TRAIN, None, toy_engine()).model
+
+
+def test_every_defence_has_a_stated_cost() -> None:
+    references = {"none", "oracle", "clean"}
+    assert COST.keys() == set(DEFENSES.names()) - references
+
+
+@pytest.mark.parametrize("method", COST)
+def test_on_clean_data_a_defence_costs_no_more_than_stated(method: str, undefended: Classifier) -> None:
+    before = accuracy(undefended)
+    assert before > 0.95
+    defended = run(method, TRAIN, undefended, toy_engine())
+    assert accuracy(defended.model) >= before - COST[method]
+    # MCLDef costs nothing here because it finds nothing.
+    assert defended.findings.get("unchanged") is (True if method == "mcldef" else None)

@@ -1,0 +1,619 @@
+"""The command line as a user types it: the walk on digits, its errors and its exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import sealed
+
+from bdbench.cli import console
+from bdbench.cli.app import run
+from bdbench.registry import ATTACKS, DEFENSES
+
+FAST = ("--epochs", "1", "--batch-size", "256")
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, " ".join(err.split())
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def bdbench(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command line in this process and return its exit code and what it wrote."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # set where tests run in parallel
+
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        return Result(code if isinstance(code, int) else 0, out, err)
+
+    return call
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the four bare commands were typed, with one epoch each."""
+    folder = tmp_path_factory.mktemp("walk")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for command in (
+            ["poison"],
+            ["train", *FAST],
+            ["defend", "--method", "cbd", "--twin-epochs", "1", *FAST],
+            ["defend", "--method", "abl", "--isolation-epochs", "1", "--unlearn-steps", "2", *FAST],
+            ["evaluate"],
+        ):
+            with pytest.raises(SystemExit) as ended:
+                run(command)
+            assert not ended.value.code, command
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def in_walk(walked: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(walked)
+    return walked
+
+
+def test_the_bare_commands_leave_one_artifact_each_under_runs(walked: Path) -> None:
+    names = {path.name for path in (walked / "runs").iterdir()}
+    base = "digits-badnets-s0"
+    models = {f"{base}-{method}" for method in ("none", "cbd", "abl")}
+    assert names == {base, *models, *(f"{name}-eval" for name in models)}
+
+
+def test_evaluate_gives_a_row_per_model_with_rates_counts_and_intervals(in_walk: Path, bdbench: Any) -> None:
+    rows = bdbench("evaluate", "--json").json["rows"]
+    assert {row["defense"] for row in rows} == {"none", "cbd", "abl"}
+    for row in rows:
+        assert row["dataset"] == "digits"
+        assert row["attack"] == "badnets"
+        assert row["seed"] == 0
+        for name in ("ba", "asr", "floor", "ra"):
+            assert 0 <= row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] <= 1
+            assert row[f"{name}_n"] > 0
+
+
+def test_evaluate_says_which_rows_break_an_assertion_and_exits_with_3(in_walk: Path, bdbench: Any) -> None:
+    result = bdbench("evaluate", "--assert", "ba<=1.0", "--assert", "asr>1", "--json")
+    assert result.code == 3
+    assert "asr" in result.err
+    assert len(result.json["rows"]) == 3
+    assert bdbench("evaluate", "--assert", "ba>=0").code == 0
+
+
+def test_a_condition_does_not_hold_where_an_evaluation_cannot_be_read(
+    in_walk: Path, bdbench: Any, tmp_path: Path
+) -> None:
+    shutil.copytree("runs", tmp_path / "runs")
+    assert bdbench("table", tmp_path, "--assert", "ba>=0").code == 0
+    file = tmp_path / "runs" / "digits-badnets-s0-none-eval" / "manifest.json"
+    file.write_text(file.read_text()[:-20])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert bdbench("table", tmp_path).code == 0
+        result = bdbench("table", tmp_path, "--assert", "ba>=0")
+    assert result.code == 1
+    assert "digits-badnets-s0-none-eval/manifest.json is damaged" in result.err
+
+
+def test_a_model_that_is_given_twice_has_one_row(in_walk: Path, bdbench: Any) -> None:
+    model = "runs/digits-badnets-s0-none"
+    assert len(bdbench("evaluate", model, model, "--json").json["rows"]) == 1
+
+
+def test_commands_to_go_on_with_can_be_pasted(here: Path, bdbench: Any) -> None:
+    assert "bdbench train 'runs/two words'" in bdbench("poison", "--out", "runs/two words").err
+
+
+def test_conditions_are_written_as_junit(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    file = tmp_path / "junit.xml"
+    assert bdbench("table", "--assert", "ba>=0", "--assert", "asr<=-1", "--junit", str(file)).code == 3
+    suite = ET.parse(file).getroot()
+    cases = suite.findall("testcase")
+    assert int(suite.attrib["tests"]) == len(cases) == 2 * int(suite.attrib["failures"])
+    assert all(("failure" in [part.tag for part in case]) == (case.attrib["name"] == "asr<=-1") for case in cases)
+    assert "there is none" in bdbench("table", "--junit", str(file)).err
+
+
+def test_defences_are_ranked(in_walk: Path, bdbench: Any) -> None:
+    shown = bdbench("table", "--ranks", "asr", "--format", "markdown").out
+    assert "average rank" in shown
+    assert "no test: it needs" in shown
+    assert "Did you mean 'asr'" in bdbench("table", "--ranks", "as").err
+    only = bdbench("table", "runs/digits-badnets-s0-none-eval", "--ranks", "ba")
+    assert (only.code, "nothing to rank: no row is of a defence" in only.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("asr=0.1", "form"), ("asrr<=0.1", "Did you mean 'asr'"), ("ba<=1e", "number")]
+)
+def test_an_assertion_that_makes_no_sense_is_refused(in_walk: Path, bdbench: Any, text: str, said: str) -> None:
+    result = bdbench("evaluate", "--assert", text)
+    assert result.code == 1
+    assert said in result.err
+
+
+@pytest.mark.parametrize("style", ["rich", "markdown", "csv", "latex", "json"])
+def test_table_prints_every_format(in_walk: Path, bdbench: Any, style: str) -> None:
+    result = bdbench("table", "--format", style)
+    assert result.code == 0
+    assert all(name in result.out for name in ("none", "cbd", "abl"))
+
+
+def test_table_writes_a_file(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    assert bdbench("table", "--format", "markdown", "--out", tmp_path / "t.md").code == 0
+    assert "| cbd |" in (tmp_path / "t.md").read_text()
+
+
+@pytest.mark.parametrize("style", ["markdown", "csv", "latex", "json"])
+def test_a_table_in_a_file_ends_with_one_line_end(in_walk: Path, bdbench: Any, tmp_path: Path, style: str) -> None:
+    assert bdbench("table", "--format", style, "--out", tmp_path / "t").code == 0
+    text = (tmp_path / "t").read_text()
+    assert text == text.rstrip("\n") + "\n"
+
+
+def test_inspect_counts_roles_and_draws_a_contact_sheet(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    result = bdbench("inspect", "runs/digits-badnets-s0", "--image", tmp_path / "sheet.png")
+    assert result.code == 0
+    assert "poison" in result.out
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_draws_several_triggers_on_one_image(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    assert bdbench("poison", "--attack", "sig", "--out", tmp_path / "sig").code == 0
+    places = ("runs/digits-badnets-s0", tmp_path / "sig")
+    result = bdbench("inspect", *places, "--image", tmp_path / "gallery.png")
+    assert result.code == 0
+    assert result.out.count("trigger: PSNR") == 2
+    assert (tmp_path / "gallery.png").read_bytes().startswith(b"\x89PNG")
+    assert [found["method"] for found in bdbench("inspect", *places, "--json").json] == ["badnets", "sig"]
+
+
+def test_inspect_draws_nothing_of_data_sets_with_other_test_images(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    assert bdbench("poison", "--seed", 0, "--test-fraction", 0.3, "--out", tmp_path / "other").code == 0
+    result = bdbench("inspect", "runs/digits-badnets-s0", tmp_path / "other", "--image", tmp_path / "x.png")
+    assert result.code == 1
+    assert "do not have the same test images" in result.err
+    mixed = bdbench("inspect", "runs/digits-badnets-s0", "runs/digits-badnets-s0-abl", "--image", tmp_path / "x.png")
+    assert mixed.code == 1
+    assert "several data sets together, nothing else" in mixed.err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_inspect_draws_the_loss_curves_of_a_model(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    result = bdbench("inspect", "runs/digits-badnets-s0-abl", "--image", tmp_path / "loss.png")
+    assert result.code == 0
+    assert "unlearn" in result.out
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_inspect_says_what_was_set_aside_only_where_the_method_decides(in_walk: Path, bdbench: Any) -> None:
+    assert "1,366 training samples scored, 68 set aside" in bdbench("inspect", "runs/digits-badnets-s0-abl").out
+    scored = bdbench("inspect", "runs/digits-badnets-s0-cbd").out
+    assert "1,366 training samples scored" in scored
+    assert "set aside" not in scored
+
+
+def test_inspect_refuses_a_picture_of_an_unknown_kind(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    result = bdbench("inspect", "runs/digits-badnets-s0", "--image", tmp_path / "sheet.xyz")
+    assert result.code == 1
+    assert ".png" in result.err
+
+
+def test_verify_passes_what_is_whole_and_names_what_is_damaged(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    whole = bdbench("verify", "runs", "--json")
+    assert (whole.code, len(whole.json)) == (0, len(list(Path("runs").glob("**/manifest.json"))))
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", "runs/digits-badnets-s0-cbd", copy], check=True)
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    result = bdbench("verify", copy, "runs/digits-badnets-s0", "--json")
+    assert result.code == 1
+    assert [item["ok"] for item in result.json] == [False, True]
+    assert "model.safetensors" in result.err
+    inside = bdbench("verify", tmp_path, "--json")
+    assert (inside.code, [item["artifact"] for item in inside.json]) == (1, [str(copy)])
+
+
+def test_verify_goes_on_after_a_model_whose_network_is_not_installed(
+    in_walk: Path, bdbench: Any, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree("runs/digits-badnets-s0-cbd", copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["facts"]["model"] = "netty"
+    (copy / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    result = bdbench("verify", copy, "runs/digits-badnets-s0", "--json")
+    assert result.code == 1
+    assert [item["ok"] for item in result.json] == [False, True]
+    assert "unknown model 'netty'" in result.json[0]["error"]
+
+
+def test_an_id_works_where_a_path_does(in_walk: Path, bdbench: Any) -> None:
+    found = bdbench("inspect", "runs/digits-badnets-s0", "--json").json["id"]
+    assert bdbench("inspect", found, "--json").json["id"] == found
+    assert bdbench("inspect", "0123456789", "--json").code == 1
+
+
+def test_the_same_command_again_reuses_the_artifact(in_walk: Path, bdbench: Any) -> None:
+    manifest = Path("runs/digits-badnets-s0/manifest.json")
+    before = manifest.stat().st_mtime_ns
+    assert "is there already" in bdbench("poison").err
+    assert manifest.stat().st_mtime_ns == before
+
+
+def test_another_question_for_the_same_place_is_refused_with_what_differs(in_walk: Path, bdbench: Any) -> None:
+    result = bdbench("poison", "--rate", "0.2")
+    assert result.code == 1
+    assert "rate 0.1 -> 0.2" in result.err
+    assert "--force" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["poison", "--attack", "badnet"], 1, "Did you mean 'badnets'"),
+        (["poison", "--dataset", "cifar-10"], 1, "Did you mean 'cifar10'"),
+        (["poison", "--dataset", "no/such/folder"], 1, "no/such/folder"),
+        (["poison", "--atack", "sig"], 2, "--attack"),
+        (["poison", "--rate", "2"], 1, "rate 2.0"),
+        (["poison", "--rate", "much"], 2, "number"),
+        (["poison", "--out", "other", "--target", "10"], 1, "classes are 0..9"),
+        (["poison", "--out", "other", "--patch-size", "9"], 1, "8x8"),
+        (["poison", "--out", "other", "--rate", "0.0001"], 1, "less than one sample"),
+        (["poison", "--attack", "sig", "--rate", "0.5"], 1, "eligible"),
+        (["poison", "--seed", "-1"], 2, "seed"),
+        (["defend", "--method", "cdb"], 1, "Did you mean 'cbd'"),
+        (["defend", "--method", "cbd", "--twin-epoch", "1"], 2, "--twin-epochs"),
+        (["defend", "--method", "cbd", "--twin-epochs", "0"], 1, "twin_epochs 0"),
+        (["defend", "--model", "wrn"], 1, "wrn-16-1"),
+        (["defend", "--preset", "fats"], 1, "Did you mean 'fast'"),
+        (["defend", "--device", "cuda:7"], 1, "--device auto or cpu"),
+        (["defend", "--device", "tpu"], 1, "unknown device"),
+        (["defend", "--precision", "fp16"], 1, "unknown precision 'fp16'"),
+        (["defend", "--augment", "crp"], 1, "Did you mean 'crop'"),
+        (["defend", "runs/digits-badnets-s0-none"], 1, "a dataset artifact is needed"),
+        (["evaluate", "runs/digits-badnets-s0"], 1, "a model artifact is needed"),
+        (["evaluate", "runs/nothing"], 1, "does not exist"),
+        (["table", "nowhere"], 1, "not a folder"),
+        (["table", "--format", "html"], 1, "unknown format"),
+        (["show", "abll"], 1, "Did you mean 'abl'"),
+        (["show", "torchvision:NAME"], 1, "put the name of one in place of NAME"),
+        (["defend", "--model", "torchvision:NAME"], 1, "put the name of one in place of NAME"),
+        (["poison", "--out", "other", "--trusted", "0.9999"], 1, "trusted 0.9999 leaves none of the 1438 training"),
+        (["poison", "--dataset", "cifar10", "--data-root", "no/such"], 1, "--data-root no/such is not a folder"),
+        (["inspect", "runs/digits-badnets-s0", "--image", "runs"], 2, "runs is a folder; give a file"),
+        (["evaluate", "--assert", "asr<=1", "--junit", "runs/digits-badnets-s0/manifest.json/a.xml"], 2, "cannot make"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_bad_input_gets_a_message_with_the_way_out(
+    in_walk: Path, bdbench: Any, arguments: list[str], code: int, said: str
+) -> None:
+    result = bdbench(*arguments)
+    assert result.code == code
+    assert said in " ".join(result.err.replace("│", " ").split())
+    assert "Traceback" not in result.err
+    assert not list(Path("runs").glob(".*.work"))
+
+
+def test_the_folder_of_a_file_is_made_before_the_work_for_it(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    assert bdbench("table", "--format", "csv", "--out", str(tmp_path / "new" / "table.csv")).code == 0
+    assert (tmp_path / "new" / "table.csv").read_text().startswith("attack,")
+    assert bdbench("suspects", "runs/nothing", "--csv", str(tmp_path / "other" / "suspects.csv")).code == 1
+    assert (tmp_path / "other").is_dir()
+
+
+def test_a_pickle_offered_as_a_model_is_never_opened(in_walk: Path, bdbench: Any) -> None:
+    Path("weights.pth").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    result = bdbench("evaluate", "weights.pth")
+    assert result.code == 1
+    assert "no pickles" in result.err
+    assert not Path("owned").exists()
+
+
+def test_nothing_to_work_on_names_the_command_that_makes_it(here: Path, bdbench: Any) -> None:
+    assert "bdbench poison" in bdbench("train").err
+    assert bdbench("evaluate").code == 1
+
+
+def test_settings_come_from_toml_and_flags_win(here: Path, bdbench: Any) -> None:
+    Path("a.toml").write_text('attack = "sig"\nclass_rate = 0.5\ntrusted = 0.0\nseed = 3\n')
+    assert bdbench("poison", "--config", "a.toml", "--out", "a", "--delta", "30", "--seed", "4").code == 0
+    asked = json.loads(Path("a/manifest.json").read_text())["ask"]
+    assert asked["method"] == "sig"
+    assert asked["config"]["class_rate"] == 0.5
+    assert asked["config"]["delta"] == 30
+    assert asked["seed"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("rat = 0.1", "Did you mean 'rate'"), ("rate = =", "line 1"), ("[poison]\nrate = 0.1", "unknown key 'poison'")],
+)
+def test_a_wrong_toml_file_is_named(here: Path, bdbench: Any, text: str, said: str) -> None:
+    Path("a.toml").write_text(text)
+    result = bdbench("poison", "--config", "a.toml")
+    assert result.code == 1
+    assert "a.toml" in result.err
+    assert said in result.err
+
+
+def test_keys_of_a_toml_file_are_the_flags_of_the_command(in_walk: Path, bdbench: Any) -> None:
+    Path("a.toml").write_text('format = "csv"\nassert = ["ba>=0", "asr>=2"]\njson = false\n')
+    result = bdbench("table", "--config", "a.toml")
+    assert result.code == 3
+    assert result.out.startswith("attack,attack_options,")
+    assert "is not >= 2" in result.err
+    assert "is not >= 0" not in result.err
+    assert bdbench("table", "--config", "a.toml", "--assert=ba>=0").code == 0
+
+
+def test_keys_of_a_toml_file_may_have_dashes_and_switches_may_be_off(here: Path, bdbench: Any) -> None:
+    Path("a.toml").write_text("test-fraction = 0.3\ndownload = false\nforce = false\ncolour = [1, 2, 3]\n")
+    assert bdbench("poison", "--config", "a.toml", "--out", "a").code == 0
+    manifest = json.loads(Path("a/manifest.json").read_text())
+    assert manifest["facts"]["source_options"] == {"test_fraction": 0.3}
+    assert manifest["ask"]["config"]["colour"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "said"),
+    [
+        ("table", 'style = "csv"', "unknown key 'style'"),
+        ("table", 'assertions = ["asr<=1"]', "unknown key 'assertions'. Did you mean 'assert'?"),
+        ("table", 'places = "runs"', "places is not a flag; give it on the command line"),
+        ("train", 'dataset = "runs/x"', "dataset is not a flag; give it on the command line"),
+        ("defend", "method = 3", "method must be a name in quotes, not 3"),
+        ("poison", "[attack.badnets]\nrate = 0.1", "attack must be a name in quotes, not {'badnets'"),
+        ("poison", "seed = [1, 2]", "seed cannot be [1, 2]; --seed takes one value"),
+        ("poison", "colour = 7", "colour cannot be 7; --colour takes 3 values"),
+        ("poison", "seed = true", "seed cannot be true; --seed takes a value"),
+        ("poison", 'force = "yes"', "force cannot be yes; --force is a switch: true or false"),
+        ("poison", "[seed]", "seed is a table"),
+    ],
+)
+def test_a_toml_key_that_is_no_flag_or_has_a_wrong_value_is_named(
+    here: Path, bdbench: Any, command: str, text: str, said: str
+) -> None:
+    Path("a.toml").write_text(text)
+    result = bdbench(command, "--config", "a.toml")
+    assert result.code == 1
+    assert f"a.toml: {said}" in result.err
+
+
+@pytest.mark.parametrize("kind", ["attacks", "defenses", "datasets", "models"])
+def test_list_gives_names_and_summaries(bdbench: Any, kind: str) -> None:
+    rows = bdbench("list", kind, "--json").json
+    assert rows
+    assert all(row["name"] and row["summary"] for row in rows)
+
+
+def test_show_explains_every_name_of_every_registry(bdbench: Any) -> None:
+    for rows in bdbench("list", "--json").json.values():
+        for row in rows:
+            name = row["name"].replace("NAME", "resnet18")
+            facts = bdbench("show", name, "--json").json
+            assert facts["description"], name
+            assert all(option["description"] for option in facts["options"]), name
+
+
+def test_show_has_room_for_every_flag_on_a_narrow_terminal(bdbench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [option["flag"] for option in bdbench("show", "cbd", "--json").json["options"]]
+    monkeypatch.setenv("COLUMNS", "80")
+    words = bdbench("show", "cbd").out.split()
+    assert set(flags) <= set(words)
+
+
+def test_paragraphs_flow_and_indented_lines_stay() -> None:
+    assert console.flowing("One\ntwo.\n\nExamples:\n  a b\n\n  c") == "One two.\n\nExamples:\n  a b\n\n  c"
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("bdbench defend --method c", "cbd"),
+        ("bdbench defend --method abl --isolation-r", "--isolation-rate"),
+        ("bdbench poison --attack b", "badnets"),
+        ("bdbench show wr", "wrn-16-1"),
+    ],
+)
+def test_the_shell_completes_names_and_the_flags_of_a_method(line: str, offered: str) -> None:
+    words = {"_BDBENCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    program = "import sys; sys.argv[0] = 'bdbench'; from bdbench.__main__ import main; main()"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True, check=False)
+    assert offered in done.stdout.split()
+
+
+def test_help_of_a_method_shows_its_own_flags(bdbench: Any) -> None:
+    assert "--unlearn-steps" in bdbench("defend", "--method", "abl", "--help").out
+    assert "--unlearn-steps" not in bdbench("defend", "--method", "cbd", "--help").out
+
+
+FIXED = "quickstart take suspects evaluate table report sweep status gc inspect verify"
+HELPED = [
+    *((name,) for name in FIXED.split()),
+    *(("poison", "--attack", name) for name in ATTACKS.names()),
+    *(("defend", "--method", name) for name in DEFENSES.names()),
+]
+
+
+@pytest.mark.parametrize("words", HELPED, ids=" ".join)
+def test_help_cuts_nothing_in_a_terminal_of_eighty_columns(
+    words: tuple[str, ...], bdbench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = bdbench(*words, "--help")
+    assert result.code == 0
+    assert "…" not in result.out
+    assert "--help" in result.out
+
+
+def test_a_switch_is_turned_off_and_on_and_a_flag_wins_over_the_file(here: Path, bdbench: Any) -> None:
+    def asked(*words: str) -> Any:
+        assert bdbench("poison", *words, "--out", "a", "--force").code == 0
+        return json.loads((here / "a" / "manifest.json").read_text())["ask"]["config"]["exclude_target"]
+
+    (here / "on.toml").write_text("exclude_target = true\n")
+    (here / "off.toml").write_text("exclude_target = false\n")
+    assert asked() is False
+    assert asked("--exclude-target") is True
+    assert asked("--no-exclude-target") is False
+    assert asked("--config", "on.toml") is True
+    assert asked("--config", "on.toml", "--no-exclude-target") is False
+    assert asked("--config", "off.toml", "--exclude-target") is True
+    assert "contradict each other" in bdbench("poison", "--exclude-target", "--no-exclude-target").err
+    (here / "no.toml").write_text("no_exclude_target = true\n")
+    assert "unknown key 'no_exclude_target'" in bdbench("poison", "--config", "no.toml").err
+
+
+def test_help_starts_without_torch_pandas_and_pyarrow() -> None:
+    code = (
+        "import sys\nfrom bdbench.cli.app import run\n"
+        "try: run(['--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'pandas', 'pyarrow', 'sklearn') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+def _start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start the program so that Ctrl-C reaches it, also where the tests run in the background of a shell."""
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from bdbench.__main__ import main; main()"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _wait_for_training(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """Return when the model's hidden folder is there, and a moment has passed."""
+    begun = time.monotonic()
+    while not list(folder.glob("runs/.*.work/*/")) and process.poll() is None:
+        assert time.monotonic() - begun < 60
+        time.sleep(0.05)
+    time.sleep(0.3)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_a_blow_in_the_middle_leaves_no_half_artifact_and_the_next_run_ends_well(
+    here: Path, bdbench: Any, blow: signal.Signals
+) -> None:
+    assert bdbench("poison").code == 0
+    process = _start(here, "train", "--epochs", "1000")
+    try:
+        _wait_for_training(here, process)
+        process.send_signal(blow)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == (-9 if blow == signal.SIGKILL else 130), err
+    assert not (here / "runs/digits-badnets-s0-none").exists()
+    assert bdbench("train", *FAST).code == 0
+    assert bdbench("verify", "runs/digits-badnets-s0-none").code == 0
+    assert not list(here.glob("runs/.*"))
+
+
+def test_a_ctrl_c_that_was_swallowed_ends_the_work_at_its_next_step() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with console.live_progress() as progress:
+            progress.start("train", 10)
+            progress.advance(1)
+            with contextlib.suppress(KeyboardInterrupt):  # as an import under C does
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                progress.advance(1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_every_command_of_the_readme_is_one_that_exists(bdbench: Any) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    typed = [line for line in readme.splitlines() if line.startswith("$ ")]
+    commands = {name for line in typed for name in re.findall(r"\bbdbench ([a-z]+)", line)}
+    assert {"quickstart", "poison", "train", "defend", "evaluate", "table"} <= commands
+    listed = bdbench("--help").out
+    assert all(re.search(rf"\b{command}\b", listed) for command in commands)
+
+
+def console_lines(readme: str) -> list[list[str]]:
+    """The words of every command of bdbench that a text shows, without its comment."""
+    typed = re.findall(r"(?m)^\$ (?:\S+ && )*(?:\S*/)?bdbench (.*)$", readme)
+    return [shlex.split(line, comments=True) for line in typed]
+
+
+def test_every_flag_of_the_readme_is_one_that_exists(bdbench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    lines = console_lines((Path(__file__).parents[2] / "README.md").read_text())
+    assert len(lines) >= 25
+    for name, *words in lines:
+        method = [
+            word for flag in ("--method", "--attack") if flag in words for word in (flag, words[words.index(flag) + 1])
+        ]
+        shown = bdbench(name, *method, "--help").out
+        for word in words:
+            if word.startswith("--"):
+                assert re.search(rf"{word}\b", shown), (name, word)
+
+
+def test_a_plugin_as_in_the_readme_is_in_every_command(here: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"(?s)```python\n([^`]*class Stripe.*?)```", readme)
+    (entry,) = re.findall(r'(?s)```toml\n\[project\.entry-points\."(bdbench\.attacks)"\]\n(.*?)```', readme)
+    (here / "mypackage").mkdir()
+    (here / "mypackage" / "stripe.py").write_text(code)
+    described = here / "mypackage-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: mypackage\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text(f"[{entry[0]}]\n{entry[1].replace(chr(34), '')}")
+
+    def called(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "bdbench", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(here)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    rows = {row["name"]: row["summary"] for row in json.loads(called("list", "attacks", "--json").stdout)}
+    assert rows["stripe"] == "plugin from mypackage"
+    done = called("poison", "--attack", "stripe", "--column", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"]["triggered"] == 323
+    refused = called("poison", "--attack", "stripe", "--column", "30", "--out", "other")
+    assert (refused.returncode, "column 30 is outside 0..7" in refused.stderr) == (1, True)

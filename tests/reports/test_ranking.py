@@ -1,0 +1,72 @@
+"""Ranks of defences over attacks, against numbers of the textbook."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from bdbench.reports.ranking import rank
+
+
+def row(attack: str, defense: str, der: float | None, marks: str = "", **other: Any) -> dict[str, Any]:
+    full = {
+        "dataset": "digits", "model": "convnet", "attack": attack, "attack_options": {}, "defense": defense,
+        "preset": "fast", "der": der, "ba": 0.9, "asr": None if der is None else 1 - der, "marks": marks,
+    }  # fmt: skip
+    return full | other
+
+
+def test_ranks_are_averaged_over_attacks_and_the_best_comes_first() -> None:
+    values = {"a": (0.9, 0.8, 0.7), "b": (0.9, 0.6, 0.7), "c": (0.5, 0.6, 0.4)}
+    rows = [row(attack, name, der) for attack, ders in values.items() for name, der in zip("xyz", ders, strict=True)]
+    found = rank(rows)
+    assert [(own.defense, own.preset) for own in found.defenses] == [("x", "fast"), ("y", "fast"), ("z", "fast")]
+    assert [own.rank for own in found.defenses] == pytest.approx([4 / 3, 2, 8 / 3])
+    assert [own.mean for own in found.defenses] == pytest.approx([2.3 / 3, 2 / 3, 0.6])
+    assert found.blocks == 3
+    # Friedman: 12 N / (k (k + 1)) * (sum R^2 - k (k + 1)^2 / 4) = 3 * (16/9 + 4 + 64/9 - 12)
+    assert found.statistic == pytest.approx(3 * (16 / 9 + 4 + 64 / 9 - 12))
+    assert 0 < found.p < 1
+
+
+def test_less_asr_is_better() -> None:
+    rows = [row(attack, name, der) for attack in "ab" for name, der in (("x", 0.9), ("y", 0.5))]
+    assert [own.defense for own in rank(rows, "asr").defenses] == ["x", "y"]
+
+
+def test_the_critical_difference_is_the_textbooks() -> None:
+    # Demšar 2006, table 5: q of 5 % for 4 classifiers is 2.569; his example has 14 data sets and CD = 1.25.
+    rows = [
+        row(str(block), name, (block * 7 + place * 3) % 11 / 11)
+        for block in range(14)
+        for place, name in enumerate("wxyz")
+    ]
+    assert rank(rows).critical_difference == pytest.approx(2.569 * math.sqrt(4 * 5 / (6 * 14)), abs=1e-3)
+
+
+def test_equal_values_share_a_rank() -> None:
+    rows = [row(attack, name, der) for attack in "ab" for name, der in (("x", 0.5), ("y", 0.5), ("z", 0.1))]
+    assert [own.rank for own in rank(rows).defenses] == pytest.approx([1.5, 1.5, 3])
+
+
+def test_failed_attacks_and_settings_that_lack_a_defence_are_left_out_and_named() -> None:
+    rows = [row("good", name, der) for name, der in (("x", 0.9), ("y", 0.8), ("z", 0.7))]
+    rows += [row("weak", name, der, "w") for name, der in (("x", 0.1), ("y", 0.8), ("z", 0.7))]
+    rows += [row("part", "x", 0.3)]
+    found = rank(rows)
+    assert (found.blocks, found.failed, found.incomplete) == (
+        1, ("digits, convnet, weak",), ("digits, convnet, part",)
+    )  # fmt: skip
+    assert [own.rank for own in found.defenses] == [1, 2, 3]
+    assert math.isnan(found.p)
+
+
+def test_undefended_and_reference_rows_are_not_ranked() -> None:
+    rows = [row("a", "none", None), row("a", "oracle", None, "r"), row("a", "x", 0.5)]
+    assert [own.defense for own in rank(rows).defenses] == ["x"]
+
+
+def test_nothing_to_rank_has_no_defence() -> None:
+    assert rank([row("a", "none", None)]).defenses == ()

@@ -1,0 +1,194 @@
+"""Rows and tables: what is compared with what, what is marked, what is averaged."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from bdbench.errors import ArtifactError, OptionError
+from bdbench.reports import results, tables
+
+
+def row(defense: str = "none", seed: int = 0, ba: float = 0.9, asr: float = 1.0, **other: Any) -> dict[str, Any]:
+    """A row as `evaluation_row` gives it."""
+    metrics = {"ba": ba, "asr": asr, "floor": 0.02, "ra": 0.0, "ba_non_target": ba, "target_recall": 0.8}
+    full: dict[str, Any] = {
+        "dataset": "digits", "dataset_id": f"d{seed}", "model": "convnet", "attack": "badnets", "attack_options": {},
+        "defense": defense, "defense_options": {}, "preset": "paper", "seed": seed, "seconds": 10.0,
+        "peak_memory_bytes": 1,
+    }  # fmt: skip
+    for name in results.RATES:
+        full |= {name: metrics.get(name), f"{name}_n": 100, f"{name}_low": None, f"{name}_high": None}
+    return {**full, **dict.fromkeys(results.SCORES), **other}
+
+
+def test_a_place_without_evaluations_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nowhere is not a folder; give the folder that holds your runs"):
+        results.read_rows([tmp_path, tmp_path / "nowhere"])
+    with pytest.raises(ArtifactError, match=f"no evaluation under {tmp_path}; make one with: bdbench evaluate"):
+        results.read_rows([tmp_path])
+
+
+def test_der_compares_with_the_undefended_row_of_the_same_data_and_seed() -> None:
+    rows = results.mark_rows([row(ba=0.93), row("cbd", ba=0.50, asr=0.0), row("cbd", seed=1)])
+    assert rows[1]["der"] == pytest.approx(0.785)
+    assert rows[0]["der"] is None
+    assert rows[2]["der"] is None
+    assert "?" in rows[2]["marks"]
+
+
+def test_undefended_rows_of_several_budgets_are_judged_each_by_its_own() -> None:
+    rows = [row(asr=0.05, defense_options={"epochs": 12}), row(asr=0.98, defense_options={"augment": "none"})]
+    for given in (rows, rows[::-1]):
+        assert [(item["attack_failed"], item["marks"]) for item in results.mark_rows(given)] == [
+            (item["asr"] < 0.5, "w" if item["asr"] < 0.5 else "") for item in given
+        ]
+
+
+@pytest.mark.parametrize(("asr", "floor", "failed"), [(0.49, 0.0, True), (0.5, 0.0, False), (0.6, 0.55, True)])
+def test_an_attack_failed_where_the_undefended_asr_is_low_or_near_its_floor(
+    asr: float, floor: float, failed: bool
+) -> None:
+    marked = results.mark_rows([row(asr=asr, floor=floor), row("abl")])
+    assert [item["attack_failed"] for item in marked] == [failed, failed]
+    assert [item["asr"] for item in marked] == [asr, 1.0]  # what was measured stays, as does its mean
+    assert [item["asr"] for item in results.over_seeds(marked)] == [asr, 1.0]
+    assert ("w" in marked[1]["marks"]) is failed
+
+
+def test_a_budget_that_is_not_the_papers_is_marked() -> None:
+    assert results.mark_rows([row(preset="fast")])[0]["marks"] == "b"
+    assert results.mark_rows([row()])[0]["marks"] == ""
+
+
+@pytest.mark.parametrize(
+    ("facts", "mark"),
+    [
+        ({"defense_options": {"oracle_target": 0}}, "o"), ({"defense_options": {"oracle_target": None}}, ""),
+        ({"reads_truth": True}, "r"), ({"replay": True}, "p"), ({"changed": ["epochs"]}, "c"),
+        ({"findings": {"unchanged": True}}, "u"), ({"findings": {"unchanged": False}}, ""), ({"asr": None}, "n"),
+    ],
+)  # fmt: skip
+def test_what_a_reader_has_to_know_of_a_row_is_marked(facts: dict[str, Any], mark: str) -> None:
+    marked = results.mark_rows([row(), row("mcldef", **facts)])
+    assert [item["marks"] for item in marked] == ["", mark]
+    if mark:
+        assert f"{mark}: {tables.MARKS[mark]}" in str(tables.render(marked, "markdown"))
+
+
+def test_data_of_one_name_and_other_sources_are_no_seeds_of_one_setting() -> None:
+    small, large = {"source": "aa", "source_options": {}}, {"source": "bb", "source_options": {"image_size": 16}}
+    merged = results.merge(results.mark_rows([row(**small), row(seed=1, **small), row(**large)]))
+    assert [(item["dataset"], item["seeds"]) for item in merged] == [("digits", [0, 1]), ("digits image_size=16", [0])]
+
+
+def test_sources_of_one_name_and_the_same_options_are_told_apart_by_their_ids() -> None:
+    merged = results.merge(
+        results.mark_rows([row(source=name, source_options={}) for name in ("aaaaaaaa", "bbbbbbbb")])
+    )
+    assert [item["dataset"] for item in merged] == ["digits aaaaaa", "digits bbbbbb"]
+
+
+def test_rows_from_before_sources_were_kept_are_one_setting() -> None:
+    assert len(results.merge(results.mark_rows([row(), row(seed=1)]))) == 1
+
+
+def test_seeds_of_one_setting_are_averaged_and_other_settings_are_not() -> None:
+    rows = [row(seed=0, ba=0.8), row(seed=1, ba=0.9), row(seed=0, defense_options={"epochs": 3})]
+    merged = results.over_seeds(results.mark_rows(rows))
+    assert [item["seeds"] for item in merged] == [[0, 1], [0]]
+    assert merged[0]["ba"] == pytest.approx(0.85)
+    assert merged[0]["ba_sd"] == pytest.approx(math.sqrt(0.005))
+    assert merged[1]["ba_sd"] is None
+
+
+def test_a_metric_that_a_run_lacks_is_left_out_of_the_mean_not_counted_as_zero() -> None:
+    merged = results.over_seeds(results.mark_rows([row(seed=0, auroc=0.8), row(seed=1, auroc=None)]))
+    assert merged[0]["auroc"] == pytest.approx(0.8)
+
+
+def test_csv_and_json_hold_every_run() -> None:
+    rows = results.mark_rows([row(seed=0), row(seed=1)])
+    assert len(pd.read_csv(io.StringIO(str(tables.render(rows, "csv"))))) == 2
+    parsed = json.loads(str(tables.render(rows, "json")))["rows"]
+    assert [item["seed"] for item in parsed] == [0, 1]
+
+
+def test_rows_that_differ_in_options_are_told_apart_by_them() -> None:
+    rows = [row(attack_options={"rate": rate, "target": 0}) for rate in (0.1, 0.01)]
+    rows.append(row(attack="sig", attack_options={"rate": 0.05, "target": 0}))
+    rows += [row(attack="sig", attack_options={"rate": 0.05, "target": 0}, defense="abl", defense_options={"gamma": 1})]
+    shown = str(tables.render(results.mark_rows(rows), "markdown")).splitlines()[2:6]
+    assert [line.split(" | ")[2:4] for line in shown] == [
+        ["badnets rate=0.1", "none"], ["badnets rate=0.01", "none"], ["sig", "none"], ["sig", "abl"],
+    ]  # fmt: skip
+
+
+def test_markdown_has_as_many_cells_in_every_line() -> None:
+    text = str(tables.render(results.mark_rows([row(preset="fast"), row("cbd", asr=0.0)]), "markdown"))
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    assert "b: a small budget" in text
+
+
+def test_latex_escapes_what_latex_would_read() -> None:
+    text = str(tables.render(results.mark_rows([row(dataset="my_data & more")]), "latex"))
+    assert r"my\_data \& more" in text
+    assert text.count(r"\\") == 2
+
+
+def printed(rows: list[dict[str, Any]], width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(tables.render(results.mark_rows(rows), "rich"))
+    return console.export_text()
+
+
+def seeds_of(*defenses: str, attack: str = "badnets") -> list[dict[str, Any]]:
+    """Two seeds of each, with every rate."""
+    rates = dict.fromkeys(("detection_precision", "asr_others", "auroc"), 0.5)
+    return [row(name, seed, 0.9 + seed / 100, attack=attack, **rates) for name in defenses for seed in (0, 1)]
+
+
+def test_what_all_rows_share_stands_above_the_printed_table() -> None:
+    shown = printed([row(ba=0.912), row("abl", ba=0.834)], 200).splitlines()
+    assert shown[0].strip() == "data digits · model convnet · attack badnets · preset paper · seed 0"
+    assert "badnets" not in "".join(shown[1:])
+    assert "0.912" in next(line for line in shown if "none" in line)
+    assert "attack badnets" not in printed([row(), row(attack="sig")], 200)
+    assert "2 seeds" in printed(seeds_of("none"), 200).splitlines()[0]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 130, 200])
+def test_a_terminal_of_any_width_shows_whole_numbers_and_names(width: int) -> None:
+    text = printed(seeds_of("none", "mcldef"), width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in text
+    assert "mcldef" in text
+    table = "".join(line for line in lines if line.startswith(("┃", "│")))
+    assert all(heading in table for heading in ("BA", "ASR", "floor"))
+    left_out = text.partition("no room here for")[2]
+    assert ("AUROC" in left_out) is ("AUROC" not in table)
+    assert bool(left_out) is (width < 130)
+    assert ("0.905 ± 0.007" in table) is (width == 200)
+
+
+def test_defences_of_an_attack_stand_together_in_the_order_of_the_registry() -> None:
+    rows = [row("mcldef"), row(attack="sig"), row("abl"), row("mine", attack="sig"), row(), row("oracle", attack="sig")]
+    shown = str(tables.render(results.mark_rows(rows), "markdown")).splitlines()[2:8]
+    assert [tuple(line.split(" | ")[2:4]) for line in shown] == [
+        ("badnets", "none"), ("badnets", "abl"), ("badnets", "mcldef"), ("sig", "none"), ("sig", "oracle"),
+        ("sig", "mine"),
+    ]  # fmt: skip
+
+
+def test_a_ranking_of_nothing_says_why() -> None:
+    with pytest.raises(OptionError, match=r"^nothing to rank: left out, the attack failed"):
+        tables.render_ranking(results.mark_rows([row(asr=0.1), row("abl")]), "der", "rich")
