@@ -1,4 +1,4 @@
-"""Images with labels, checked once: what sources give, attacks change and defences see."""
+"""Images with labels, checked once: what sources give, attacks change and defenses see."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class MappedFile(NamedTuple):
 
 
 class Role(IntEnum):
-    """What a training sample really is, as `truth.parquet` says; no defence sees it, only reference rows do."""
+    """What a training sample really is, as `truth.parquet` says; no defense sees it, only reference rows do."""
 
     CLEAN = 0
     POISON = 1
@@ -109,7 +109,7 @@ class ImageDataset:
         return channels, height, width
 
     def take(self, rows: Tensor) -> ImageDataset:
-        """Return the samples at `rows`, an (M,) int64 index or an (N,) bool mask, as a new data set."""
+        """Return the samples at `rows`, an (M,) int64 index or an (N,) bool mask, as a new dataset."""
         rows = torch.nonzero(rows).flatten() if rows.dtype == torch.bool else rows
         return ImageDataset(self.images.index_select(0, rows), self.labels[rows], self.class_names)
 

@@ -1,4 +1,4 @@
-"""Names of attacks, defences, data sets and models, and where each is defined. Imports nothing heavy.
+"""Names of attacks, defenses, datasets and models, and where each is defined. Imports nothing heavy.
 
 A row is `name: (module:object, one-line summary)`; attacks add their threat model. Plugins add rows through the
 entry-point groups `bdbench.attacks`, `bdbench.defenses`, `bdbench.datasets` and `bdbench.models`.
@@ -201,7 +201,7 @@ DEFENSES = Registry(
 )
 
 DATASETS = Registry(
-    "data set",
+    "dataset",
     "datasets",
     {
         "digits": ("bdbench.datasets.digits:Digits", "1,797 scanned digits, 8x8 gray, in scikit-learn: no download"),

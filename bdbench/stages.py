@@ -1,4 +1,4 @@
-"""The stages: images -> data set artifact -> model artifact -> evaluation artifact. The Python API.
+"""The stages: images -> dataset artifact -> model artifact -> evaluation artifact. The Python API.
 
     from bdbench import stages
 
@@ -9,7 +9,7 @@
     print(result.metrics)
 
 Each stage returns the artifact it made, or the equal one that was there. Options are those of the command line, with
-underscores. A defence gets the visible training images and nothing that tells which are poisoned.
+underscores. A defense gets the visible training images and nothing that tells which are poisoned.
 """
 
 from __future__ import annotations
@@ -63,22 +63,22 @@ def poison(
     force: bool = False,
     progress: Progress | None = None,
 ) -> DatasetArtifact:
-    """Poison a data set once, on disk, before any augmentation.
+    """Poison a dataset once, on disk, before any augmentation.
 
-    An attack that controls training also leaves the attacker's own model beside the data set: ``<out>-victim``.
+    An attack that controls training also leaves the attacker's own model beside the dataset: ``<out>-victim``.
 
     Args:
         dataset: a registered name, or the path of an image folder, Parquet or .npz.
         attack: a registered name.
         options: of the attack, such as ``{"rate": 0.05, "target": 3}``.
         source_options: of the source: data_root, download, image_size, images, test_fraction.
-        trusted: share of the training split reserved as clean, for defences that need clean images; 0 for none.
+        trusted: share of the training split reserved as clean, for defenses that need clean images; 0 for none.
         seed: of every random choice.
         out: folder of the artifact; default ``runs/<dataset>-<attack>-s<seed>``.
         device: auto, cpu, cuda, cuda:N or mps, for attacks that train networks.
         precision: auto, fp32 or bf16, for the same.
         differences: store only what differs from the source, a fifth of the space; it opens only where the source is.
-        force: make it again even if it is there, and replace another data set that is at `out`.
+        force: make it again even if it is there, and replace another dataset that is at `out`.
         progress: who is told how far it is.
 
     Raises:
@@ -108,7 +108,7 @@ def poison(
     with store.create(out, ask) as draft:
         engine = Engine(place, bf16, seed, draft.work, progress)
         poisoned = poison_source(source, method, Lab(engine, fresh_model, source.augment, cache_folder()), trusted)
-        # The attacker's model comes first: a data set that is sealed is complete.
+        # The attacker's model comes first: a dataset that is sealed is complete.
         for path, wanted in asked.items():
             if wanted is not ask:
                 made = watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
@@ -131,7 +131,7 @@ def take(
     force: bool = False,
     progress: Progress | None = None,
 ) -> DatasetArtifact:
-    """Take a data set as it is found, for training on what may be poisoned already; nothing is triggered or reserved.
+    """Take a dataset as it is found, for training on what may be poisoned already; nothing is triggered or reserved.
 
     Args:
         dataset, force, progress: see `poison`.
@@ -184,19 +184,19 @@ def defend(
     force: bool = False,
     progress: Progress | None = None,
 ) -> ModelArtifact:
-    """Train a model on a data set artifact with a defence; ``none`` is plain training.
+    """Train a model on a dataset artifact with a defense; ``none`` is plain training.
 
     Interrupted, the same call goes on from the last finished epoch that was saved.
 
     Args:
-        dataset: path or id of a data set artifact.
-        method: a registered defence.
+        dataset: path or id of a dataset artifact.
+        method: a registered defense.
         model: a registered model, ``torchvision:NAME``, or ``auto``: convnet up to 16 pixels, wrn-16-1 above.
         preset: budget: paper, fast, tiny, or ``auto``: tiny for small sets of tiny images, else fast.
         options: of the method and of the recipe (epochs, lr, batch_size, ...); they win over the preset.
         suspect: path or id of the undefended model, for methods that mend one.
-        seed: of weights, order and augmentation; default: the data set's.
-        out: folder; default: the data set's folder name and the method's.
+        seed: of weights, order and augmentation; default: the dataset's.
+        out: folder; default: the dataset's folder name and the method's.
         device: auto, cpu, cuda, cuda:N or mps.
         precision: auto, fp32 or bf16.
         image_memory: gigabytes (10^9 bytes) of training images that may lie on the device; more are streamed from the
@@ -217,7 +217,7 @@ def defend(
     if defense.needs_truth and not data.is_attacked:
         raise OptionError(
             f"'{method}' reads which samples are poisoned, and of {data.path}, taken as it was found, nobody knows it; "
-            "choose a defence"
+            "choose a defense"
         )
     seed = data.manifest.ask.seed if seed is None else seed
     inputs = {"dataset": data.id}
@@ -284,18 +284,18 @@ def evaluate(
     force: bool = False,
     progress: Progress | None = None,
 ) -> EvaluationArtifact:
-    """Judge a model on the clean and the triggered test images of its data set.
+    """Judge a model on the clean and the triggered test images of its dataset.
 
     If its method scored training samples, these scores are judged by the truth.
 
     Args:
         model: path or id of a model artifact.
-        data: the data set artifact it was trained on; default: found by id beside the model or under ``runs/``.
+        data: the dataset artifact it was trained on; default: found by id beside the model or under ``runs/``.
         out: folder; default: the model's folder name and ``-eval``.
         device, precision, force, progress: see `defend`.
 
     Raises:
-        BdbenchError: the model or its data set is missing, damaged, or they do not belong together.
+        BdbenchError: the model or its dataset is missing, damaged, or they do not belong together.
     """
     watch, progress = Stopwatch(), progress or Silent()
     place = resolve_device(device)

@@ -20,7 +20,7 @@ PAGE = Path(__file__).with_name("RESULTS.md")
 MARKER = "compare"
 PRESETS = ("paper", "fast", "tiny")
 HEADINGS = (
-    "reported by", "attack", "defence", "reported setting", "measured setting", "BA over",
+    "reported by", "attack", "defense", "reported setting", "measured setting", "BA over",
     "BA reported", "BA measured", "difference", "ASR reported", "ASR measured", "difference",
 )  # fmt: skip
 FIRST_NUMBER = HEADINGS.index("BA reported")
@@ -93,7 +93,7 @@ def measured(results: Path, suites: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def comparable(entry: dict[str, Any], settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the settings of the same data, attack and defence; a variant counts only where the source had it."""
+    """Return the settings of the same data, attack and defense; a variant counts only where the source had it."""
     names = ("dataset", "attack", "defense")
     variants = ("", entry.get("variant", ""))
     return [row for row in settings if row["variant"] in variants and all(row[name] == entry[name] for name in names)]

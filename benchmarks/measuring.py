@@ -45,7 +45,7 @@ class Sizes:
     Attributes:
         rounds: turns of each side that count.
         train, train_large: an epoch of WRN-16-1, of the larger networks.
-        epoch, inversion: of a defence's phase.
+        epoch, inversion: of a defense's phase.
         forward: passes without gradient; single: one image at a time.
         decode, png: images that bdbench decodes, and those of the PNG tree that is scaled up.
         poison: the whole poison stage; cifar: stages in processes of their own.
@@ -185,7 +185,7 @@ def synthetic_images(count: int, purpose: str, side: int = SIDE) -> ImageDataset
 
 
 def first(data: ImageDataset, count: int) -> ImageDataset:
-    """Return the first images of a data set."""
+    """Return the first images of a dataset."""
     return data.take(torch.arange(count))
 
 

@@ -45,7 +45,7 @@ def attacks(rows: Sequence[Row]) -> str:
 
 
 def cifar(rows: Sequence[Row]) -> str:
-    """Return attacks and defences on CIFAR-10, a line a run, with the marks that not all of them have."""
+    """Return attacks and defenses on CIFAR-10, a line a run, with the marks that not all of them have."""
     names = ("floor", "ra", "target_recall", "detection_precision", "auroc")
     shown = [row for row in rows if not row["variant"]]
     own = [mark for mark in tables.MARKS if any(mark in row["marks"] for row in shown)]
@@ -58,7 +58,7 @@ def cifar(rows: Sequence[Row]) -> str:
         for row in shown
     ]  # fmt: skip
     headings = (
-        "attack", "defence", "BA", "ASR (95 % interval)", "floor", "RA", "target recall", "set aside: precision",
+        "attack", "defense", "BA", "ASR (95 % interval)", "floor", "RA", "target recall", "set aside: precision",
         "AUROC", "",
     )  # fmt: skip
     legend = "  \n".join(f"{mark}: {tables.MARKS[mark]}" for mark in own)
@@ -66,14 +66,14 @@ def cifar(rows: Sequence[Row]) -> str:
 
 
 def quickstart(rows: Sequence[Row]) -> str:
-    """Return BA / ASR of every defence of the quickstart over its seeds, with the median."""
+    """Return BA / ASR of every defense of the quickstart over its seeds, with the median."""
     seeds = sorted({row["seed"] for row in rows})
     lines = []
     for name in dict.fromkeys(row["defense"] for row in rows):
         own = {row["seed"]: row for row in rows if row["defense"] == name}
         middle = {key: median(row[key] for row in own.values()) for key in ("ba", "asr")}
         lines.append([name, *(f"{rate(row, 'ba')} / {rate(row, 'asr')}" for row in (*map(own.get, seeds), middle))])
-    headings = ("defence, BA / ASR", "seed 0", *map(str, seeds[1:]), "median")
+    headings = ("defense, BA / ASR", "seed 0", *map(str, seeds[1:]), "median")
     return compare.table(headings, lines, first_number=len(headings))
 
 
@@ -81,7 +81,7 @@ GRID = [column for column in tables.COLUMNS if column.key in ("ba", "asr")]
 
 
 def grid(rows: Sequence[Row]) -> str:
-    """Return BA and ASR over seeds, a line an attack, a column a defence; failed attacks are marked."""
+    """Return BA and ASR over seeds, a line an attack, a column a defense; failed attacks are marked."""
     merged = results.over_seeds([dict(row) for row in rows])
     defenses = [name for name in DEFENSES.rows if any(row["defense"] == name for row in merged)]
     lines = []

@@ -1,4 +1,4 @@
-"""Run a named suite of attacks and defences through the Python API and keep its rows in benchmarks/results/.
+"""Run a named suite of attacks and defenses through the Python API and keep its rows in benchmarks/results/.
 
     python benchmarks/reproduce.py quickstart
     python benchmarks/reproduce.py cifar10-cpu --data-root DATA
@@ -49,7 +49,7 @@ PROVENANCE = ("processor", "cores", "command")
 
 
 class Cell(NamedTuple):
-    """One model: data, attack, network, defence, budget and seed; `variant` names what is not the preset's.
+    """One model: data, attack, network, defense, budget and seed; `variant` names what is not the preset's.
 
     `precision` is None where `--precision` decides.
     """
@@ -67,7 +67,7 @@ class Cell(NamedTuple):
 
     @property
     def data_name(self) -> str:
-        """The folder of its data set: equal for cells that share one."""
+        """The folder of its dataset: equal for cells that share one."""
         usual = {"target": 0, "rate": 0.1}
         options = usual | {name: value for name, value in self.attack_options.items() if not name.endswith("_epochs")}
         special = [f"{name}{value}" for name, value in options.items() if value not in (usual.get(name), None)]
@@ -93,7 +93,7 @@ class Cell(NamedTuple):
 
 
 CONTROL_RATE = 0.001
-"""One poisoned image of the digits' 1,366: what the defences cost where there is next to nothing to defend against."""
+"""One poisoned image of the digits' 1,366: what the defenses cost where there is next to nothing to defend against."""
 
 PRECISIONS: Sequence[Precision] = ("fp32", "bf16")
 
@@ -235,7 +235,7 @@ def papers(attack: str, seed: int) -> list[Cell]:
 
 
 def undefended(attack: str) -> list[Cell]:
-    """Return an attack without defence: its own settings, other rates, the whole preset, its own victim if any."""
+    """Return an attack without defense: its own settings, other rates, the whole preset, its own victim if any."""
     usual = ATTACKS.load(attack)()
     victim = isinstance(usual, VictimAttack)
     trained = dict.fromkeys((*(("victim_epochs",) if victim else ()), *OWN_EPOCHS.get(attack, ())), ATTACK_EPOCHS)
@@ -418,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="+", choices=[*suites(), "compare"], metavar="SUITE", help=", ".join(suites()))
-    parser.add_argument("--data-root", type=Path, help="folder of local copies of named data sets")
+    parser.add_argument("--data-root", type=Path, help="folder of local copies of named datasets")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the artifacts")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

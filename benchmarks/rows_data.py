@@ -193,7 +193,7 @@ def settle() -> None:
 def seal(
     poisoned: PoisonedDataset, attack: Attack, name: str, path: Path, origin: Mapping[str, str] | None = None
 ) -> None:
-    """Write a data set artifact; with an origin, what differs from it alone."""
+    """Write a dataset artifact; with an origin, what differs from it alone."""
     ask = manifests.Ask("dataset", name, attack.version, plain(attack.model_dump()), SEED, {"source": "synthetic"})
     with store.create(path, ask) as draft:
         write_dataset(draft, poisoned, name="speed", augment="crop,flip", origin=origin)
@@ -224,7 +224,7 @@ def trigger_rows(bench: Bench) -> Iterator[Row]:
 
 
 def artifact_rows(bench: Bench) -> Iterator[Row]:
-    """A data set artifact: sealed, and its training split opened and verified."""
+    """A dataset artifact: sealed, and its training split opened and verified."""
     source, attack = synthetic_source(bench.sizes.poison), attack_of("badnets")
     poisoned = poison_source(source, attack, lab(), 0.0)
     few = synthetic_images(bench.sizes.png, "png")

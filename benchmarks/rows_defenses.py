@@ -1,4 +1,4 @@
-"""Rows of defences: what a phase costs beside plain training, SimCLR's views, trigger inversion."""
+"""Rows of defenses: what a phase costs beside plain training, SimCLR's views, trigger inversion."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PHASES = {
     "epoch-dbd-simclr": ("dbd", "simclr"),
     "epoch-dbd-mixmatch": ("dbd", "mixmatch"),
 }
-"""Name of the row -> defence and phase."""
+"""Name of the row -> defense and phase."""
 
 COUNTED = 2 * BATCH
 """Images whose FLOPs are counted."""
@@ -78,7 +78,7 @@ class CountingEngine(Engine):
 
 
 def epoch_rows(bench: Bench) -> Iterator[Row]:
-    """An epoch of each defence's longest phases beside an epoch of plain training, all by bdbench's engine."""
+    """An epoch of each defense's longest phases beside an epoch of plain training, all by bdbench's engine."""
     data, few = first(bench.train, bench.sizes.epoch), first(bench.train, COUNTED)
     runs = {name: epoch_of(bench, data, defense) for name, defense in one_epoch_defenses(len(data)).items()}
     counted = {
@@ -97,7 +97,7 @@ def epoch_rows(bench: Bench) -> Iterator[Row]:
 
 
 def one_epoch_defenses(count: int) -> dict[str, Defense]:
-    """Return the defences of `PHASES`, every phase an epoch of `count` images."""
+    """Return the defenses of `PHASES`, every phase an epoch of `count` images."""
     one_epoch = {"ssl_epochs": 1, "head_epochs": 1, "ssl_batch_size": BATCH}
     return {
         "none": NoDefense(),
@@ -109,7 +109,7 @@ def one_epoch_defenses(count: int) -> dict[str, Defense]:
 
 
 def epoch_of(bench: Bench, data: ImageDataset, defense: Defense) -> Callable[[], dict[str, float]]:
-    """Return a turn that runs a defence and says the images/s of every phase."""
+    """Return a turn that runs a defense and says the images/s of every phase."""
 
     def turn() -> dict[str, float]:
         history = run_defense(bench, data, defense, bench.engine()).history
@@ -119,7 +119,7 @@ def epoch_of(bench: Bench, data: ImageDataset, defense: Defense) -> Callable[[],
 
 
 def run_defense(bench: Bench, data: ImageDataset, defense: Defense, engine: SomeEngine) -> SomeEngine:
-    """Run a defence and return the engine, with its history."""
+    """Run a defense and return the engine, with its history."""
     recipe = Recipe(epochs=1, batch_size=BATCH, augment="crop,flip")
     defense.run(Task(data, bench.model, recipe, engine))
     return engine

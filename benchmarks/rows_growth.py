@@ -41,7 +41,7 @@ def growth_rows(bench: Bench) -> Iterator[Row]:
 
 
 def stage_turns(bench: Bench, size: Size, path: Path) -> dict[str, Turn]:
-    """Return a turn for each stage, in images a second, on a data set of this size that is written at `path`."""
+    """Return a turn for each stage, in images a second, on a dataset of this size that is written at `path`."""
     source, attack = synthetic_source(*size), attack_of("badnets")
     seal(poison_source(source, attack, lab(), 0.0), attack, "badnets", path)
     data = DatasetArtifact.open(path).train

@@ -153,7 +153,7 @@ def sample_loss_rows(bench: Bench) -> Iterator[Row]:
 
 
 def isolation_rows(bench: Bench) -> Iterator[Row]:
-    """ABL's isolation: losses, choice of the lowest, and the two data sets that follow."""
+    """ABL's isolation: losses, choice of the lowest, and the two datasets that follow."""
     data, few = first(bench.train, bench.sizes.forward), first(bench.train, bench.sizes.single)
     model, plain, engine = bench.model("model"), bench.plain_network(), bench.engine()
     images = bench.plain_images(few, augmented=False)

@@ -128,7 +128,7 @@ FEW = {
     "dbd": ["--ssl-epochs", "1", "--head-epochs", "1", "--steps-per-epoch", "16"],
     "mcldef": ["--inversion-epochs", "1"],
 }
-"""Short budgets of the defences: what they hold does not grow with the epochs."""
+"""Short budgets of the defenses: what they hold does not grow with the epochs."""
 
 
 def memory_rows(bench: Bench) -> Iterator[Row]:

@@ -3,7 +3,7 @@
     python benchmarks/triggers.py --data-root DATA
     python benchmarks/triggers.py --data-root DATA --only sig --only wanet
 
-The data sets are those of `reproduce.py attacks`, and are made only if its runs folder does not have them. Writes
+The datasets are those of `reproduce.py attacks`, and are made only if its runs folder does not have them. Writes
 results/triggers.csv, results/triggers.md and results/triggers.png; with `--only` the other rows of the table and the
 picture stay.
 """
@@ -63,7 +63,7 @@ def markdown(rows: pd.DataFrame) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, required=True, help="folder of local copies of named data sets")
+    parser.add_argument("--data-root", type=Path, required=True, help="folder of local copies of named datasets")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the artifacts")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="some attacks")

@@ -1,4 +1,4 @@
-"""Fixtures: small sources, poisoned data sets made once a session, an engine on the CPU."""
+"""Fixtures: small sources, poisoned datasets made once a session, an engine on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images and labels are checked once, when a data set is made."""
+"""Images and labels are checked once, when a dataset is made."""
 
 from __future__ import annotations
 

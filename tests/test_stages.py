@@ -1,4 +1,4 @@
-"""The three stages from Python, and what every registered defence keeps."""
+"""The three stages from Python, and what every registered defense keeps."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ every_blind_defense = pytest.mark.parametrize("name", sorted(set(DEFENSES.names(
 
 
 def defend(data: DatasetArtifact, name: str, out: Path, **settings: Any) -> ModelArtifact:
-    """Run a defence with a budget of a second; methods that mend a model get an undefended one."""
+    """Run a defense with a budget of a second; methods that mend a model get an undefended one."""
     options = {"epochs": 1, "batch_size": 32} | SMALL.get(name, {}) | settings.pop("options", {})
     if DEFENSES.load(name).needs_suspect and "suspect" not in settings:
         suspect = out.with_name(f"{out.name}-suspect")
@@ -273,14 +273,14 @@ def test_weights_begin_from_seed_and_purpose(toys: DatasetArtifact) -> None:
     assert [torch.equal(heads[0], head) for head in heads] == [True, True, False, False]
 
 
-def test_the_seed_of_a_defence_is_that_of_its_data_set_unless_given(toy_archive: Path, tmp_path: Path) -> None:
+def test_the_seed_of_a_defense_is_that_of_its_data_set_unless_given(toy_archive: Path, tmp_path: Path) -> None:
     data = stages.poison(toy_archive, "badnets", seed=5, out=tmp_path / "data")
     assert defend(data, "none", tmp_path / "a").manifest.ask.seed == 5
     assert defend(data, "none", tmp_path / "b", seed=6).manifest.ask.seed == 6
 
 
 @every_defense
-def test_an_interrupted_defence_ends_as_an_uninterrupted_one(
+def test_an_interrupted_defense_ends_as_an_uninterrupted_one(
     name: str, toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, "Engine", partial(Engine, checkpoint_seconds=0.0))
@@ -306,11 +306,11 @@ def test_an_interrupted_defence_ends_as_an_uninterrupted_one(
     assert hashes(model) == hashes(whole)
 
 
-# what a defence may see
+# what a defense may see
 
 
 def scramble(artifact: DatasetArtifact, folder: Path) -> DatasetArtifact:
-    """Copy a data set artifact with another truth, other test images, another trigger, and the same id."""
+    """Copy a dataset artifact with another truth, other test images, another trigger, and the same id."""
     shutil.copytree(artifact.path, folder)
     rng = np.random.default_rng(0)
     truth = pd.read_parquet(folder / "truth.parquet")
@@ -344,7 +344,7 @@ def test_a_scrambled_truth_gives_the_same_model_bit_for_bit(name: str, toys: Dat
 
 
 @every_blind_defense
-def test_a_defence_opens_neither_truth_nor_test_images(
+def test_a_defense_opens_neither_truth_nor_test_images(
     name: str, toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -366,7 +366,7 @@ def test_a_defence_opens_neither_truth_nor_test_images(
 
 
 @every_blind_defense
-def test_a_defence_trains_without_the_files_of_the_truth(name: str, toys: DatasetArtifact, tmp_path: Path) -> None:
+def test_a_defense_trains_without_the_files_of_the_truth(name: str, toys: DatasetArtifact, tmp_path: Path) -> None:
     blind = tmp_path / "blind"
     shutil.copytree(toys.path, blind)
     for file in blind.iterdir():
@@ -498,7 +498,7 @@ def test_a_suspect_of_another_data_set_is_refused(
 ) -> None:
     suspect = defend(toys, "none", tmp_path / "none")
     data = stages.poison(toy_archive, "badnets", seed=1, out=tmp_path / "data")
-    with pytest.raises(ArtifactError, match=f"was trained on data set {toys.id}, not on {data.id}"):
+    with pytest.raises(ArtifactError, match=f"was trained on dataset {toys.id}, not on {data.id}"):
         stages.defend(data.path, mender, suspect=suspect.path, out=tmp_path / "mended", **CPU)
 
 
@@ -583,7 +583,7 @@ def test_a_method_that_needs_trusted_images_says_how_to_get_them(
         stages.defend(toys.path, mender, suspect=suspect.path, out=tmp_path / "mended", **CPU)
 
 
-# finding the data set
+# finding the dataset
 
 
 def test_evaluate_finds_the_data_set_by_id_beside_the_model(toy_archive: Path, tmp_path: Path) -> None:
@@ -606,14 +606,14 @@ def test_evaluate_asks_for_a_data_set_that_it_cannot_find(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = defend(toys, "none", tmp_path / "none")
-    with pytest.raises(ArtifactError, match=f"the data set {toys.id} of .* is neither beside it .*; give --data PATH"):
+    with pytest.raises(ArtifactError, match=f"the dataset {toys.id} of .* is neither beside it .*; give --data PATH"):
         stages.evaluate(model.path, **CPU)
 
 
 def test_evaluate_refuses_another_data_set(toys: DatasetArtifact, toy_archive: Path, tmp_path: Path) -> None:
     other = stages.poison(toy_archive, "badnets", seed=1, out=tmp_path / "other")
     model = defend(toys, "none", tmp_path / "none")
-    with pytest.raises(ArtifactError, match=f"was trained on data set {toys.id}, but .*other is {other.id}"):
+    with pytest.raises(ArtifactError, match=f"was trained on dataset {toys.id}, but .*other is {other.id}"):
         stages.evaluate(model.path, data=other.path, **CPU)
 
 
@@ -634,7 +634,7 @@ def test_a_trusted_share_is_less_than_one(toy_archive: Path, tmp_path: Path, tru
 
 
 def test_an_unknown_data_set_is_answered_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"unknown data set 'digit'\. Did you mean 'digits'\?"):
+    with pytest.raises(OptionError, match=r"unknown dataset 'digit'\. Did you mean 'digits'\?"):
         stages.poison("digit", "badnets", out=tmp_path / "data")
 
 
@@ -755,7 +755,7 @@ def test_every_option_of_an_attack_is_part_of_the_id(
 @pytest.mark.parametrize(
     ("defense", "option", "value"), [*DEFENSE_FIELDS, *(field for field in fields_of("none", Recipe))]
 )
-def test_every_option_of_a_defence_and_its_recipe_is_part_of_the_id(
+def test_every_option_of_a_defense_and_its_recipe_is_part_of_the_id(
     defense: str,
     option: str,
     value: Any,
@@ -828,7 +828,7 @@ def test_every_option_of_an_attack_is_read(name: str) -> None:
 
 
 @every_defense
-def test_every_option_of_a_defence_is_read(name: str) -> None:
+def test_every_option_of_a_defense_is_read(name: str) -> None:
     cls = DEFENSES.load(name)
     assert set(cls.model_fields) <= names_read(inspect.getmodule(cls))
 
@@ -840,7 +840,7 @@ def test_every_option_of_a_recipe_is_read() -> None:
 
 
 @every_defense
-def test_no_option_of_a_defence_hides_one_of_the_recipe_or_the_stage(name: str) -> None:
+def test_no_option_of_a_defense_hides_one_of_the_recipe_or_the_stage(name: str) -> None:
     stage = {
         "model",
         "preset",
@@ -875,7 +875,7 @@ def test_no_option_of_an_attack_hides_one_of_the_stage(name: str) -> None:
 
 
 @every_defense
-def test_a_defence_says_what_it_is(name: str) -> None:
+def test_a_defense_says_what_it_is(name: str) -> None:
     cls = DEFENSES.load(name)
     help_text = inspect.getdoc(cls) or ""
     assert cls.threat
@@ -886,7 +886,7 @@ def test_a_defence_says_what_it_is(name: str) -> None:
 
 @every_defense
 @pytest.mark.parametrize("preset", ["paper", "fast", "tiny"])
-def test_every_defence_has_every_budget(name: str, preset: str, toys: DatasetArtifact) -> None:
+def test_every_defense_has_every_budget(name: str, preset: str, toys: DatasetArtifact) -> None:
     chosen, defense, recipe = budget.resolve_budget(name, preset, {}, toys)
     assert chosen == preset
     assert isinstance(defense, DEFENSES.load(name))
@@ -894,7 +894,7 @@ def test_every_defence_has_every_budget(name: str, preset: str, toys: DatasetArt
 
 
 @every_defense
-def test_every_flag_that_the_help_of_a_defence_names_exists(name: str) -> None:
+def test_every_flag_that_the_help_of_a_defense_names_exists(name: str) -> None:
     cls = DEFENSES.load(name)
     flags = {info.flag for options in (cls, Recipe) for info in describe_options(options)}
     known = flags | {flag.replace("--", "--no-", 1) for flag in flags} | {"--preset", "--augment"}
@@ -989,7 +989,7 @@ def test_seconds_count_the_epochs_before_an_interruption(
         assert facts["seconds"] == max(model.manifest.made["seconds"], counted)
 
 
-def test_a_defence_that_scores_other_samples_is_a_mistake_of_ours(
+def test_a_defense_that_scores_other_samples_is_a_mistake_of_ours(
     toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = DEFENSES.load("none").run

@@ -22,11 +22,11 @@ from bdbench.progress import Silent
 from bdbench.training.checkpoints import save_tensors
 
 AS_FOUND = "none"
-"""The method of a data set that nobody poisoned here."""
+"""The method of a dataset that nobody poisoned here."""
 
 
 class DatasetArtifact(Artifact):
-    """A poisoned data set. `train` and `trusted` are what a defender may see; the rest is for evaluation."""
+    """A poisoned dataset. `train` and `trusted` are what a defender may see; the rest is for evaluation."""
 
     kind = "dataset"
 
@@ -116,7 +116,7 @@ class DatasetArtifact(Artifact):
 
     @cached_property
     def _origin(self) -> SourceData:
-        """The clean source of a data set that holds differences only; reading an artifact downloads nothing."""
+        """The clean source of a dataset that holds differences only; reading an artifact downloads nothing."""
         origin = self.manifest.facts["origin"]
         try:
             source = open_source(origin["dataset"], {**origin["options"], "download": False}).open(Silent())
@@ -170,7 +170,7 @@ def write_dataset(
     origin: Mapping[str, Any] | None = None,
     files: Sequence[str] | None = None,
 ) -> None:
-    """Write the files and facts of a data set artifact.
+    """Write the files and facts of a dataset artifact.
 
     Args:
         draft: from `store.create`.

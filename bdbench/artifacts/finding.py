@@ -67,7 +67,7 @@ def locate(reference: str | Path, kind: Kind | None = None, root: Path = ROOT) -
 
 
 def unneeded(root: Path, *, strict: bool = False) -> list[Path]:
-    """Return the data sets under a folder that no model or evaluation was made from, and leftovers of interrupted work.
+    """Return the datasets under a folder that no model or evaluation was made from, and leftovers of interrupted work.
 
     Leftovers that another process is writing now are left out; what it reads is not known here: see `check_idle`.
 
@@ -88,7 +88,7 @@ def unneeded(root: Path, *, strict: bool = False) -> list[Path]:
             waiting += [
                 origin for made_from in manifests[path].ask.inputs.values() for origin in by_id.get(made_from, [])
             ]
-    # An attacker's own model belongs to its data set.
+    # An attacker's own model belongs to its dataset.
     needed |= {
         path
         for path, manifest in found

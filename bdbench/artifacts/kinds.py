@@ -1,4 +1,4 @@
-"""Data set, model and evaluation artifacts: tensors and tables on top of `store`."""
+"""Dataset, model and evaluation artifacts: tensors and tables on top of `store`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def open_any(path: Path) -> Artifact:
 
 
 def verify(path: Path) -> Artifact:
-    """Check every hash of an artifact, of a data set its counts, of a model that its weights fit, and return it.
+    """Check every hash of an artifact, of a dataset its counts, of a model that its weights fit, and return it.
 
     Raises:
         ArtifactError: says the first thing that is wrong.

@@ -31,7 +31,7 @@ class Ask:
 
     Attributes:
         kind: of artifact.
-        method: attack or defence, or "evaluate".
+        method: attack or defense, or "evaluate".
         version: of the method; raised when what its defaults give changes.
         config: every setting with its value, defaults included, as JSON values.
         seed: the user's.

@@ -61,7 +61,7 @@ class ModelArtifact(Artifact):
 
     @property
     def dataset_id(self) -> str:
-        """Id of the data set it was trained on."""
+        """Id of the dataset it was trained on."""
         return self.manifest.ask.inputs["dataset"]
 
 

@@ -27,7 +27,7 @@ def open_source(dataset: str | Path, options: Mapping[str, Any]) -> Source:
         raise OptionError(f"{path} is an artifact already; go on with: bdbench defend {path} --method abl")
     if not path.exists() and not re.search(r"[/\\.]", str(dataset)):
         raise OptionError(
-            f"unknown data set '{dataset}'.{did_you_mean(str(dataset), DATASETS.rows)} Known: "
+            f"unknown dataset '{dataset}'.{did_you_mean(str(dataset), DATASETS.rows)} Known: "
             f"{', '.join(DATASETS.names())}; or give the path of an image folder, a Parquet or an .npz file"
         )
     return PathSource.parse({"path": path, **options})

@@ -35,7 +35,7 @@ class Lab:
         engine: what trains and evaluates; its seed is the attack's.
         model: builds a fresh classifier from the architecture's name (``auto``: the benchmark's), the images it is
             for, a seed, and what it is for.
-        augment: how the data set's images are augmented.
+        augment: how the dataset's images are augmented.
         cache: folder for what several attacks can share, such as a surrogate; None keeps none.
         surrogates: those trained so far, by what determines them.
     """
@@ -134,7 +134,7 @@ class Attack(Options, ABC):
 
     @abstractmethod
     def fit(self, clean: ImageDataset, lab: Lab) -> State:
-        """Return all that triggering needs, as tensors that are stored with the data set.
+        """Return all that triggering needs, as tensors that are stored with the dataset.
 
         Args:
             clean: the training split before poisoning.
@@ -207,7 +207,7 @@ class Attack(Options, ABC):
 class TrainingAttack(Attack):
     """Base of attacks whose authors also control the victim's training.
 
-    Their generator is trained with a victim and then frozen: the data set replays it, so that defences which train
+    Their generator is trained with a victim and then frozen: the dataset replays it, so that defenses which train
     have something to face, and the attacker's own victim is delivered beside it for those that mend a model.
     """
 

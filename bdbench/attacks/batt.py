@@ -22,7 +22,7 @@ class Batt(Attack):
     Paper: Xu et al., BATT: Backdoor Attack with Transformation-based Triggers, ICASSP 2023,
     https://arxiv.org/abs/2211.01806.
 
-    Differs from the published code: it turns every clean image anew in each epoch of training. Here the data set alone
+    Differs from the published code: it turns every clean image anew in each epoch of training. Here the dataset alone
     is poisoned: two covers a poisoned sample, as many as for WaNet, so that most images stay upright as those of the
     test set are; `--cover-ratio` changes that. Pixels are interpolated, not taken from the nearest; both leave the
     corners black.

@@ -22,7 +22,7 @@ class Blended(Attack):
 
     `--picture cartoon` is drawn by bdbench (bright ground, saturated shapes: it stands in for the published cartoon,
     which is not free), `noise` is uniform, independent per pixel and channel; a path takes the user's own image,
-    resized to the data set's.
+    resized to the dataset's.
 
     Paper: Chen et al., Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning, 2017,
     https://arxiv.org/abs/1712.05526.

@@ -31,13 +31,13 @@ class InputAware(VictimAttack):
     of |x1 - x2| / |m1 - m2| over pairs of images (root mean squares). Then it is frozen, and victim and pattern network
     learn together. In every batch a share `rate` of the images carries its own trigger and the wanted label, as many
     times `cover-ratio` carry the trigger of another image and their true label, the others are clean; the loss is
-    cross entropy + diversity of the patterns. The frozen networks make the data set; covers are the second kind. ABL
+    cross entropy + diversity of the patterns. The frozen networks make the dataset; covers are the second kind. ABL
     and CBD call this attack Dynamic.
 
     Paper: Nguyen and Tran, Input-Aware Dynamic Backdoor Attack, NeurIPS 2020, https://arxiv.org/abs/2010.08138.
 
     Differs from the published code: short budgets (25 epochs of the mask and 600 of the victim are published) with a
-    cosine schedule; the data set's own augmentation; images are compared in [0, 1], not normalised; pairs are
+    cosine schedule; the dataset's own augmentation; images are compared in [0, 1], not normalised; pairs are
     neighbours in a batch, not two passes over the data; small images get fewer levels, as they do for MNIST.
     """
 

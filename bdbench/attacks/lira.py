@@ -26,9 +26,9 @@ class Lira(VictimAttack):
 
     First A and the victim take turns: A lowers the victim's cross entropy to the wanted labels, the victim that of
     clean images and of images under A as it was when the epoch began, half and half. Then A is frozen and the victim is
-    trained further on the same loss. All images of a batch are attacked, `rate` is of the replayed data set only.
+    trained further on the same loss. All images of a batch are attacked, `rate` is of the replayed dataset only.
 
-    An eps of 0.01 is 2.55 of 255, and data sets are bytes: the noise is rounded to whole gray levels of -3 to 3, and
+    An eps of 0.01 is 2.55 of 255, and datasets are bytes: the noise is rounded to whole gray levels of -3 to 3, and
     what is below half a level is lost. The attacker's victim has learned the noise unrounded.
 
     Paper: Doan et al., LIRA: Learnable, Imperceptible and Robust Backdoor Attacks, ICCV 2021,

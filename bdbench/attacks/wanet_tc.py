@@ -25,13 +25,13 @@ class WaNetTC(VictimAttack, WaNet):
 
     In every batch of the victim's training a share `rate` of the images is warped and relabelled, as many times
     `cover-ratio` are warped with noise of their own, drawn anew, and keep their label; then all are augmented. The
-    field is drawn before training and never changes: the data set replays it at the published strength, at which
+    field is drawn before training and never changes: the dataset replays it at the published strength, at which
     poisoning alone hardly works, as a model that has not been trained so cannot tell the warp from a blur.
 
     Paper: Nguyen and Tran, WaNet: Imperceptible Warping-based Backdoor Attack, ICLR 2021,
     https://arxiv.org/abs/2102.10369.
 
-    Differs from the published code: a short budget (1,000 epochs are published) with a cosine schedule; the data set's
+    Differs from the published code: a short budget (1,000 epochs are published) with a cosine schedule; the dataset's
     own augmentation.
     """
 

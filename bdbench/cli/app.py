@@ -21,9 +21,9 @@ from bdbench.errors import BdbenchError, DamageWarning, OptionError
 if TYPE_CHECKING:
     from bdbench.options import Options
 
-HELP = """Put any backdoor attack on image classifiers against any defence, and trust the table.
+HELP = """Put any backdoor attack on image classifiers against any defense, and trust the table.
 
-[bold]poison[/bold] writes a poisoned data set, [bold]train[/bold] and [bold]defend[/bold] train models on it,
+[bold]poison[/bold] writes a poisoned dataset, [bold]train[/bold] and [bold]defend[/bold] train models on it,
 [bold]evaluate[/bold] prints BA (benign accuracy) and ASR (attack success rate). Try: [cyan]bdbench quickstart[/cyan]
 """
 INTERRUPTED = 130

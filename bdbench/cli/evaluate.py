@@ -37,11 +37,9 @@ FormatName = Annotated[str, typer.Option("--format", help="rich, markdown, csv, 
 def evaluate(
     models: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Paths or ids of model artifacts; default: every model of the newest data set under runs/."
-        ),
+        typer.Argument(help="Paths or ids of model artifacts; default: every model of the newest dataset under runs/."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="The data set artifact, where it is not found by its id.")] = None,
+    data: Annotated[str | None, typer.Option(help="The dataset artifact, where it is not found by its id.")] = None,
     assertions: Assertions = None,
     junit: Junit = None,
     device: Device = "auto",
@@ -87,7 +85,7 @@ def table(
         str | None,
         typer.Option(
             metavar="METRIC",
-            help="Rank the defences over attacks by der, ba or asr, with Friedman's test, instead.",
+            help="Rank the defenses over attacks by der, ba or asr, with Friedman's test, instead.",
             show_default=False,
         ),
     ] = None,

@@ -30,7 +30,7 @@ class Plural(StrEnum):
 NEEDS = {
     "trusted": "trusted clean images (bdbench poison --trusted)",
     "suspect": "the undefended model (bdbench train)",
-    "truth": "which samples are poisoned (a reference, no defence)",
+    "truth": "which samples are poisoned (a reference, no defense)",
 }
 
 
@@ -38,7 +38,7 @@ def list_names(
     kind: Annotated[Plural | None, typer.Argument(help="What to list; default: everything.")] = None,
     json: Json = False,
 ) -> None:
-    """List attacks, defences, data sets and models, plugins included.
+    """List attacks, defenses, datasets and models, plugins included.
 
     Examples:
       bdbench list
@@ -67,7 +67,7 @@ def _complete_any(incomplete: str) -> list[str]:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="An attack, defence, data set or model.", autocompletion=_complete_any)],
+    name: Annotated[str, typer.Argument(help="An attack, defense, dataset or model.", autocompletion=_complete_any)],
     json: Json = False,
 ) -> None:
     """Explain one name: what it is, its paper, the threat model, its options with types, bounds and defaults.

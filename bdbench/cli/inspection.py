@@ -23,7 +23,7 @@ def inspect(
     image: Annotated[
         Path | None,
         typer.Option(
-            help="Write a picture: clean, triggered, difference of a data set; loss curves of a model; of several data "
+            help="Write a picture: clean, triggered, difference of a dataset; loss curves of a model; of several data "
             "sets one test image under every trigger.",
             callback=with_folder,
         ),
@@ -32,7 +32,7 @@ def inspect(
 ) -> None:
     """Say what is inside an artifact and how it was made.
 
-    Opens the truth of a data set: which samples are poisoned, per class and role.
+    Opens the truth of a dataset: which samples are poisoned, per class and role.
 
     Examples:
       bdbench inspect runs/digits-badnets-s0 --image sheet.png
@@ -135,7 +135,7 @@ def _say_dataset(found: DatasetArtifact) -> None:
 
 
 def _say_labels(found: DatasetArtifact) -> None:
-    """Print all that is known of a data set that was taken as found."""
+    """Print all that is known of a dataset that was taken as found."""
     from rich.table import Table
     from rich.text import Text
 
@@ -175,14 +175,14 @@ def _draw(opened: list[Artifact], image: Path) -> None:
     try:
         if len(opened) > 1:
             if len(sources) < len(opened):
-                raise OptionError("--image draws several data sets together, nothing else; give one artifact")
+                raise OptionError("--image draws several datasets together, nothing else; give one artifact")
             pictures.gallery(sources, image)
         elif sources:
             pictures.contact_sheet(sources[0], image)
         elif isinstance(opened[0], ModelArtifact):
             pictures.loss_curves(opened[0], image)
         else:
-            raise OptionError("--image draws data sets and models, not evaluations")
+            raise OptionError("--image draws datasets and models, not evaluations")
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot write {image}: {error}; give a path that ends in .png") from error
     console.say_wrote(image)

@@ -23,15 +23,15 @@ def names_of(registry: Registry):  # type: ignore[no-untyped-def]  # noqa: ANN20
 SOURCE = "Registered name, or a path: image folder, Parquet (file or folder of shards), .npz."
 DatasetName = Annotated[str, typer.Option(help=SOURCE, autocompletion=names_of(DATASETS))]
 DatasetPlace = Annotated[str, typer.Argument(metavar="DATASET", help=SOURCE, autocompletion=names_of(DATASETS))]
-DataRoot = Annotated[Path | None, typer.Option(help="Folder of a local copy of a named data set.")]
-Download = Annotated[bool, typer.Option(help="Download a named data set that is missing.")]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder of a local copy of a named dataset.")]
+Download = Annotated[bool, typer.Option(help="Download a named dataset that is missing.")]
 ImageSize = Annotated[int | None, typer.Option(help="Resize the shorter side to this many pixels and crop the centre.")]
 Images = Annotated[
     int | None, typer.Option(help="Keep so many training images, chosen at random, the same for every seed.", min=20)
 ]
 TestFraction = Annotated[float, typer.Option(help="Test share, where the source has no test split.")]
 AttackName = Annotated[str, typer.Option(help="Attack.", autocompletion=names_of(ATTACKS))]
-MethodName = Annotated[str, typer.Option(help="Defence.", autocompletion=names_of(DEFENSES))]
+MethodName = Annotated[str, typer.Option(help="Defense.", autocompletion=names_of(DEFENSES))]
 ModelName = Annotated[
     str,
     typer.Option(
@@ -78,7 +78,7 @@ Compile = Annotated[
     bool,
     typer.Option(
         "--compile",
-        help="Let torch compile the networks that defences train: 25 to 70 s at the first start, 5 once torch has them "
+        help="Let torch compile the networks that defenses train: 25 to 70 s at the first start, 5 once torch has them "
         "in its cache; a tenth to a third less time on a CPU with AMX, little on other CPUs, "
         "not measured on GPUs.",
     ),

@@ -1,4 +1,4 @@
-"""bdbench poison and bdbench take: from images to a data set artifact."""
+"""bdbench poison and bdbench take: from images to a dataset artifact."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def poison(
     seed: Seed = 0,
     trusted: Annotated[
         float,
-        typer.Option(help="Share of the training split reserved, clean, for defences that need it.", min=0, max=1),
+        typer.Option(help="Share of the training split reserved, clean, for defenses that need it.", min=0, max=1),
     ] = 0.05,
     data_root: DataRoot = None,
     download: Download = True,
@@ -58,9 +58,9 @@ def poison(
     config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:
-    """Poison a data set, once, on disk, before any augmentation.
+    """Poison a dataset, once, on disk, before any augmentation.
 
-    Writes a data set artifact: the training images as a defender sees them, the truth in a file of its own, the clean
+    Writes a dataset artifact: the training images as a defender sees them, the truth in a file of its own, the clean
     and the triggered test images, and a small trusted set.
 
     Examples:
@@ -109,9 +109,9 @@ def take(
     config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:
-    """Take a data set as it is found, to train on what may be poisoned and to see which samples are suspect.
+    """Take a dataset as it is found, to train on what may be poisoned and to see which samples are suspect.
 
-    Writes a data set artifact in which nothing is poisoned, triggered or reserved. Of models on it BA is known and ASR
+    Writes a dataset artifact in which nothing is poisoned, triggered or reserved. Of models on it BA is known and ASR
     is not. Only training images are scored: a source without a test split of its own lends few to it.
 
     Examples:

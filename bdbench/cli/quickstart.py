@@ -55,7 +55,7 @@ def quickstart(
             )
     marked = results.mark_rows(rows)
     console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich"))
-    console.say_plainly(f"{time.perf_counter() - begun:.1f} s. In {out}: data set, models, evaluations")
+    console.say_plainly(f"{time.perf_counter() - begun:.1f} s. In {out}: dataset, models, evaluations")
     console.say_next(
         f"bdbench inspect {quote(str(data.path))} --image digits.png",
         "bdbench defend --method abl --help",

@@ -20,7 +20,7 @@ def report(
     config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:
-    """Write one page to look at: a heat map of attacks against defences, and what is behind each cell.
+    """Write one page to look at: a heat map of attacks against defenses, and what is behind each cell.
 
     The page is one file without any network: BA, ASR and floor with their spread over seeds, the runs of a cell with
     curves and the commands that reproduce them, cost, detection curves, triggers, CSV. The same numbers as in

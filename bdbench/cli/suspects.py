@@ -40,15 +40,15 @@ def suspects(
         typer.Option(help="Write a picture of the 50 most suspect images.", callback=with_folder, show_default=False),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="The data set artifact, where it is not found by its id.", show_default=False)
+        str | None, typer.Option(help="The dataset artifact, where it is not found by its id.", show_default=False)
     ] = None,
     config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:
-    """Say which training samples a defence suspects, the most suspect first; the truth plays no part.
+    """Say which training samples a defense suspects, the most suspect first; the truth plays no part.
 
     Of CBD the score is how sure its backdoored twin is, of ABL how early a sample was learned, of DBD how little its
-    label fits its features. A defence ranks every set, a clean one too: a class that stands out may be easy, or
+    label fits its features. A defense ranks every set, a clean one too: a class that stands out may be easy, or
     poisoned. Look at the images, and ask another method.
 
     Examples:

@@ -64,7 +64,7 @@ def sweep(
     compile: Compile = False,  # noqa: A002
     json: Json = False,
 ) -> None:
-    """Make every cell of a grid: data sets x attacks x models x defences x seeds.
+    """Make every cell of a grid: datasets x attacks x models x defenses x seeds.
 
     Each cell has a process of its own: one that fails is recorded with its reason and its log, the others go on. What
     cells share is made once, and what is there is not made again: after Ctrl-C, kill -9 or a reboot the same command
@@ -300,7 +300,7 @@ def gc(
     remove: Annotated[bool, typer.Option("--remove", help="Remove them; without it they are listed only.")] = False,
     json: Json = False,
 ) -> None:
-    """List, or remove, data sets that no result needs, and leftovers of interrupted work.
+    """List, or remove, datasets that no result needs, and leftovers of interrupted work.
 
     Results are models and evaluations; needed is all that these were made from. Nothing is removed while anything under
     DIR is being made, or is damaged.

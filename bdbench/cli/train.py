@@ -24,10 +24,10 @@ from bdbench.cli.parameters import (
 
 DataArgument = Annotated[
     str | None,
-    typer.Argument(metavar="DATASET", help="Path or id of a data set artifact; default: the newest under runs/."),
+    typer.Argument(metavar="DATASET", help="Path or id of a dataset artifact; default: the newest under runs/."),
 ]
 Preset = Annotated[str, typer.Option(help="Budget: paper, fast, tiny, or auto by the size of the data.")]
-OptionalSeed = Annotated[int | None, typer.Option(help="Seed of weights and order; default: the data set's.", min=0)]
+OptionalSeed = Annotated[int | None, typer.Option(help="Seed of weights and order; default: the dataset's.", min=0)]
 
 
 def train(
@@ -45,7 +45,7 @@ def train(
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Train a model on a data set artifact without any defence (the same as `defend --method none`).
+    """Train a model on a dataset artifact without any defense (the same as `defend --method none`).
 
     Examples:
       bdbench train
@@ -77,9 +77,9 @@ def defend(
     config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:
-    """Train a model on a data set artifact with a defence.
+    """Train a model on a dataset artifact with a defense.
 
-    The defence sees the training images and labels as they are, never which are poisoned. Interrupted, the same command
+    The defense sees the training images and labels as they are, never which are poisoned. Interrupted, the same command
     goes on from the last checkpoint. `--method NAME --help` shows the method's own flags.
 
     Examples:
@@ -106,7 +106,7 @@ def defend(
 
 
 def newest_dataset() -> Path:
-    """Return the newest data set artifact under runs/, and say so.
+    """Return the newest dataset artifact under runs/, and say so.
 
     Raises:
         ArtifactError: there is none.
@@ -116,6 +116,6 @@ def newest_dataset() -> Path:
 
     found = stages.latest("dataset")
     if found is None:
-        raise ArtifactError("no data set artifact under runs/; make one with: bdbench poison")
-    console.say_plainly(f"data set: {found.path} (the newest)")
+        raise ArtifactError("no dataset artifact under runs/; make one with: bdbench poison")
+    console.say_plainly(f"dataset: {found.path} (the newest)")
     return found.path

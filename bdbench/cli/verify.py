@@ -19,7 +19,7 @@ def verify(
 ) -> None:
     """Check that artifacts are whole; exit code 1 if one is not.
 
-    Checked are every hash, of a data set the counts and the test images that are triggered, of a model that its weights
+    Checked are every hash, of a dataset the counts and the test images that are triggered, of a model that its weights
     fit its network.
 
     Examples:

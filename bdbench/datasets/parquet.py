@@ -137,7 +137,7 @@ def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None
 def _common_names(shards: Sequence[_Shard]) -> tuple[str, ...] | None:
     for shard in shards:
         if shard.class_names != shards[0].class_names:
-            raise DataError(f"{shard.name}: its class names differ from those of {shards[0].name}; name one data set")
+            raise DataError(f"{shard.name}: its class names differ from those of {shards[0].name}; name one dataset")
     return shards[0].class_names
 
 

@@ -268,7 +268,7 @@ def import_torchvision() -> ModuleType:
         import torchvision
     except (ImportError, RuntimeError, OSError) as error:
         raise DataError(
-            f"this data set needs torchvision, which cannot be imported ({error}); pip install torchvision"
+            f"this dataset needs torchvision, which cannot be imported ({error}); pip install torchvision"
         ) from None
     module: ModuleType = torchvision
     return module

@@ -1,4 +1,4 @@
-"""What a defence gets, gives and declares. Nothing here knows the truth."""
+"""What a defense gets, gives and declares. Nothing here knows the truth."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bdbench.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Truth:
-    """What no defence may know; only reference rows read it.
+    """What no defense may know; only reference rows read it.
 
     Attributes:
         is_poison: (N,) bool, which training samples are poisoned.
@@ -35,7 +35,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Task:
-    """All that a defence may use.
+    """All that a defense may use.
 
     Attributes:
         train: the training split as it came, perhaps poisoned.
@@ -70,7 +70,7 @@ class Task:
 
 
 class Defended(NamedTuple):
-    """What a defence delivers.
+    """What a defense delivers.
 
     Attributes:
         model: the classifier.
@@ -86,7 +86,7 @@ class Defended(NamedTuple):
 
 
 class Defense(Options, ABC):
-    """Base of defences: fields are options, the docstring is the help, `run` is the method.
+    """Base of defenses: fields are options, the docstring is the help, `run` is the method.
 
     `presets` name budgets, as values for the method's own options and for those of `Recipe`: ``paper``, ``fast`` (a
     small one for CPUs) and ``tiny`` (a few thousand tiny images).

@@ -21,7 +21,7 @@ TINY_IMAGES = 10_000
 def resolve_budget(
     method: str, preset: str, options: Mapping[str, Any], data: DatasetArtifact
 ) -> tuple[str, Defense, Recipe]:
-    """Return the preset's name, the defence and the recipe: preset first, then what the user gave.
+    """Return the preset's name, the defense and the recipe: preset first, then what the user gave.
 
     Raises:
         OptionError: unknown method, preset or option, or a value out of bounds.

@@ -15,7 +15,7 @@ from bdbench.errors import ArtifactError, OptionError
 def open_suspect(
     defense: Defense, method: str, suspect: str | Path | None, data: DatasetArtifact, model: str, preset: str, seed: int
 ) -> ModelArtifact | None:
-    """Return the model that a method mends: the one given, else the newest undefended one of this data set and seed.
+    """Return the model that a method mends: the one given, else the newest undefended one of this dataset and seed.
 
     One that was trained with the same preset goes before: it is what the method's row is compared with.
     """
@@ -26,7 +26,7 @@ def open_suspect(
     if suspect is not None:
         found = ModelArtifact.open(finding.locate(suspect, "model"))
         if found.dataset_id != data.id:
-            raise ArtifactError(f"suspect {found.path} was trained on data set {found.dataset_id}, not on {data.id}")
+            raise ArtifactError(f"suspect {found.path} was trained on dataset {found.dataset_id}, not on {data.id}")
         if model not in ("auto", found.manifest.facts["model"]):
             raise OptionError(f"suspect {found.path} is a {found.manifest.facts['model']}, not a {model}; drop --model")
         return found
@@ -73,7 +73,7 @@ def check_trusted(defense: Defense, method: str, data: DatasetArtifact) -> None:
 
 
 def dataset_of(model: ModelArtifact, data: str | Path | None = None) -> DatasetArtifact:
-    """Return the data set that a model was trained on: the one given, else found by id beside it or under ``runs/``.
+    """Return the dataset that a model was trained on: the one given, else found by id beside it or under ``runs/``.
 
     Raises:
         ArtifactError: it is another one, or is not found.
@@ -82,12 +82,12 @@ def dataset_of(model: ModelArtifact, data: str | Path | None = None) -> DatasetA
     if data is not None:
         found = DatasetArtifact.open(finding.locate(data, "dataset"))
         if found.id != wanted:
-            raise ArtifactError(f"{model.path} was trained on data set {wanted}, but {found.path} is {found.id}")
+            raise ArtifactError(f"{model.path} was trained on dataset {wanted}, but {found.path} is {found.id}")
         return found
     for root in (model.path.parent, finding.ROOT):
         for path, manifest in finding.find_artifacts(root, "dataset"):
             if manifest.id == wanted:
                 return DatasetArtifact(path, manifest)
     raise ArtifactError(
-        f"the data set {wanted} of {model.path} is neither beside it nor under {finding.ROOT}/; give --data PATH"
+        f"the dataset {wanted} of {model.path} is neither beside it nor under {finding.ROOT}/; give --data PATH"
     )

@@ -56,11 +56,11 @@ def measure(
 ) -> tuple[dict[str, metrics.Rate], dict[str, float]]:
     """Return the rates, and the metrics that are no rates, of predictions; opens the truth if the model scored samples.
 
-    Of a data set as it was found only BA is known.
+    Of a dataset as it was found only BA is known.
 
     Args:
         frame: from `predict`.
-        source: the data set, with its truth.
+        source: the dataset, with its truth.
         model: the model artifact, for what it set aside.
     """
 

@@ -141,8 +141,8 @@ def image_distances(before: Tensor, after: Tensor) -> dict[str, float]:
     }
 
 
-def defence_effectiveness(ba_before: float, asr_before: float, ba_after: float, asr_after: float) -> float:
-    """Return the defence effectiveness rating in [0, 1]: (fall of ASR - fall of BA + 1) / 2, falls not below 0.
+def defense_effectiveness(ba_before: float, asr_before: float, ba_after: float, asr_after: float) -> float:
+    """Return the defense effectiveness rating in [0, 1]: (fall of ASR - fall of BA + 1) / 2, falls not below 0.
 
     Source: Zhu et al., Enhancing Fine-Tuning based Backdoor Defense, ICCV 2023.
     """

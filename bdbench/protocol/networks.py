@@ -21,7 +21,7 @@ def model_name(model: str, image_shape: tuple[int, int, int]) -> str:
 
 
 def fresh_model(name: str, train: ImageDataset, seed: int, purpose: str) -> Classifier:
-    """Build a classifier for a data set; equal seeds and purposes give equal weights."""
+    """Build a classifier for a dataset; equal seeds and purposes give equal weights."""
     mean, std = channel_statistics(train.images)
     with scoped(seed, "weights", purpose):
         factory = MODELS.load(model_name(name, train.image_shape))

@@ -1,4 +1,4 @@
-"""Which training samples a defence suspects: its scores beside labels and places. The truth plays no part."""
+"""Which training samples a defense suspects: its scores beside labels and places. The truth plays no part."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rank(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
     samples = model.samples
     if samples is None:
         raise ArtifactError(
-            f"{model.path} is by {model.manifest.ask.method}, which scores no samples; a defence such as abl does: "
+            f"{model.path} is by {model.manifest.ask.method}, which scores no samples; a defense such as abl does: "
             f"bdbench defend {data.path} --method abl"
         )
     labels = data.column("train.parquet", "label").tolist()

@@ -15,7 +15,7 @@ HEIGHT = 320
 
 
 def specifications(defenses: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the charts by name; the page fills in the data sets `cells`, `detection` and `history`.
+    """Return the charts by name; the page fills in the datasets `cells`, `detection` and `history`.
 
     Args:
         defenses: all columns of the report, so that each has one colour everywhere.
@@ -43,13 +43,13 @@ def _points(defenses: Sequence[str]) -> alt.Chart:
         alt.Chart(alt.NamedData("cells"))
         .mark_point(size=80, strokeWidth=1.8, cursor="pointer")
         .encode(
-            stroke=alt.Stroke("defense:N", title="defence", scale=colours, legend=alt.Legend(symbolOpacity=1)),
-            fill=alt.Fill("defense:N", title="defence", scale=colours),
-            shape=alt.Shape("defense:N", title="defence", scale=alt.Scale(domain=list(defenses))),
+            stroke=alt.Stroke("defense:N", title="defense", scale=colours, legend=alt.Legend(symbolOpacity=1)),
+            fill=alt.Fill("defense:N", title="defense", scale=colours),
+            shape=alt.Shape("defense:N", title="defense", scale=alt.Scale(domain=list(defenses))),
             fillOpacity=alt.condition("datum.weak", alt.value(0), alt.value(0.75)),
             tooltip=[
                 alt.Tooltip("attack:N"),
-                alt.Tooltip("defense:N", title="defence"),
+                alt.Tooltip("defense:N", title="defense"),
                 alt.Tooltip("ba:Q", title="BA", format=".3f"),
                 alt.Tooltip("asr:Q", title="ASR", format=".3f"),
                 alt.Tooltip("floor:Q", format=".3f"),
@@ -89,11 +89,11 @@ def _detection(defenses: Sequence[str]) -> alt.Chart:
                 format=".1%", values=[0.001, 0.01, 0.05, 0.1, 1]
             ),
             y=alt.Y("tpr:Q", title="poison found", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%")),
-            color=alt.Color("defense:N", title="defence", scale=alt.Scale(domain=list(defenses))),
+            color=alt.Color("defense:N", title="defense", scale=alt.Scale(domain=list(defenses))),
             strokeDash=alt.StrokeDash("attack:N", title="attack"),
             detail="run:N",
             opacity=alt.condition(chosen, alt.value(0.85), alt.value(0.1)),
-            tooltip=["attack:N", alt.Tooltip("defense:N", title="defence"), "seed:N"],
+            tooltip=["attack:N", alt.Tooltip("defense:N", title="defense"), "seed:N"],
         )
         .add_params(chosen)
         .properties(width="container", height=HEIGHT)

@@ -21,7 +21,7 @@ FOLDER = "again"
 
 
 def poison_command(data: DatasetArtifact) -> str:
-    """Return the command that makes a data set."""
+    """Return the command that makes a dataset."""
     asked = data.manifest.ask
     if not data.is_attacked:
         _, dataset, *options = _source(data)
@@ -42,7 +42,7 @@ def poison_command(data: DatasetArtifact) -> str:
 
 
 def _source(data: DatasetArtifact) -> list[str]:
-    """Return the flags of a source; a path is known only where the data set stores differences from it."""
+    """Return the flags of a source; a path is known only where the dataset stores differences from it."""
     facts = data.manifest.facts
     if "origin" in facts:
         return ["--dataset", facts["origin"]["dataset"], *_flags(facts["origin"]["options"])]
@@ -53,11 +53,11 @@ def _source(data: DatasetArtifact) -> list[str]:
 
 
 def model_command(model: ModelArtifact, data: DatasetArtifact, suspect: str | None = None) -> str | None:
-    """Return the command that trains a model, or None where making the data set makes it too.
+    """Return the command that trains a model, or None where making the dataset makes it too.
 
     Args:
         model: what to make.
-        data: the data set it was trained on.
+        data: the dataset it was trained on.
         suspect: folder name of the undefended model that it mends, if it mends one.
     """
     asked = model.manifest.ask

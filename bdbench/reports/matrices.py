@@ -1,4 +1,4 @@
-"""Rows -> cells (one for all seeds of a setting) -> a matrix of attacks and defences per data set and model."""
+"""Rows -> cells (one for all seeds of a setting) -> a matrix of attacks and defenses per dataset and model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Cell:
     Attributes:
         dataset, model: of which matrix it is part.
         attack, defense: as rows and columns call them, with what tells them apart.
-        preset: budget of the defence.
-        method: registered name of the defence.
+        preset: budget of the defense.
+        method: registered name of the defense.
         runs: places of its rows among all rows.
         seeds: of the runs.
         failed: runs whose attack failed; unknown: runs without an undefended row to tell, or without any known attack.
@@ -54,7 +54,7 @@ class Cell:
 
     @property
     def is_reference(self) -> bool:
-        """Whether its defence reads the truth."""
+        """Whether its defense reads the truth."""
         return "r" in self.marks
 
     @property
@@ -70,7 +70,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Summary:
-    """One defence over the attacks of a matrix.
+    """One defense over the attacks of a matrix.
 
     Attributes:
         defense: name of the column.
@@ -88,7 +88,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Attacks x defences on one data set and model; `cells` maps (attack, defence) to the place of a cell."""
+    """Attacks x defenses on one dataset and model; `cells` maps (attack, defense) to the place of a cell."""
 
     dataset: str
     model: str
@@ -161,7 +161,7 @@ def _rank(registry: Registry, name: str) -> int:
 
 
 def matrices_of(cells: Sequence[Cell]) -> list[Matrix]:
-    """Return a matrix per data set and model of cells in the order of `cells_of`."""
+    """Return a matrix per dataset and model of cells in the order of `cells_of`."""
     places: dict[tuple[str, str], list[int]] = {}
     for place, cell in enumerate(cells):
         places.setdefault((cell.dataset, cell.model), []).append(place)
@@ -186,10 +186,10 @@ def _matrix(cells: Sequence[Cell], places: list[int]) -> Matrix:
 
 
 def summarise(cells: Sequence[Cell]) -> Summary:
-    """Return one defence over its attacks; attacks that failed or whose strength is unknown are counted, not averaged.
+    """Return one defense over its attacks; attacks that failed or whose strength is unknown are counted, not averaged.
 
     Args:
-        cells: of one defence, one an attack.
+        cells: of one defense, one an attack.
     """
     counted = [cell for cell in cells if cell.counts]
     values: dict[str, float | None] = {}

@@ -41,7 +41,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Written:
     if not out.parent.is_dir():
         raise ArtifactError(f"{out.parent} is not a folder; make it, or choose another --out")
     rows = results.read_rows(folders)
-    # A folder that is an evaluation itself has its model and data set beside it.
+    # A folder that is an evaluation itself has its model and dataset beside it.
     around = {Path(row["path"]).parent for row in rows if Path(row["path"]) in folders}
     cells = cells_of(rows)
     text = render(rows, cells, Shelf.of([*around, *folders]))
@@ -56,7 +56,7 @@ def render(rows: Sequence[dict[str, Any]], cells: Sequence[Cell], shelf: Shelf) 
     Args:
         rows: from `results.read_rows`.
         cells: from `cells_of`.
-        shelf: where data sets and models are found.
+        shelf: where datasets and models are found.
     """
     matrices = matrices_of(cells)
     ranking = rank(results.merge(rows))
@@ -133,7 +133,7 @@ def _cell_record(cell: Cell) -> dict[str, Any]:
 
 
 def _one_data_set_each(rows: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:
-    """Return one data set of every source and attack, by id: that of the lowest seed."""
+    """Return one dataset of every source and attack, by id: that of the lowest seed."""
     chosen: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in cells:
         for row in (rows[place] for place in cell.runs):

@@ -57,7 +57,7 @@ def contact_sheet(data: DatasetArtifact, path: Path) -> None:
 
 
 def gallery(sources: Sequence[DatasetArtifact], path: Path) -> None:
-    """Draw one test image under the trigger of every data set, with the change, amplified to the full range.
+    """Draw one test image under the trigger of every dataset, with the change, amplified to the full range.
 
     Args:
         sources: poisoned versions of the same test images.
@@ -84,17 +84,17 @@ def gallery(sources: Sequence[DatasetArtifact], path: Path) -> None:
 
 
 def shared_row(sources: Sequence[DatasetArtifact]) -> int:
-    """Return the test row of an image that all data sets trigger, of middle contrast among the first.
+    """Return the test row of an image that all datasets trigger, of middle contrast among the first.
 
     Raises:
         ArtifactError: their test images differ, or no test image is triggered in all of them.
     """
     first = sources[0].test.images
     if any(not torch.equal(it.test.images, first) for it in sources[1:]):
-        raise ArtifactError("the data sets do not have the same test images; poison one source with each attack")
+        raise ArtifactError("the datasets do not have the same test images; poison one source with each attack")
     shared = set.intersection(*({int(row) for row in it.triggered_rows} for it in sources))
     if not shared:
-        raise ArtifactError("no test image is triggered in all of the data sets; their targets leave none")
+        raise ArtifactError("no test image is triggered in all of the datasets; their targets leave none")
     # Of the images that all trigger, one of middle contrast shows faint and strong triggers alike.
     rows = sorted(shared)[:SHOWN]
     contrast = first[rows].float().flatten(1).std(1)
@@ -106,7 +106,7 @@ def suspect_sheet(ranked: pd.DataFrame, data: DatasetArtifact, path: Path) -> No
 
     Args:
         ranked: from `bdbench.protocol.suspects.rank`.
-        data: the data set.
+        data: the dataset.
         path: of the picture.
     """
     shown = ranked.head(SHEET_COLUMNS * SHEET_ROWS)
@@ -131,7 +131,7 @@ class Example(NamedTuple):
 
 
 def triggered_example(source: DatasetArtifact, row: int) -> Example:
-    """Return a test row of a data set with and without the trigger, and the change, amplified to the full range."""
+    """Return a test row of a dataset with and without the trigger, and the change, amplified to the full range."""
     before = source.test.images[row].float()
     after = source.triggered.images[source.triggered_rows.tolist().index(row)].float()
     change = after - before

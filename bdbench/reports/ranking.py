@@ -1,4 +1,4 @@
-"""Do defences differ over attacks? Average ranks, Friedman's test and Nemenyi's critical difference.
+"""Do defenses differ over attacks? Average ranks, Friedman's test and Nemenyi's critical difference.
 
 Source: Demšar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 2006.
 """
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 METRICS = {"der": True, "ba": True, "asr": False}
-"""What defences can be ranked by, and whether more is better."""
+"""What defenses can be ranked by, and whether more is better."""
 
 
 class Ranked(NamedTuple):
-    """A defence with one of its presets: its average rank, where 1 is the best of all in every block, and its mean."""
+    """A defense with one of its presets: its average rank, where 1 is the best of all in every block, and its mean."""
 
     defense: str
     preset: str
@@ -26,15 +26,15 @@ class Ranked(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """Defences in the order of their average ranks.
+    """Defenses in the order of their average ranks.
 
     Attributes:
         metric: what was ranked.
         defenses: best first.
-        blocks: how many settings (data set, model, attack) had a value of every defence.
-        statistic, p: Friedman's; nan below 3 defences or 2 blocks.
+        blocks: how many settings (dataset, model, attack) had a value of every defense.
+        statistic, p: Friedman's; nan below 3 defenses or 2 blocks.
         critical_difference: ranks further apart than this differ at the 5 % level; nan likewise.
-        failed: settings whose attack failed undefended; incomplete: settings that lack a defence. Both are left out.
+        failed: settings whose attack failed undefended; incomplete: settings that lack a defense. Both are left out.
     """
 
     metric: str
@@ -48,9 +48,9 @@ class Ranking(NamedTuple):
 
 
 def rank(rows: Sequence[dict[str, Any]], metric: str = "der") -> Ranking:
-    """Rank the defences of rows over seeds.
+    """Rank the defenses of rows over seeds.
 
-    A block is a data set, a model and an attack with its options. Equal values share a rank. Undefended and reference
+    A block is a dataset, a model and an attack with its options. Equal values share a rank. Undefended and reference
     rows are not ranked.
 
     Args:

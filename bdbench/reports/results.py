@@ -11,7 +11,7 @@ from typing import Any
 from bdbench.artifacts.finding import find_artifacts
 from bdbench.artifacts.kinds import EvaluationArtifact
 from bdbench.errors import ArtifactError
-from bdbench.protocol.metrics import defence_effectiveness, mean_interval
+from bdbench.protocol.metrics import defense_effectiveness, mean_interval
 
 RATES = (
     "ba", "asr", "asr_others", "floor", "ra", "ba_non_target", "target_recall", "detection_precision",
@@ -26,7 +26,7 @@ KEYS = ("dataset", "model", "attack", "attack_options", "defense", "defense_opti
 
 
 SOURCE = ("source", "source_options")
-"""What tells data sets of one name apart; rows from before it was kept have None."""
+"""What tells datasets of one name apart; rows from before it was kept have None."""
 
 
 WEAK_ATTACK = 0.5
@@ -71,9 +71,9 @@ def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
 
 
 def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add `der` against the undefended row of the same data set, model, seed and, if there is one, preset.
+    """Add `der` against the undefended row of the same dataset, model, seed and, if there is one, preset.
 
-    Also `attack_failed` and `marks`. An undefended row tells by its own ASR whether the attack failed: a data set may
+    Also `attack_failed` and `marks`. An undefended row tells by its own ASR whether the attack failed: a dataset may
     have several, of other budgets.
     """
     undefended = {_pairing(row): row for row in rows if row["defense"] == "none"}
@@ -88,7 +88,7 @@ def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             failed = bool(base["asr"] < WEAK_ATTACK or base["asr"] - base["floor"] < FLOOR_MARGIN)
         der = None
         if base is not None and attacked and row["defense"] != "none" and not row.get("reads_truth"):
-            der = defence_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
+            der = defense_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
         marks = "n" if not attacked else "?" if base is None else "w" if failed else ""
         marks += "" if row["preset"] == "paper" else "b"
         marks += "c" if row.get("changed") else ""
@@ -132,7 +132,7 @@ def mean_and_spread(name: str, values: Iterable[float | None]) -> dict[str, floa
 
 
 def merge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return `over_seeds` with attacks and defences named so that rows of different options are told apart."""
+    """Return `over_seeds` with attacks and defenses named so that rows of different options are told apart."""
     merged = over_seeds(rows)
     for row, dataset in zip(merged, _sources_apart(merged), strict=True):
         row["dataset"] = dataset
@@ -153,7 +153,7 @@ def by_setting(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _sources_apart(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the name of each row's data set; of equal names with their source's options, or else its id."""
+    """Return the name of each row's dataset; of equal names with their source's options, or else its id."""
     told = []
     for row in rows:
         own = row["source_options"] or {}
@@ -173,7 +173,7 @@ def _sources_apart(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _tell_apart(rows: list[dict[str, Any]], name: str, among: Sequence[str]) -> list[str]:
-    """Return the name of each row's attack or defence, with the options that differ among rows of equal `among`."""
+    """Return the name of each row's attack or defense, with the options that differ among rows of equal `among`."""
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         alike.setdefault(tuple(row[key] for key in (*among, name)), []).append(row)

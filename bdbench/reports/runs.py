@@ -79,7 +79,7 @@ def describe_runs(rows: Sequence[Mapping[str, Any]], shelf: Shelf) -> list[dict[
         data, model = shelf.datasets.get(row["dataset_id"]), shelf.models.get(row["model_id"])
         run: dict[str, Any] = {"missing": [], "history": {}, "detection": None, "commands": []}
         if data is None:
-            run["missing"].append(f"The data set {row['dataset_id']} is not here: no detection curve, no commands.")
+            run["missing"].append(f"The dataset {row['dataset_id']} is not here: no detection curve, no commands.")
         if model is None:
             run["missing"].append(f"The model {row['model_id']} is not here: no curves, no commands.")
         run["facts"] = _facts(model, data, shelf.evaluations.get(row["evaluation_id"]))
@@ -115,7 +115,7 @@ def _facts(model: ModelArtifact | None, data: DatasetArtifact | None, judged: Ma
     if data is not None:
         counts = data.manifest.facts["counts"]
         facts["images"] = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-        facts["data set made in"] = f"{data.manifest.made['seconds']:.1f} s"
+        facts["dataset made in"] = f"{data.manifest.made['seconds']:.1f} s"
     if judged is not None:
         facts["evaluated in"] = f"{judged.made['seconds']:.1f} s"
     return facts
@@ -170,10 +170,10 @@ class Picture(NamedTuple):
 
 
 def trigger_gallery(labels: Mapping[str, tuple[str, str]], shelf: Shelf) -> tuple[list[Picture], list[str]]:
-    """Return a picture per attacked data set, of the same image where that is possible, and what could not be shown.
+    """Return a picture per attacked dataset, of the same image where that is possible, and what could not be shown.
 
     Args:
-        labels: id of a data set -> name of its source and of its attack.
+        labels: id of a dataset -> name of its source and of its attack.
         shelf: where they are.
     """
     sources: dict[str, list[DatasetArtifact]] = {}
@@ -181,7 +181,7 @@ def trigger_gallery(labels: Mapping[str, tuple[str, str]], shelf: Shelf) -> tupl
     for dataset_id, (name, attack) in labels.items():
         data = shelf.datasets.get(dataset_id)
         if data is None:
-            missing.append(f"{name}, {attack}: the data set {dataset_id} is not here")
+            missing.append(f"{name}, {attack}: the dataset {dataset_id} is not here")
         elif data.is_attacked:
             sources.setdefault(name, []).append(data)
     pictures = []

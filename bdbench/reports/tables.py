@@ -26,7 +26,7 @@ COLUMNS = (
     Column("dataset", "data", False),
     Column("model", "model", False),
     Column("attack", "attack", False),
-    Column("defense", "defence", False),
+    Column("defense", "defense", False),
     Column("preset", "preset", False),
     Column("seeds", "seeds", False),
     Column("ba", "BA"),
@@ -50,20 +50,20 @@ SPARED = ("peak_memory_bytes", "seconds", "target_recall", "detection_precision"
 """Columns that a narrow terminal does without, first to last."""
 
 MARKS = {
-    "w": "the attack failed: its undefended ASR is under 0.5 or within 0.1 of its floor; do not score defences by it",
+    "w": "the attack failed: its undefended ASR is under 0.5 or within 0.1 of its floor; do not score defenses by it",
     "n": "the data as they were found: no trigger is known, and so no ASR",
-    "?": "no undefended row of the same data set and model here: neither DER nor the strength of the attack is known",
+    "?": "no undefended row of the same dataset and model here: neither DER nor the strength of the attack is known",
     "b": "a small budget, not the paper's",
     "c": "other options than the preset's",
-    "o": "the defence was told the target class",
-    "r": "a reference that reads the truth, no defence",
+    "o": "the defense was told the target class",
+    "r": "a reference that reads the truth, no defense",
     "p": "the attack's generator was trained with a victim of its own, then frozen and replayed as data",
-    "u": "the defence found no backdoor and returned the model as it was",
+    "u": "the defense found no backdoor and returned the model as it was",
 }
 
 
 def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Bring what belongs to one data set, model and attack together, its defences in the registry's order."""
+    """Bring what belongs to one dataset, model and attack together, its defenses in the registry's order."""
     settings: dict[tuple[str | None, ...], int] = {}
     places = {name: place for place, name in enumerate(DEFENSES.names())}
     return sorted(
@@ -103,13 +103,13 @@ def render(rows: Sequence[dict[str, Any]], style: Format) -> Fitting | str:
 
 
 RANKING = (
-    Column("defense", "defence", False), Column("preset", "preset", False), Column("rank", "average rank"),
+    Column("defense", "defense", False), Column("preset", "preset", False), Column("rank", "average rank"),
     Column("mean", "mean"),
 )  # fmt: skip
 
 
 def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -> Fitting | str:
-    """Return the defences by their average ranks over attacks, with Friedman's test, in one of the formats.
+    """Return the defenses by their average ranks over attacks, with Friedman's test, in one of the formats.
 
     Args:
         rows: from `read_rows`.
@@ -117,11 +117,11 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
         style: as in `render`; CSV and JSON hold the same lines.
 
     Raises:
-        OptionError: there is no row of a defence, or all attacks failed.
+        OptionError: there is no row of a defense, or all attacks failed.
     """
     found = rank(merge(rows), metric)
     if not found.defenses:
-        raise OptionError(f"nothing to rank: {'; '.join(left_out(found)) or 'no row is of a defence'}")
+        raise OptionError(f"nothing to rank: {'; '.join(left_out(found)) or 'no row is of a defense'}")
     lines = [own._asdict() for own in found.defenses]
     if style == "json":
         facts = {key: finite(value) if isinstance(value, float) else value for key, value in found._asdict().items()}
@@ -138,14 +138,14 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
 
 def ranking_notes(found: Ranking) -> list[str]:
     """Return what has to be said beside ranks: over what, Friedman's test, and what was left out."""
-    notes = [f"ranked by {found.metric.upper()} over {found.blocks} settings of data set, model and attack"]
+    notes = [f"ranked by {found.metric.upper()} over {found.blocks} settings of dataset, model and attack"]
     if not math.isnan(found.p):
         notes.append(
             f"Friedman: chi-squared {found.statistic:.2f}, p {found.p:.3g}; critical difference of ranks "
             f"{found.critical_difference:.2f} (Nemenyi, 5 %)"
         )
     else:
-        notes.append("no test: it needs at least 3 defences and 2 settings")
+        notes.append("no test: it needs at least 3 defenses and 2 settings")
     return notes + left_out(found)
 
 
@@ -155,7 +155,7 @@ def left_out(found: Ranking) -> list[str]:
     if found.failed:
         notes.append(f"left out, the attack failed or its strength is not known: {'; '.join(found.failed)}")
     if found.incomplete:
-        notes.append(f"left out, a defence is missing: {'; '.join(found.incomplete)}")
+        notes.append(f"left out, a defense is missing: {'; '.join(found.incomplete)}")
     return notes
 
 

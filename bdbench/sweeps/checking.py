@@ -24,7 +24,7 @@ class Checked(NamedTuple):
     """What `check` found.
 
     Attributes:
-        suspects: labels of the defences that mend an undefended model.
+        suspects: labels of the defenses that mend an undefended model.
         gpus: how many are usable.
         methods: from "attack LABEL" and "defense LABEL" to a digest of version, presets and options: another digest
             means another result.

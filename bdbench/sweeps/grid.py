@@ -1,4 +1,4 @@
-"""Grids: data sets x attacks x models x defences x seeds, from a TOML file to a list of cells. Imports nothing heavy.
+"""Grids: datasets x attacks x models x defenses x seeds, from a TOML file to a list of cells. Imports nothing heavy.
 
     seeds = [0, 1, 2]
     datasets = ["cifar10"]
@@ -38,7 +38,7 @@ LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 EXAMPLE = """\
 # bdbench sweep grid.toml
-# Every data set x attack x model x defence x seed is a cell; what cells share is made once.
+# Every dataset x attack x model x defense x seed is a cell; what cells share is made once.
 
 seeds = [0, 1, 2]
 datasets = ["digits"]              # bdbench list datasets, or the label of a table below
@@ -48,9 +48,9 @@ defenses = ["none", "oracle", "cbd", "abl", "dbd", "mcldef"]
 preset = "auto"                    # budget: paper, fast, tiny, or auto by the size of the data
 trusted = 0.05                     # share of the training split that is reserved, clean
 
-differences = false                # true: data sets store only what differs from the source
+differences = false                # true: datasets store only what differs from the source
 
-# [recipe]                         # for every defence
+# [recipe]                         # for every defense
 # epochs = 20
 
 # [dataset.cifar10]                # options of a name, wherever it occurs
@@ -98,10 +98,10 @@ class Grid:
 
     Attributes:
         path: the file.
-        cells: in the order in which they should run: of what shares a data set, undefended models first.
+        cells: in the order in which they should run: of what shares a dataset, undefended models first.
         named: from axis and label to what it stands for.
-        recipe: options of every defence.
-        preset: budget of the defences that name none.
+        recipe: options of every defense.
+        preset: budget of the defenses that name none.
         trusted, differences: see `bdbench.stages.poison`.
     """
 
@@ -114,7 +114,7 @@ class Grid:
     differences: bool
 
     def data_name(self, cell: Cell) -> str:
-        """Return the folder name of a cell's data set."""
+        """Return the folder name of a cell's dataset."""
         return f"{cell.dataset}-{cell.attack}-s{cell.seed}"
 
     def name(self, cell: Cell) -> str:
@@ -123,7 +123,7 @@ class Grid:
         return f"{self.data_name(cell)}{model}-{cell.defense}"
 
     def undefended(self, cell: Cell) -> Cell:
-        """Return the undefended cell of a cell's data set and model: the grid's own, or `none` as it comes."""
+        """Return the undefended cell of a cell's dataset and model: the grid's own, or `none` as it comes."""
         plain = (label for (axis, label), named in self.named.items() if axis == "defense" and named.use == "none")
         return cell._replace(defense=next(plain, "none"))
 
@@ -309,7 +309,7 @@ class _Reader:
             data, name = grid.data_name(cell), grid.name(cell)
             images, whole = f"{cell.dataset} x {cell.attack} x {cell.seed}", " x ".join(map(str, cell))
             for folder, owner in (
-                (data, (f"the data set of {images}", cell.attack)),
+                (data, (f"the dataset of {images}", cell.attack)),
                 (f"{data}-victim", (f"the attacker's model of {images}", "")),
                 (name, (f"the model of {whole}", cell.defense)),
                 (f"{name}-eval", (f"the evaluation of {whole}", cell.defense)),

@@ -109,7 +109,7 @@ class Sweep:
 
 
 def shard(cells: Sequence[Cell], part: str) -> list[Cell]:
-    """Return one part of the cells, such as ``2/8``: whole data sets, dealt out in turn.
+    """Return one part of the cells, such as ``2/8``: whole datasets, dealt out in turn.
 
     Raises:
         OptionError: not N/M with N from 1 to M.
@@ -276,8 +276,8 @@ class Run:
 def seconds_left(states: Mapping[Cell, State], jobs: int) -> float | None:
     """Estimate the seconds until all cells are done, from those that are: None while none is.
 
-    A cell is expected to take as long as the mean of those that share most with it: data set, model and defence, else
-    model and defence, else any.
+    A cell is expected to take as long as the mean of those that share most with it: dataset, model and defense, else
+    model and defense, else any.
     """
     known: dict[tuple[str, ...], list[float]] = {}
     for cell, state in states.items():

@@ -127,9 +127,9 @@ class Engine:
         return model.eval()
 
     def feed(self, data: ImageDataset) -> Feed:
-        """Return the images of a data set, ready to be taken in batches on the engine's device.
+        """Return the images of a dataset, ready to be taken in batches on the engine's device.
 
-        Asked for the same data set again, it is the same feed: the images lie on the device once.
+        Asked for the same dataset again, it is the same feed: the images lie on the device once.
         """
         if self._fed is None or self._fed.data is not data:
             limit = memory_for_images(self.device) if self.image_memory is None else self.image_memory

@@ -19,7 +19,7 @@ AHEAD = 2
 
 
 class Feed:
-    """The images of a data set, batch by batch, on a device.
+    """The images of a dataset, batch by batch, on a device.
 
     Images of at most `limit` bytes move there once. Others stay where they are, mapped from their file, and come
     through pinned buffers, read ahead by a thread. Both ways give the same batches.

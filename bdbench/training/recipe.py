@@ -25,7 +25,7 @@ class Recipe(Options):
     milestones: tuple[float, float] = Field((0.2, 0.7), description="Where `step` divides by 10: shares of the epochs.")
     warmup: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
     augment: str = Field(
-        "auto", description="crop or crop-reflect, flip, cutout, affine (commas), none, or auto: the data set's."
+        "auto", description="crop or crop-reflect, flip, cutout, affine (commas), none, or auto: the dataset's."
     )
 
     def lr_at(self, epoch: float) -> float:

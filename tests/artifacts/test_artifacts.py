@@ -43,7 +43,7 @@ def colour_poisoned() -> PoisonedDataset:
 
 
 def seal_dataset(path: Path, data: PoisonedDataset, edit: Callable[[Draft], object] | None = None) -> DatasetArtifact:
-    """Write a data set artifact, changed by `edit` before it is sealed, so that its hashes are right."""
+    """Write a dataset artifact, changed by `edit` before it is sealed, so that its hashes are right."""
     with store.create(path, ASK) as draft:
         write_dataset(draft, data, name="toy", augment="crop,flip")
         if edit is not None:

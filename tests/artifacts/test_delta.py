@@ -1,4 +1,4 @@
-"""Data sets that store what differs from their source: the same images, less space, clear words without the source."""
+"""Datasets that store what differs from their source: the same images, less space, clear words without the source."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def archive(folder: Path, *, offset: int = 0) -> Path:
 
 @pytest.fixture
 def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[DatasetArtifact, DatasetArtifact]:
-    """A data set with covers, whole and as differences."""
+    """A dataset with covers, whole and as differences."""
     monkeypatch.setenv("BDBENCH_CACHE", str(tmp_path / "cache"))
     source = archive(tmp_path)
     whole, small = (
@@ -80,7 +80,7 @@ def test_without_its_source_it_says_so(both: tuple[DatasetArtifact, DatasetArtif
 
 
 def test_reading_differences_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where poisoning might have: whoever looks at a data set did not ask for a download."""
+    """Also where poisoning might have: whoever looks at a dataset did not ask for a download."""
     asked: list[Mapping[str, Any]] = []
     small = stages.poison("digits", source_options={"images": 200}, differences=True, out=tmp_path / "data")
     open_source = dataset.open_source

@@ -449,7 +449,7 @@ def test_a_folder_or_file_of_the_user_is_never_replaced(tmp_path: Path, force: b
 
 @pytest.mark.parametrize("part", ["files", "facts", "made"])
 def test_a_manifest_that_says_something_else_than_was_written_is_refused(tmp_path: Path, part: str) -> None:
-    """A table believes the facts of an evaluation: its defence, its preset, its marks."""
+    """A table believes the facts of an evaluation: its defense, its preset, its marks."""
     file = seal(tmp_path / "it") / manifests.MANIFEST
     manifests.read_manifest(tmp_path / "it")
     described = json.loads(file.read_text())

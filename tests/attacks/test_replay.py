@@ -1,4 +1,4 @@
-"""Attacks that train a victim: the data set that replays them, and the victim that lies beside it."""
+"""Attacks that train a victim: the dataset that replays them, and the victim that lies beside it."""
 
 from __future__ import annotations
 

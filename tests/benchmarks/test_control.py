@@ -1,4 +1,4 @@
-"""The no-poison control: what each defence costs where there is nothing to defend against."""
+"""The no-poison control: what each defense costs where there is nothing to defend against."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def undefended() -> Classifier:
     return run("none", TRAIN, None, toy_engine()).model
 
 
-def test_every_defence_has_a_stated_cost() -> None:
+def test_every_defense_has_a_stated_cost() -> None:
     references = {"none", "oracle", "clean"}
     assert COST.keys() == set(DEFENSES.names()) - references
 
 
 @pytest.mark.parametrize("method", COST)
-def test_on_clean_data_a_defence_costs_no_more_than_stated(method: str, undefended: Classifier) -> None:
+def test_on_clean_data_a_defense_costs_no_more_than_stated(method: str, undefended: Classifier) -> None:
     before = accuracy(undefended)
     assert before > 0.95
     defended = run(method, TRAIN, undefended, toy_engine())

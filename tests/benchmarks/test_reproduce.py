@@ -75,7 +75,7 @@ def run_suite(folder: Path, *flags: str) -> int:
 
 
 def kept(folder: Path) -> list[str]:
-    """The defences that have a row."""
+    """The defenses that have a row."""
     return [found["defense"] for found in compare.read_rows(folder / "results" / "cifar10-budget.csv")]
 
 
@@ -398,7 +398,7 @@ def test_a_difference_that_rounds_to_none_has_no_minus(tmp_path: Path) -> None:
     assert compare.line(entry(ba=0.8601), settings_of(tmp_path, one=[row("abl", ba=0.86)])[0], 1)[-4] == "+0.0"
 
 
-def test_an_entry_meets_its_own_attack_and_defence_only(tmp_path: Path) -> None:
+def test_an_entry_meets_its_own_attack_and_defense_only(tmp_path: Path) -> None:
     rows = [row("abl", attack="blended"), row("cbd"), row("abl", dataset="digits"), row("abl", variant="other")]
     settings = settings_of(tmp_path, one=rows)
     assert compare.comparable(entry(), settings) == []

@@ -147,13 +147,13 @@ def test_conditions_are_written_as_junit(in_walk: Path, bdbench: Any, tmp_path: 
     assert "there is none" in bdbench("table", "--junit", str(file)).err
 
 
-def test_defences_are_ranked(in_walk: Path, bdbench: Any) -> None:
+def test_defenses_are_ranked(in_walk: Path, bdbench: Any) -> None:
     shown = bdbench("table", "--ranks", "asr", "--format", "markdown").out
     assert "average rank" in shown
     assert "no test: it needs" in shown
     assert "Did you mean 'asr'" in bdbench("table", "--ranks", "as").err
     only = bdbench("table", "runs/digits-badnets-s0-none-eval", "--ranks", "ba")
-    assert (only.code, "nothing to rank: no row is of a defence" in only.err) == (1, True)
+    assert (only.code, "nothing to rank: no row is of a defense" in only.err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_inspect_draws_nothing_of_data_sets_with_other_test_images(in_walk: Path
     assert "do not have the same test images" in result.err
     mixed = bdbench("inspect", "runs/digits-badnets-s0", "runs/digits-badnets-s0-abl", "--image", tmp_path / "x.png")
     assert mixed.code == 1
-    assert "several data sets together, nothing else" in mixed.err
+    assert "several datasets together, nothing else" in mixed.err
     assert not (tmp_path / "x.png").exists()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bdbench.protocol.metrics import (
     Rate,
     classification_rates,
-    defence_effectiveness,
+    defense_effectiveness,
     image_distances,
     mean_interval,
     rate,
@@ -159,7 +159,7 @@ def test_scores_of_one_kind_only_are_undefined(is_poison: Tensor) -> None:
 def test_der_rewards_lost_attacks_and_charges_lost_accuracy(
     before: tuple[float, float], after: tuple[float, float], expected: float
 ) -> None:
-    assert defence_effectiveness(*before, *after) == pytest.approx(expected)
+    assert defense_effectiveness(*before, *after) == pytest.approx(expected)
 
 
 def test_t_interval_over_three_seeds() -> None:

@@ -218,7 +218,7 @@ def test_the_walk_from_a_folder_to_a_list_of_suspects(
     assert stages.take("photos", out=tmp_path / "from-python").id == taken["id"]
     assert called("train", "--epochs", "1") == 0
     assert called("suspects", "runs/photos-none") == 1
-    assert "which scores no samples; a defence such as abl does" in capsys.readouterr().err
+    assert "which scores no samples; a defense such as abl does" in capsys.readouterr().err
     few = [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", value)]
     assert called("defend", "--method", "abl", *few) == 0
     capsys.readouterr()

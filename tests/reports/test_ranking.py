@@ -1,4 +1,4 @@
-"""Ranks of defences over attacks, against numbers of the textbook."""
+"""Ranks of defenses over attacks, against numbers of the textbook."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_less_asr_is_better() -> None:
 
 
 def test_the_critical_difference_is_the_textbooks() -> None:
-    # Demšar 2006, table 5: q of 5 % for 4 classifiers is 2.569; his example has 14 data sets and CD = 1.25.
+    # Demšar 2006, table 5: q of 5 % for 4 classifiers is 2.569; his example has 14 datasets and CD = 1.25.
     rows = [
         row(str(block), name, (block * 7 + place * 3) % 11 / 11)
         for block in range(14)
@@ -51,7 +51,7 @@ def test_equal_values_share_a_rank() -> None:
     assert [own.rank for own in rank(rows).defenses] == pytest.approx([1.5, 1.5, 3])
 
 
-def test_failed_attacks_and_settings_that_lack_a_defence_are_left_out_and_named() -> None:
+def test_failed_attacks_and_settings_that_lack_a_defense_are_left_out_and_named() -> None:
     rows = [row("good", name, der) for name, der in (("x", 0.9), ("y", 0.8), ("z", 0.7))]
     rows += [row("weak", name, der, "w") for name, der in (("x", 0.1), ("y", 0.8), ("z", 0.7))]
     rows += [row("part", "x", 0.3)]
@@ -68,5 +68,5 @@ def test_undefended_and_reference_rows_are_not_ranked() -> None:
     assert [own.defense for own in rank(rows).defenses] == ["x"]
 
 
-def test_nothing_to_rank_has_no_defence() -> None:
+def test_nothing_to_rank_has_no_defense() -> None:
     assert rank([row("a", "none", None)]).defenses == ()

@@ -102,7 +102,7 @@ def test_a_failed_attack_is_counted_and_not_averaged() -> None:
     assert (abl.values["ba"], abl.values["asr"]) == (0.8, 0.2)
 
 
-def test_defences_are_ranked_as_the_table_ranks_them() -> None:
+def test_defenses_are_ranked_as_the_table_ranks_them() -> None:
     rows = [row(attack=attack, dataset_id=attack) for attack in "ab"]
     for attack in "ab":
         rows += [
@@ -235,7 +235,7 @@ def test_what_is_missing_beside_an_evaluation_is_said_and_nothing_else_is_lost(g
             assert any("history.parquet has 7 bytes" in line for line in found["missing"])
         else:
             assert any(item["model_id"] in line for line in found["missing"])
-    assert "No picture: the data sets are not here" in text
+    assert "No picture: the datasets are not here" in text
 
 
 def test_a_copy_without_images_weights_and_truth_keeps_the_table_the_curves_and_the_commands(
@@ -283,7 +283,7 @@ def test_every_attack_has_its_picture(page: Path) -> None:
 def test_a_hundred_cells_of_three_seeds_stay_under_two_megabytes(grid: Path) -> None:
     real = [item for item in results.read_rows([grid]) if item["attack"] == "badnets"]
     rows = [
-        {**real[(seed + place) % len(real)], "attack": f"attack-{place % 10}", "defense": f"defence-{place // 10}"}
+        {**real[(seed + place) % len(real)], "attack": f"attack-{place % 10}", "defense": f"defense-{place // 10}"}
         | {"seed": seed, "defense_options": real[-1]["defense_options"]}
         for place in range(100)
         for seed in range(3)

@@ -180,7 +180,7 @@ def test_a_terminal_of_any_width_shows_whole_numbers_and_names(width: int) -> No
     assert ("0.905 ± 0.007" in table) is (width == 200)
 
 
-def test_defences_of_an_attack_stand_together_in_the_order_of_the_registry() -> None:
+def test_defenses_of_an_attack_stand_together_in_the_order_of_the_registry() -> None:
     rows = [row("mcldef"), row(attack="sig"), row("abl"), row("mine", attack="sig"), row(), row("oracle", attack="sig")]
     shown = str(tables.render(results.mark_rows(rows), "markdown")).splitlines()[2:8]
     assert [tuple(line.split(" | ")[2:4]) for line in shown] == [

@@ -17,7 +17,7 @@ def grid_of(tmp_path: Path, text: str) -> Grid:
     return read_grid(path)
 
 
-def test_an_empty_file_is_all_defences_on_digits_and_badnets(tmp_path: Path) -> None:
+def test_an_empty_file_is_all_defenses_on_digits_and_badnets(tmp_path: Path) -> None:
     cells = grid_of(tmp_path, "").cells
     assert [cell.defense for cell in cells] == ["none", "oracle", "cbd", "abl", "dbd", "mcldef"]
     assert {cell[:3] + cell[4:] for cell in cells} == {("digits", "badnets", "auto", 0)}
@@ -137,7 +137,7 @@ def test_excludes_take_out_and_includes_add(tmp_path: Path) -> None:
         ('defenses = ["none", "ablx"]\n', r"line 1: unknown defense 'ablx'\. Did you mean 'abl'\?"),
         ('models = ["wrn"]\n', r"line 1: unknown model 'wrn'"),
         ('models = ["torchvision"]\n', r"line 1: unknown model 'torchvision'\. Did you mean 'torchvision:NAME'\?"),
-        ('datasets = ["cifar"]\n', r"line 1: unknown data set 'cifar'\. Did you mean 'cifar1"),
+        ('datasets = ["cifar"]\n', r"line 1: unknown dataset 'cifar'\. Did you mean 'cifar1"),
         ('\nsead = [0]\n', r"line 2: unknown key 'sead'\. Did you mean 'seeds'\?"),
         ("seeds = [-1]\n", "line 1: seeds must not be negative"),
         ("seeds = [true]\n", "line 1: `seeds` must be a list of whole numbers"),
@@ -148,7 +148,7 @@ def test_excludes_take_out_and_includes_add(tmp_path: Path) -> None:
         ('[[exclude]]\nattack = "sig"\n', r"line 1: \[\[exclude\]\] number 1 matches no cell"),
         ("[[exclude]]\n", "number 1 is empty"),
         ('[[exclude]]\nattack = "badnets"\n', "has no cell"),
-        ('[[exclude]]\ndefence = "abl"\n', r"line 2: unknown key of .*'defence'\. Did you mean 'defense'"),
+        ('[[exclude]]\ndefens = "abl"\n', r"line 2: unknown key of .*'defens'\. Did you mean 'defense'"),
         (
             '[[exclude]]\ndefense = "abl"\n[[include]]\ndefense = "abl"\nseed = 4\n',
             r"line 3: \[\[include\]\] number 1 names a cell that an \[\[exclude\]\] takes out",

@@ -199,7 +199,7 @@ def test_a_cell_is_changed_where_what_it_depends_on_is(
 
 
 def test_cells_that_would_make_the_same_thing_are_not_started_together(tmp_path: Path) -> None:
-    """Three jobs, but each data set and each undefended model is made by one cell."""
+    """Three jobs, but each dataset and each undefended model is made by one cell."""
     run, stage, _ = run_of(tmp_path, jobs=3, script={name: [None] for name in NAMES})
     steps = run.steps()
     next(steps)

@@ -35,7 +35,7 @@ def feed_of(data: ImageDataset, *, streamed: bool, size: int = 16) -> Feed:
 
 
 def mapped(folder: Path, data: ImageDataset) -> ImageDataset:
-    """The same data set, its images mapped from a file."""
+    """The same dataset, its images mapped from a file."""
     path = folder / "train.safetensors"
     save_file({"images": data.images}, path)
     return ImageDataset(load_file(path)["images"], data.labels, data.class_names, MappedFile.of(path))
@@ -80,7 +80,7 @@ def test_streaming_trains_a_bit_equal_model(tmp_path: Path, augment: str) -> Non
 
 
 def test_rows_are_all_that_is_trained_on() -> None:
-    """And the result is that of a data set of these rows alone."""
+    """And the result is that of a dataset of these rows alone."""
     data, rows = toy_data(60), torch.arange(10, 51)
     part = data.take(rows)
     models = [
@@ -159,7 +159,7 @@ def test_a_run_goes_on_when_its_file_is_put_back(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("method", ["oracle", "abl", "cbd", "dbd"])
-def test_every_training_defence_takes_streamed_images(tmp_path: Path, method: str) -> None:
+def test_every_training_defense_takes_streamed_images(tmp_path: Path, method: str) -> None:
     data = stages.poison("digits", out=tmp_path / "data")
     small = {"epochs": 1} | {"abl": {"isolation_epochs": 1, "unlearn_steps": 2}, "cbd": {"twin_epochs": 1}}.get(
         method, {}

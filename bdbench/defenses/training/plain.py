@@ -1,4 +1,4 @@
-"""Plain training: the row that every defence is read against, and the two that bound it from above."""
+"""Plain training: the row that every defense is read against, and the two that bound it from above."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class NoDefense(Defense):
 
 
 class Oracle(NoDefense):
-    """Trains on the set without its poisoned samples: what a defence that finds all of them, and only them, would give.
+    """Trains on the set without its poisoned samples: what a defense that finds all of them, and only them, would give.
 
-    A reference row, not a defence: it reads which samples are poisoned. Covers, truthfully labelled, stay. Budgets are
+    A reference row, not a defense: it reads which samples are poisoned. Covers, truthfully labelled, stay. Budgets are
     those of `none`.
     """
 
-    threat: ClassVar[str] = "a reference, not a defence: it is told which samples are poisoned"
+    threat: ClassVar[str] = "a reference, not a defense: it is told which samples are poisoned"
     needs_truth: ClassVar[bool] = True
 
     def _data(self, task: Task) -> tuple[ImageDataset, Tensor | None]:
@@ -58,10 +58,10 @@ class Oracle(NoDefense):
 class Clean(NoDefense):
     """Trains on the set as it was before the attack: the undefended model in a world without one.
 
-    A reference row, not a defence: it reads the original images and labels. Budgets are those of `none`.
+    A reference row, not a defense: it reads the original images and labels. Budgets are those of `none`.
     """
 
-    threat: ClassVar[str] = "a reference, not a defence: it is given the set as it was before the attack"
+    threat: ClassVar[str] = "a reference, not a defense: it is given the set as it was before the attack"
     needs_truth: ClassVar[bool] = True
 
     def _data(self, task: Task) -> tuple[ImageDataset, Tensor | None]:

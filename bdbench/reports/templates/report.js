@@ -176,7 +176,7 @@
 
   const runArticle = (run, row) => {
     const facts = make("dl", { class: "words" });
-    const ids = { "data set": row.dataset_id, model: row.model_id, evaluation: row.evaluation_id, path: row.path };
+    const ids = { "dataset": row.dataset_id, model: row.model_id, evaluation: row.evaluation_id, path: row.path };
     for (const [name, value] of Object.entries({ ...run.facts, ...ids }))
       facts.append(make("dt", {}, name), make("dd", {}, String(value)));
     const article = make("article", {}, make("h4", {}, `Seed ${row.seed}`),
