@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from bdbench.errors import ArtifactError, OptionError
 from bdbench.registry import plugin_releases
 from bdbench.sweeps import records
 from bdbench.sweeps.grid import Grid, Named, line_of
+from bdbench.sweeps.jobs import start_worker
 
 
 class Checked(NamedTuple):
@@ -46,13 +46,11 @@ def check(grid: Grid) -> Checked:
         "named": [[axis, label, *_checked_named(grid, axis, named)] for (axis, label), named in grid.named.items()],
         "models": sorted({cell.model for cell in grid.cells} - {"auto"}),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "bdbench.sweeps.worker"], input=json.dumps(order) + "\n", capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise ArtifactError(f"the check of {grid.path} ended with {done.returncode}: {done.stderr.strip()[-400:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    process = start_worker(json.dumps(order), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said, complaint = process.communicate()
+    if process.returncode:
+        raise ArtifactError(f"the check of {grid.path} ended with {process.returncode}: {complaint.strip()[-400:]}")
+    found = json.loads(said.splitlines()[-1])
     lines = grid.path.read_text(encoding="utf-8").splitlines()
     for axis, label, message in found["errors"]:
         place = line_of(lines, f"{axis}.{label}") or line_of(lines, "recipe" if axis == "defense" else label)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 from bdbench.errors import DeviceError, OptionError
 from bdbench.machine import cores
 from bdbench.sweeps import records, worker
-from bdbench.sweeps.jobs import Launch, Order, environment
+from bdbench.sweeps.jobs import Launch, Order, environment, start_worker
 from bdbench.sweeps.sweep import usual_jobs
 
 CONNECT_SECONDS = 5.0
@@ -109,13 +107,8 @@ def _knock(address: str) -> None:
 def make(text: str, name: str, folder: str, place: str, threads: int) -> int:
     """Make one cell in a process of its own on whatever node this runs; return the worker's exit code."""
     with records.sweep_file(Path(folder), "logs", f"{name}.log").open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bdbench.sweeps.worker"], stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
-            cwd=place, env={**environment(threads), **os.environ, "OMP_NUM_THREADS": str(threads)},
-        )  # fmt: skip
-        assert process.stdin is not None
-        process.stdin.write(text + "\n")
-        process.stdin.flush()
+        settings = {**environment(threads), **os.environ, "OMP_NUM_THREADS": str(threads)}
+        process = start_worker(text, stdout=log, stderr=log, cwd=place, env=settings)
         try:
             return process.wait()
         except BaseException:  # cancelled

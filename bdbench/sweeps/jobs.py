@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from bdbench.machine import cores
 from bdbench.sweeps import records
@@ -67,6 +67,20 @@ class LocalJob:
             self.process.wait()
 
 
+def start_worker(order: str, **settings: Any) -> subprocess.Popen[str]:  # noqa: ANN401 - those of Popen
+    """Start a worker and hand it its order; the only place where bdbench starts Python.
+
+    A module of the current folder, whatever it is called, is not imported (-P).
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "bdbench.sweeps.worker"], stdin=subprocess.PIPE, text=True, **settings
+    )
+    assert process.stdin is not None
+    process.stdin.write(order + "\n")
+    process.stdin.flush()
+    return process
+
+
 def environment(threads: int) -> dict[str, str]:
     """Return what a worker is started with that computes, and compiles, with so many threads."""
     return {**HUGE_PAGES, "OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
@@ -79,13 +93,8 @@ def local(folder: Path, jobs: int, gpus: int) -> Launch:
     def launch(order: Order, job: int) -> LocalJob:
         own = {"CUDA_VISIBLE_DEVICES": _visible(job % gpus)} if gpus else {}
         with records.sweep_file(folder, "logs", f"{order.name}.log").open("a", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "bdbench.sweeps.worker"], stdin=subprocess.PIPE, stdout=log, stderr=log,
-                text=True, env={**environment(threads), **os.environ, **own}, start_new_session=True,
-            )  # fmt: skip
-        assert process.stdin is not None
-        process.stdin.write(order.text + "\n")
-        process.stdin.flush()
+            settings = {**environment(threads), **os.environ, **own}
+            process = start_worker(order.text, stdout=log, stderr=log, env=settings, start_new_session=True)
         return LocalJob(process)
 
     return launch

@@ -152,7 +152,7 @@ class Engine:
             train()
             return
         with self._alone(folder / f"{key}.lock", what):
-            point = checkpoints.load(folder, key, objects)
+            point = checkpoints.load(folder, key, objects, self.progress.note)
             if point is not None:
                 self.progress.note(f"{what}: from the cache ({key[:16]})")
                 self.history.extend(point.rows)

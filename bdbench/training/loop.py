@@ -208,7 +208,7 @@ class Phase(Generic[Module]):
     def _resume(self) -> None:
         if self.engine.work is None:
             return
-        saved = checkpoints.load(self.engine.work, self.name, self.state)
+        saved = checkpoints.load(self.engine.work, self.name, self.state, self.engine.progress.note)
         if saved is not None:
             self.step, self.stopped, self.rows = saved.step, saved.stopped, saved.rows
             self.is_saved = True

@@ -901,3 +901,15 @@ def test_gc_finds_what_no_result_was_made_from(tmp_path: Path) -> None:
     with FileLock(tmp_path / ".busy.work" / "lock"):
         found = finding.unneeded(tmp_path)
     assert found == sorted([other.path, tmp_path / ".gone.work"])
+
+
+def test_no_module_of_the_current_folder_is_imported_by_a_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = {name.partition(".")[0] for name in sys.modules} | {"filelock", "torch", "sitecustomize"}
+    for name in loaded - {"pytest", "tests"}:
+        if name.isidentifier():
+            (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'a').write({name!r})\n")
+    monkeypatch.chdir(tmp_path)
+    checking.check(grid_of(tmp_path, 'defenses = ["none"]\n'))
+    assert not (tmp_path / "RAN").exists()

@@ -16,6 +16,10 @@ from bdbench.training.checkpoints import Point
 POINT = Point(5, False, [{"phase": "train", "epoch": 1, "loss": 0.1234567890123456789}])
 
 
+def load(folder: Path, key: str, objects: dict[str, Any]) -> Point | None:
+    return checkpoints.load(folder, key, objects, lambda _: None)
+
+
 def trained(optimizer: type[torch.optim.Optimizer], seed: int, steps: int, **settings: Any) -> dict[str, Any]:
     """A small network after some steps, with its optimiser."""
     torch.manual_seed(seed)
@@ -47,7 +51,7 @@ def test_training_goes_on_bit_equal_after_a_checkpoint(
     first = trained(optimizer, 0, 3, **settings)
     checkpoints.save(tmp_path, "train", POINT, first)
     second = trained(optimizer, 1, 2, **settings)
-    assert checkpoints.load(tmp_path, "train", second) == POINT
+    assert load(tmp_path, "train", second) == POINT
     for _ in range(2):
         take_step(first["model"], first["optimizer"])
         take_step(second["model"], second["optimizer"])
@@ -57,7 +61,7 @@ def test_training_goes_on_bit_equal_after_a_checkpoint(
 
 def test_an_optimizer_that_has_not_begun_can_be_kept(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, "train", POINT, trained(torch.optim.Adam, 0, 0))
-    assert checkpoints.load(tmp_path, "train", trained(torch.optim.Adam, 0, 0)) == POINT
+    assert load(tmp_path, "train", trained(torch.optim.Adam, 0, 0)) == POINT
 
 
 def test_objects_whose_names_begin_alike_are_kept_apart(tmp_path: Path) -> None:
@@ -65,19 +69,19 @@ def test_objects_whose_names_begin_alike_are_kept_apart(tmp_path: Path) -> None:
     wanted = {name: item.weight.item() for name, item in objects.items()}
     checkpoints.save(tmp_path, "train", POINT, objects)
     fresh = {"model": nn.Linear(1, 1), "model2": nn.Linear(1, 1)}
-    checkpoints.load(tmp_path, "train", fresh)
+    load(tmp_path, "train", fresh)
     assert {name: item.weight.item() for name, item in fresh.items()} == wanted
 
 
 def test_each_phase_has_its_own_checkpoint(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, "twin", POINT, {})
-    assert checkpoints.load(tmp_path, "clean", {}) is None
+    assert load(tmp_path, "clean", {}) is None
 
 
 def test_without_a_checkpoint_nothing_is_changed(tmp_path: Path) -> None:
     layer = nn.Linear(2, 2)
     before = layer.weight.clone()
-    assert checkpoints.load(tmp_path, "train", {"model": layer}) is None
+    assert load(tmp_path, "train", {"model": layer}) is None
     assert torch.equal(layer.weight, before)
 
 
@@ -88,18 +92,58 @@ def test_a_checkpoint_cut_short_counts_as_none(tmp_path: Path, keep: int) -> Non
     file.write_bytes(file.read_bytes()[:keep])
     layer = nn.Linear(2, 2)
     before = layer.weight.clone()
-    assert checkpoints.load(tmp_path, "train", {"model": layer}) is None
+    assert load(tmp_path, "train", {"model": layer}) is None
     assert torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"point": "{"}, {"point": "{}"}, {"point": "3"}, {"point": '{"a": 1}'}])
 def test_a_checkpoint_without_a_point_counts_as_none(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     save_file({"model/weight": torch.zeros(2, 2)}, tmp_path / "train.safetensors", metadata=metadata)
-    assert checkpoints.load(tmp_path, "train", {}) is None
+    assert load(tmp_path, "train", {}) is None
 
 
 def test_a_new_checkpoint_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     for step in (5, 10):
         checkpoints.save(tmp_path, "train", Point(step, False, []), {"model": nn.Linear(2, 2)})
     assert [file.name for file in tmp_path.iterdir()] == ["train.safetensors"]
-    assert checkpoints.load(tmp_path, "train", {}) == Point(10, False, [])
+    assert load(tmp_path, "train", {}) == Point(10, False, [])
+
+
+def damaged(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [-1, -8, -16, 9, 20, 40, 80, 120, 200])
+def test_one_flipped_bit_counts_as_no_checkpoint_and_is_told(tmp_path: Path, place: int) -> None:
+    checkpoints.save(tmp_path, "train", POINT, {"model": nn.Linear(2, 2)})
+    damaged(tmp_path / "train.safetensors", place)
+    layer, notes = nn.Linear(2, 2), list[str]()
+    before = layer.weight.clone()
+    assert checkpoints.load(tmp_path, "train", {"model": layer}, notes.append) is None
+    assert torch.equal(layer.weight, before)
+    assert "train.safetensors is damaged and made again" in notes[0]
+
+
+def test_a_checkpoint_of_another_key_counts_as_none(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, "twin", POINT, {"model": nn.Linear(2, 2)})
+    (tmp_path / "twin.safetensors").rename(tmp_path / "clean.safetensors")
+    assert load(tmp_path, "clean", {"model": nn.Linear(2, 2)}) is None
+
+
+@pytest.mark.parametrize("other", [nn.Linear(2, 3), nn.Sequential(nn.Linear(2, 2))])
+def test_a_checkpoint_of_other_objects_counts_as_none_and_changes_nothing(tmp_path: Path, other: nn.Module) -> None:
+    checkpoints.save(tmp_path, "train", POINT, {"first": nn.Linear(2, 2), "model": nn.Linear(2, 2)})
+    objects = {"first": nn.Linear(2, 2), "model": other}
+    before = {name: [value.clone() for value in item.state_dict().values()] for name, item in objects.items()}
+    assert load(tmp_path, "train", objects) is None
+    for name, item in objects.items():
+        assert all(map(torch.equal, item.state_dict().values(), before[name]))
+
+
+def test_the_state_of_an_optimizer_of_other_parameters_counts_as_none(tmp_path: Path) -> None:
+    saved = trained(torch.optim.Adam, 0, 2)
+    checkpoints.save(tmp_path, "train", POINT, {"optimizer": saved["optimizer"]})
+    other = torch.optim.Adam(nn.Linear(9, 9).parameters())
+    assert load(tmp_path, "train", {"optimizer": other}) is None
