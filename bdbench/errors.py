@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class BdbenchError(Exception):
@@ -20,6 +21,18 @@ class DataError(BdbenchError):
 
 class ArtifactError(BdbenchError):
     """An artifact is missing, damaged, of another kind, or in the way."""
+
+
+class DamagedError(ArtifactError):
+    """An artifact is damaged and can be made again.
+
+    Attributes:
+        path: its folder.
+    """
+
+    def __init__(self, path: Path, message: str) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class DamageWarning(UserWarning):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -17,6 +19,9 @@ from bdbench.errors import ArtifactError
 
 PLACE_ERRORS = frozenset({errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EROFS})
 """What another place, or room, mends."""
+
+AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
+"""Constants of the system calls that swap two names."""
 
 
 def flush(file: Path) -> None:
@@ -43,12 +48,45 @@ def replace_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
+        flush(temporary)
         temporary.replace(path)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap what two names stand for at once, so that neither is ever absent; False where the system cannot."""
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    names = os.fsencode(one), os.fsencode(other)
+    if swap := getattr(library, "renameat2", None):  # Linux
+        return bool(swap(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)
+    if swap := getattr(library, "renamex_np", None):  # macOS
+        return bool(swap(*names, RENAME_SWAP) == 0)
+    return False
+
+
+def lock_shared(file: BinaryIO) -> None:
+    """Hold a file against `lock_alone` until it is closed; do nothing where the system has no such lock."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def lock_alone(file: BinaryIO) -> bool:
+    """Try to hold a file that nobody else holds, until it is closed; True also where the system has no such lock."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
 
 
 def is_locked(lock: Path) -> bool:

@@ -238,7 +238,8 @@ def defend(
     if crowded := crowding(place):
         progress.note(crowded)
 
-    with store.create(out, ask) as draft:
+    read = [data.path, *([suspect_model.path] if suspect_model else [])]
+    with store.held(*read), store.create(out, ask) as draft:
         limit = None if image_memory is None else int(image_memory * 1e9)
         engine = Engine(place, bf16, seed, draft.work, progress, image_memory=limit, compile=compile)
         task = Task(
@@ -307,7 +308,7 @@ def evaluate(
     if store.existing(out, ask, force=force):
         return EvaluationArtifact.open(out)
     engine = Engine(place, bf16, ask.seed, progress=progress)
-    with store.create(out, ask) as draft:
+    with store.held(judged.path, source.path), store.create(out, ask) as draft:
         frame = judging.predict(engine, judged.classifier(), source)
         frame.to_parquet(draft.folder / "predictions.parquet", index=False)
         rates, values = judging.measure(frame, source, judged)

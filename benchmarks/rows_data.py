@@ -41,7 +41,7 @@ from torch import Tensor
 
 from bdbench.artifacts import manifests, store
 from bdbench.artifacts.dataset import DatasetArtifact, write_dataset
-from bdbench.artifacts.made import plain
+from bdbench.artifacts.made import Stopwatch, plain
 from bdbench.attacks.base import Attack, Lab, State, TrainingAttack
 from bdbench.attacks.parts.surrogates import SurrogateAttack
 from bdbench.attacks.ssba import SSBA
@@ -197,6 +197,7 @@ def seal(
     ask = manifests.Ask("dataset", name, attack.version, plain(attack.model_dump()), SEED, {"source": "synthetic"})
     with store.create(path, ask) as draft:
         write_dataset(draft, poisoned, name="speed", augment="crop,flip", origin=origin)
+        draft.made |= Stopwatch().made()
 
 
 def trigger_rows(bench: Bench) -> Iterator[Row]:
@@ -288,11 +289,14 @@ def write_evaluations(root: Path, count: int) -> None:
     ask = manifests.Ask("evaluation", "evaluate", 1, {}, 0, {"model": "m", "dataset": "d"})
     facts = {
         "dataset": "speed", "model": "wrn-16-1", "attack_options": {}, "defense_options": {}, "preset": "paper",
-        "seconds": 100.0, "peak_memory_bytes": 2**30, "reads_truth": False, "findings": {},
+        "seconds": 100.0, "peak_memory_bytes": 2**30, "reads_truth": False, "findings": {}, "dataset_id": "d",
+        "model_id": "m", "attack": "badnets", "defense": "none", "seed": 0, "attack_seed": 0, "device": "cpu",
+        "precision": "fp32",
     }  # fmt: skip
     one = root / "0"
     with store.create(one, ask) as draft:
         judging.metrics_frame(rates, {}).to_parquet(draft.folder / "metrics.parquet", index=False)
+        draft.facts, draft.made = facts, Stopwatch().made()
     made = manifests.read_manifest(one)
     for number in range(count):
         setting, seed = divmod(number, 10)

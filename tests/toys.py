@@ -267,3 +267,22 @@ def toy_compiler(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None
     monkeypatch.setattr(torch.compiler, "set_stance", compiler.set_stance)
     monkeypatch.setattr(torch.compiler, "reset", compiler.reset)
     return compiler
+
+
+MADE: dict[str, Any] = {
+    "bdbench": "0.1.0", "python": "3.11", "torch": "2.6", "device": "cpu", "threads": 1, "precision": "fp32",
+    "seconds": 1.0, "peak_memory_bytes": 1, "at": "2026-01-01T00:00:00+00:00", "training_seconds": 1.0,
+}  # fmt: skip
+FACTS: dict[str, dict[str, Any]] = {
+    "dataset": {
+        "name": "toy", "augment": "none", "class_names": ["a", "b"], "image_shape": [1, 8, 8],
+        "counts": {"train": 1, "test": 1, "triggered": 1, "trusted": 0},
+    },
+    "model": {"model": "convnet", "class_names": ["a", "b"], "image_shape": [1, 8, 8], "sets_aside": False},
+    "evaluation": {
+        "dataset": "toy", "dataset_id": "d", "model": "convnet", "model_id": "m", "attack": "badnets",
+        "attack_options": {}, "defense": "none", "defense_options": {}, "preset": "tiny", "seed": 0, "attack_seed": 0,
+        "seconds": 1.0, "peak_memory_bytes": 1, "device": "cpu", "precision": "fp32",
+    },
+}  # fmt: skip
+"""What a manifest of each kind says at the least."""

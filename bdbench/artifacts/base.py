@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -17,8 +17,45 @@ from torch import Tensor
 
 from bdbench.artifacts import manifests
 from bdbench.artifacts.manifests import AGAIN, Kind, Manifest
-from bdbench.artifacts.store import Draft
-from bdbench.errors import ArtifactError
+from bdbench.artifacts.store import Draft, unknown_files
+from bdbench.errors import ArtifactError, DamagedError
+
+COLUMNS: Mapping[str, Mapping[str, str]] = {
+    "train.parquet": {"label": "integer"},
+    "test.parquet": {"label": "integer"},
+    "trusted.parquet": {"label": "integer"},
+    "triggered.parquet": {"label": "integer", "test_row": "integer"},
+    "truth.parquet": {"clean_label": "integer", "role": "integer", "source_row": "integer"},
+    "places.parquet": {"file": "text"},
+    "history.parquet": {"phase": "text", "epoch": "integer", "loss": "number", "lr": "number", "seconds": "number"},
+    "samples.parquet": {"row": "integer", "score": "number", "set_aside": "truth"},
+    "predictions.parquet": {
+        "split": "text", "row": "integer", "label": "integer", "clean_label": "integer", "prediction": "integer",
+        "confidence": "number",
+    },
+    "metrics.parquet": {
+        "metric": "text", "value": "number", "low": "number", "high": "number", "numerator": "integer",
+        "denominator": "integer",
+    },
+}  # fmt: skip
+"""Columns that each Parquet file must have, and of which type."""
+
+TYPES: Mapping[str, Callable[[pa.DataType], bool]] = {
+    "integer": pa.types.is_integer,
+    "number": lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind),
+    "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    "truth": pa.types.is_boolean,
+}
+
+
+def _check_columns(schema: pa.Schema, columns: Mapping[str, str]) -> None:
+    """Refuse a table that lacks a column, has one twice, or holds something else in it."""
+    for name, kind in columns.items():
+        places = schema.get_all_field_indices(name)
+        if len(places) != 1:
+            raise ValueError(f"it has {len(places)} columns '{name}'")
+        if not TYPES[kind](schema.field(places[0]).type):
+            raise ValueError(f"its column '{name}' holds {schema.field(places[0]).type}, not {kind}")
 
 
 class Artifact:
@@ -57,8 +94,7 @@ class Artifact:
         """
         for name in self.manifest.files:
             manifests.checked_file(self.path, self.manifest, name)
-        extra = sorted({file.name for file in self.path.iterdir()} - {manifests.MANIFEST, *self.manifest.files})
-        if extra:
+        if extra := unknown_files(self.path, self.manifest):
             raise ArtifactError(f"{self.path} holds files that its manifest does not know: {', '.join(extra)}")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -66,7 +102,8 @@ class Artifact:
         try:
             return load_file(manifests.checked_file(self.path, self.manifest, name))
         except SafetensorError as error:
-            raise ArtifactError(f"{self.path / name} is not a safetensors file ({error}); {AGAIN}") from error
+            message = f"{self.path / name} is not a safetensors file ({error}); {AGAIN}"
+            raise DamagedError(self.path, message) from error
 
     def frame(self, name: str) -> pd.DataFrame:
         """Read a Parquet file after checking its hash."""
@@ -82,9 +119,12 @@ class Artifact:
 
     def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         try:
-            return pq.ParquetFile(manifests.checked_file(self.path, self.manifest, name)).read(columns)
-        except (ValueError, OSError) as error:
-            raise ArtifactError(f"{self.path / name} is not a Parquet file ({error}); {AGAIN}") from error
+            file = pq.ParquetFile(manifests.checked_file(self.path, self.manifest, name))
+            _check_columns(file.schema_arrow, COLUMNS.get(name, {}))
+            return file.read(columns)
+        except (ValueError, OSError, pa.ArrowException) as error:
+            message = f"{self.path / name} is not a Parquet file of the form that it should have ({error}); {AGAIN}"
+            raise DamagedError(self.path, message) from error
 
 
 def write_frame(draft: Draft, name: str, columns: Mapping[str, Tensor]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import uuid
 import warnings
 from pathlib import Path
 
 from bdbench.artifacts.manifests import MANIFEST, Kind, Manifest, read_manifest
+from bdbench.artifacts.store import is_held, is_leftover, unknown_files
 from bdbench.errors import ArtifactError, BusyError, DamageWarning
-from bdbench.files import is_locked
+from bdbench.files import is_locked, lock_alone
 
 ROOT = Path("runs")
 """Where artifacts lie when no place is given."""
@@ -69,7 +72,7 @@ def locate(reference: str | Path, kind: Kind | None = None, root: Path = ROOT) -
 def unneeded(root: Path, *, strict: bool = False) -> list[Path]:
     """Return the datasets under a folder that no model or evaluation was made from, and leftovers of interrupted work.
 
-    Leftovers that another process is writing now are left out; what it reads is not known here: see `check_idle`.
+    Left out is what another process reads or writes now, and a folder with files that are not of its artifact.
 
     Raises:
         ArtifactError: `strict`, and an artifact is damaged: it may be what needs the others.
@@ -94,9 +97,10 @@ def unneeded(root: Path, *, strict: bool = False) -> list[Path]:
         for path, manifest in found
         if manifest.ask.method == "victim" and not needed.isdisjoint(by_id.get(manifest.ask.inputs["dataset"], []))
     }
-    leftovers = [path for path in root.glob("**/.*.work") if path.is_dir() and not is_locked(path / "lock")]
-    leftovers += root.glob("**/.*.done-*")
-    return sorted([*(path for path, _ in found if path not in needed), *leftovers])
+    hidden = filter(is_leftover, (*root.glob("**/.*.work"), *root.glob("**/.*.done-*")))
+    leftovers = [path for path in hidden if not is_locked(path / "lock")]
+    unread = (path for path, manifest in found if path not in needed and not unknown_files(path, manifest))
+    return sorted([*(path for path in unread if not is_held(path)), *leftovers])
 
 
 def check_idle(root: Path) -> None:
@@ -111,3 +115,26 @@ def check_idle(root: Path) -> None:
                 f"something under {root} is being made right now ({lock} is held), and may need what would be removed; "
                 "wait for it, or stop it"
             )
+
+
+def remove(folder: Path) -> bool:
+    """Remove an artifact or a leftover that no process reads or writes; say whether it was removed.
+
+    An artifact disappears by one rename, so that nobody meets half of it; killed after that, a leftover stays.
+    """
+    number = uuid.uuid4().hex[:8]
+    gone = folder if is_leftover(folder) else folder.with_name(f".{folder.name}.done-{number}")
+    try:
+        if gone is folder:
+            if is_locked(folder / "lock"):
+                return False
+        else:
+            with (folder / MANIFEST).open("rb") as file:
+                if not lock_alone(file):
+                    return False
+                gone.mkdir()
+                folder.rename(gone / f"draft-{number}")
+    except OSError:
+        return False
+    shutil.rmtree(gone, ignore_errors=True)
+    return True

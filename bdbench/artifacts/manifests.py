@@ -7,20 +7,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from bdbench.errors import ArtifactError
+from bdbench.artifacts.forms import misfit
+from bdbench.errors import ArtifactError, DamagedError
 from bdbench.files import file_sha256
+from bdbench.reading import read_json
 
 SCHEMA = 1
-
-
 MANIFEST = "manifest.json"
-
-
 AGAIN = "make the artifact again with --force"
 """What mends a damaged artifact."""
-
 
 Kind = Literal["dataset", "model", "evaluation"]
 
@@ -102,20 +99,21 @@ def read_manifest(path: Path, kind: Kind | None = None) -> Manifest:
     if not file.is_file():
         raise ArtifactError(f"{path} is not an artifact of bdbench: it has no {MANIFEST}")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        schema = raw["schema"]
-        if schema != SCHEMA:
-            advice = "upgrade bdbench" if schema > SCHEMA else AGAIN
-            raise ArtifactError(f"{path} has schema {schema}, this bdbench reads {SCHEMA}; {advice}")
-        manifest = Manifest(**{**raw, "ask": Ask(**raw["ask"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{file} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
-    if not all(isinstance(part, dict) for part in (manifest.files, manifest.facts, manifest.made)):
-        raise ArtifactError(f"{file} is damaged (files, facts and made must be tables); {AGAIN}")
-    if manifest.ask.kind not in get_args(Kind) or manifest.id != manifest.ask.id:
-        raise ArtifactError(f"{file} was changed: its id does not belong to what it says was asked; {AGAIN}")
+        raw = read_json(file)
+    except (OSError, ValueError) as error:
+        raise DamagedError(path, f"{file} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise ArtifactError(f"{path} has schema {schema}, this bdbench reads {SCHEMA}; upgrade bdbench")
+    if wrong := misfit(raw):
+        raise DamagedError(path, f"{file} is damaged ({wrong}); {AGAIN}")
+    if schema != SCHEMA:
+        raise DamagedError(path, f"{path} has schema {schema}, this bdbench reads {SCHEMA}; {AGAIN}")
+    manifest = Manifest(**{**raw, "ask": Ask(**raw["ask"])})
+    if manifest.id != manifest.ask.id:
+        raise DamagedError(path, f"{file} was changed: its id does not belong to what it says was asked; {AGAIN}")
     if manifest.seal != manifest.expected_seal:
-        raise ArtifactError(f"{file} was changed: it does not say any more what was written; {AGAIN}")
+        raise DamagedError(path, f"{file} was changed: it does not say any more what was written; {AGAIN}")
     if kind is not None and manifest.ask.kind != kind:
         raise ArtifactError(f"{path} is a {manifest.ask.kind} artifact; a {kind} artifact is needed here")
     return manifest
@@ -132,10 +130,10 @@ def checked_file(path: Path, manifest: Manifest, name: str) -> Path:
     if said is None:
         raise ArtifactError(f"{path} has no {name}")
     if not file.is_file():
-        raise ArtifactError(f"{file} is missing; {AGAIN}")
+        raise DamagedError(path, f"{file} is missing; {AGAIN}")
     size = file.stat().st_size
     if size != said["bytes"]:
-        raise ArtifactError(f"{file} has {size} bytes, its manifest says {said['bytes']}; {AGAIN}")
+        raise DamagedError(path, f"{file} has {size} bytes, its manifest says {said['bytes']}; {AGAIN}")
     if file_sha256(file) != said["sha256"]:
-        raise ArtifactError(f"{file} was changed: its SHA-256 is not the manifest's; {AGAIN}")
+        raise DamagedError(path, f"{file} was changed: its SHA-256 is not the manifest's; {AGAIN}")
     return file

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import shutil
 import uuid
 import warnings
@@ -20,7 +21,12 @@ from filelock import FileLock, Timeout
 
 from bdbench.artifacts.manifests import MANIFEST, Ask, Manifest, is_artifact, read_manifest
 from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError
-from bdbench.files import cannot_write, file_sha256, flush
+from bdbench.files import cannot_write, exchange, file_sha256, flush, lock_alone, lock_shared
+
+REPLACED = "replaced-"
+"""How the folder of an artifact is called that its follower is about to replace, where the two cannot be exchanged."""
+LEFT = re.compile(rf"lock|(draft|{REPLACED[:-1]})-[0-9a-f]{{8}}|[0-9a-f]{{16}}")
+"""What `create` writes into its hidden folder: the lock, drafts, and checkpoints under the id of what was asked."""
 
 
 @dataclass
@@ -54,7 +60,9 @@ def create(path: Path, ask: Ask) -> Iterator[Draft]:
     with contextlib.ExitStack() as ending:
         ending.callback(shutil.rmtree, done, ignore_errors=True)
         ending.enter_context(_locked(hidden, path))
-        for leftover in (*hidden.glob("draft-*"), *path.parent.glob(f".{glob.escape(path.name)}.done-*")):
+        _put_back(hidden, path)
+        done_before = filter(is_leftover, path.parent.glob(f".{glob.escape(path.name)}.done-*"))
+        for leftover in (*hidden.glob("draft-*"), *hidden.glob(f"{REPLACED}*"), *done_before):
             shutil.rmtree(leftover, ignore_errors=True)
         draft = Draft(hidden / f"draft-{uuid.uuid4().hex[:8]}", hidden / ask.id)
         sealed = False
@@ -80,6 +88,8 @@ def create(path: Path, ask: Ask) -> Iterator[Draft]:
 def _locked(hidden: Path, path: Path) -> Iterator[None]:
     try:
         hidden.mkdir(parents=True, exist_ok=True)
+        if any(hidden.iterdir()) and not is_leftover(hidden):
+            raise ArtifactError(f"{hidden} is in the way and is not of bdbench; choose another --out, or move it")
         lock = FileLock(hidden / "lock", timeout=0)
         lock.acquire()
     except Timeout as error:
@@ -105,9 +115,53 @@ def _seal(draft: Draft, path: Path, ask: Ask) -> None:
         json.dump(asdict(manifest), stream, indent=1, sort_keys=True)
         stream.flush()
         os.fsync(stream.fileno())
-    if path.exists():
-        path.rename(draft.folder.with_name(f"draft-{uuid.uuid4().hex[:8]}"))
-    draft.folder.rename(path)
+    if path.exists() and not exchange(draft.folder, path):
+        path.rename(draft.folder.with_name(f"{REPLACED}{uuid.uuid4().hex[:8]}"))
+    if draft.folder.exists() and not path.exists():
+        draft.folder.rename(path)
+
+
+def _put_back(hidden: Path, path: Path) -> None:
+    """Put a whole artifact back that was taken away to be replaced, where its follower did not come to its place."""
+    for replaced in hidden.glob(f"{REPLACED}*"):
+        if not path.exists() and is_artifact(replaced):
+            replaced.rename(path)
+
+
+def is_leftover(folder: Path) -> bool:
+    """Say whether a hidden folder is what `create` leaves of interrupted work: it holds nothing but what it writes."""
+    return folder.is_dir() and all(LEFT.fullmatch(item.name) for item in folder.iterdir())
+
+
+@contextmanager
+def held(*folders: Path) -> Iterator[None]:
+    """Keep artifacts from being removed by `gc` while the block reads them, where the system has such a lock.
+
+    Raises:
+        ArtifactError: one is not there any more.
+    """
+    with contextlib.ExitStack() as ending:
+        for folder in folders:
+            try:
+                file = ending.enter_context((folder / MANIFEST).open("rb"))
+            except OSError as error:
+                raise ArtifactError(f"cannot read {folder}: {error.strerror or error}") from error
+            lock_shared(file)
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Say whether a process reads an artifact, see `held`."""
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            return not lock_alone(file)
+    except FileNotFoundError:
+        return False
+
+
+def unknown_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Return the files of an artifact's folder that its manifest does not name: they are somebody else's."""
+    return sorted({file.name for file in folder.iterdir()} - {MANIFEST, *manifest.files})
 
 
 def _describe(file: Path) -> dict[str, Any]:
@@ -136,15 +190,27 @@ def existing(path: Path, ask: Ask, *, force: bool) -> bool:
         lost = [name for name, said in found.files.items() if not _has_size(path / name, said["bytes"])]
         if lost and not force:
             warnings.warn(f"{path} is made again: {', '.join(lost)} missing or cut short", DamageWarning, stacklevel=2)
+        if lost or force:
+            _check_replaceable(path, found)
         return not lost and not force
     if found.ask.kind != ask.kind:
         raise ArtifactError(f"{path} is a {found.ask.kind} artifact ({found.id}), no {ask.kind}; choose another --out")
     if force:
+        _check_replaceable(path, found)
         return False
     raise OccupiedError(
         f"{path} holds another {ask.kind} artifact ({found.id}; different: {', '.join(_differences(found.ask, ask))}); "
         "choose another --out, or replace it with --force (a sweep with --replace)"
     )
+
+
+def _check_replaceable(path: Path, manifest: Manifest) -> None:
+    """Refuse to replace a folder that holds files of somebody else."""
+    if strange := unknown_files(path, manifest):
+        raise ArtifactError(
+            f"{path} holds files that are not of the artifact and would be lost ({', '.join(strange[:5])}); move them, "
+            "or choose another --out"
+        )
 
 
 def _has_size(file: Path, size: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import tomllib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import typer
 
+from bdbench import reading
 from bdbench.errors import OptionError, did_you_mean
 
 if TYPE_CHECKING:
@@ -155,12 +155,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         OptionError: missing or malformed; names the file and the line.
     """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"cannot read {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path} is not TOML: {error}") from error
+    return reading.read_toml(path)[1]
 
 
 def _as_words(parameter: Any, value: object, place: str) -> list[str]:  # noqa: ANN401 - of the parser inside typer

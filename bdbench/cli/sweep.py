@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -321,8 +320,7 @@ def gc(
         for path, size in found:
             console.show(f"{size / 1e6:>10,.1f} MB  {path}")
     if remove:
-        for path, _ in found:
-            shutil.rmtree(path, ignore_errors=True)
+        found = [(path, size) for path, size in found if finding.remove(path)]
     total = sum(size for _, size in found) / 1e6
     verb = "removed" if remove else "not needed; --remove removes them"
     console.say(f"{len(found):,} folders, {total:,.1f} MB: {verb}")

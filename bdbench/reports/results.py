@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bdbench.artifacts.finding import find_artifacts
 from bdbench.artifacts.kinds import EvaluationArtifact
-from bdbench.errors import ArtifactError
+from bdbench.errors import ArtifactError, DamagedError, DamageWarning
 from bdbench.protocol.metrics import defense_effectiveness, mean_interval
 
 RATES = (
@@ -49,7 +50,12 @@ def read_rows(places: Sequence[Path], *, strict: bool = False) -> list[dict[str,
     seen: dict[str, dict[str, Any]] = {}
     for place in places:
         for path, manifest in find_artifacts(place, "evaluation", strict=strict):
-            seen[manifest.id] = evaluation_row(EvaluationArtifact(path, manifest))
+            try:
+                seen[manifest.id] = evaluation_row(EvaluationArtifact(path, manifest))
+            except DamagedError as error:
+                if strict:
+                    raise
+                warnings.warn(f"left out: {error}", DamageWarning, stacklevel=2)
     if not seen:
         raise ArtifactError(f"no evaluation under {', '.join(map(str, places))}; make one with: bdbench evaluate")
     return mark_rows(list(seen.values()))

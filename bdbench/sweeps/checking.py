@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import bdbench
 from bdbench import files
 from bdbench.errors import ArtifactError, OptionError
+from bdbench.reading import read_json
 from bdbench.registry import plugin_releases
 from bdbench.sweeps import records
 from bdbench.sweeps.grid import Grid, Named, line_of
@@ -69,7 +70,7 @@ def checked_once(grid: Grid, folder: Path) -> Checked:
     key = hashlib.sha256("\n".join([grid.path.read_text(encoding="utf-8"), *machine, *releases]).encode()).hexdigest()
     file = records.sweep_file(folder, "checks", f"{key[:16]}.json")
     try:
-        suspects, gpus, methods = json.loads(file.read_text(encoding="utf-8"))
+        suspects, gpus, methods = read_json(file)
         return Checked(tuple(suspects), int(gpus), dict(methods))
     except (OSError, ValueError, TypeError):
         found = check(grid)

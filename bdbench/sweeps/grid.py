@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import itertools
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bdbench.errors import OptionError, did_you_mean
+from bdbench.limits import CELLS, SEEDS
+from bdbench.reading import read_toml
 from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS, Registry
 
 AXES = {"dataset": "datasets", "attack": "attacks", "model": "models", "defense": "defenses", "seed": "seeds"}
@@ -35,6 +37,7 @@ DEFAULTS: Mapping[str, Any] = {
 }  # fmt: skip
 TABLES: Mapping[str, Registry] = {"dataset": DATASETS, "attack": ATTACKS, "defense": DEFENSES}
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+WHOLE = re.compile(r"[0-9]{1,18}")
 
 EXAMPLE = """\
 # bdbench sweep grid.toml
@@ -152,15 +155,7 @@ def read_grid(path: Path, seeds: list[int] | None = None) -> Grid:
         OptionError: unreadable, not TOML, an unknown name or key, an empty product, or an include or exclude that can't
             mean anything; the message has the file, the line and the nearest name.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw = tomllib.loads(text)
-    except OSError as error:
-        raise OptionError(
-            f"cannot read {path}: {error.strerror or error}; `bdbench sweep --init` writes an example"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path} is not TOML: {error}") from error
+    text, raw = read_toml(path, "; `bdbench sweep --init` writes an example")
     return _Reader(path, text, raw, seeds).grid()
 
 
@@ -174,8 +169,10 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise OptionError(f"seeds '{text}' must be whole numbers and ranges, such as 0-4 or 0,2,5-7")
+        if not (WHOLE.fullmatch(first) and WHOLE.fullmatch(last) and int(first) <= int(last)):
+            raise OptionError(f"seeds '{text[:40]}' must be whole numbers and ranges, such as 0-4 or 0,2,5-7")
+        if len(seeds) + int(last) - int(first) >= SEEDS:
+            raise OptionError(f"seeds '{text[:40]}' are more than {SEEDS:,}, the most that a sweep takes")
         seeds += range(int(first), int(last) + 1)
     return list(dict.fromkeys(seeds))
 
@@ -192,7 +189,7 @@ class _Reader:
         lists = {**written, "seed": written["seed"] if self.seeds is None else self.seeds}
         includes = [self._rule("include", number) for number in range(len(self._tables("include")))]
         excludes = [self._rule("exclude", number) for number in range(len(self._tables("exclude")))]
-        product = list(_cells(lists))
+        product = self._product(lists)
         for number, rule in enumerate(excludes):
             if not any(_matches(cell, rule) for cell in (*product, *_cells(written))):
                 raise self._wrong(
@@ -218,9 +215,10 @@ class _Reader:
                         f"[{axis}.{label}] belongs to no cell; put '{label}' into `{AXES[axis]}` or take the table out",
                         f"{axis}.{label}",
                     )
-        for cell in cells:
-            if cell.model != "auto":
-                self._check_name(MODELS, cell.model)
+        for model in {cell.model for cell in cells} - {"auto"}:
+            self._check_name(MODELS, model)
+            if not LABEL.fullmatch(model.replace(":", ".")):
+                raise self._wrong(f"model '{model}' cannot name a folder (letters, digits, '.', '_', '-')", model)
         order = {cell: place for place, cell in enumerate(cells)}
         cells.sort(
             key=lambda cell: (
@@ -238,6 +236,12 @@ class _Reader:
         )  # fmt: skip
         self._check_folders(grid)
         return grid
+
+    def _product(self, lists: Mapping[str, list[Any]]) -> list[Cell]:
+        count = prod(map(len, lists.values()))
+        if count > CELLS:
+            raise OptionError(f"{self.path} asks for {count:,} runs; the most that a sweep takes is {CELLS:,}")
+        return list(_cells(lists))
 
     def _list(self, axis: str) -> list[Any]:
         key = AXES[axis]

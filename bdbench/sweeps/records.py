@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from bdbench import files
 from bdbench.artifacts.finding import SWEEP
 from bdbench.files import cannot_write
+from bdbench.reading import read_json
 
 TOLD = ("name", "cell", "asked")
 """What a record has from the order."""
@@ -52,7 +52,7 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
 def read_waiting(folder: Path, begun: Iterable[str]) -> list[str]:
     """Return the cells of the grid that was last made in a folder, but for those of which there is a record."""
     try:
-        names = json.loads((folder / SWEEP / "grid" / "names.json").read_text(encoding="utf-8"))
+        names = read_json(folder / SWEEP / "grid" / "names.json")
     except (OSError, ValueError):
         return []
     return sorted({str(name) for name in names} - set(begun))
@@ -62,7 +62,7 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
     """Return the record of a cell, empty if there is none; a damaged one is none: its cell is looked at again."""
     path = folder / SWEEP / "cells" / f"{name}.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(path)
     except (OSError, ValueError):
         return {}
     return found if set(TOLD) <= found.keys() else {}

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from bdbench import files
 from bdbench.artifacts import finding, manifests
-from bdbench.errors import OptionError
+from bdbench.errors import ArtifactError, OptionError
 from bdbench.machine import cores, memory_bytes
 from bdbench.sweeps import records, worker
-from bdbench.sweeps.grid import Cell, Grid
+from bdbench.sweeps.grid import WHOLE, Cell, Grid
 from bdbench.sweeps.jobs import Handle, Launch, Order
 from bdbench.sweeps.records import is_locked, read_record, read_records
 
@@ -103,9 +103,21 @@ class Sweep:
         if record["asked"] != self._asked(cell):
             return State("changed" if manifests.is_artifact(self.folder / self.grid.name(cell)) else "waiting", {})
         state = record["state"]
-        if state == "done" and not manifests.is_artifact(self.folder / record["evaluation"]):
-            state = "waiting"
+        if state == "done" and (wrong := damage(self.folder / record["evaluation"])):
+            return State("waiting", {"damage": wrong})
         return State(state, record)
+
+
+def damage(evaluation: Path) -> str:
+    """Return why an evaluation cannot be read, or ''; it may lack its predictions, which a table does not need."""
+    try:
+        manifest = manifests.read_manifest(evaluation, "evaluation")
+        for name in manifest.files:
+            if name == "metrics.parquet" or (evaluation / name).exists():
+                manifests.checked_file(evaluation, manifest, name)
+    except ArtifactError as error:
+        return str(error)
+    return ""
 
 
 def shard(cells: Sequence[Cell], part: str) -> list[Cell]:
@@ -115,7 +127,7 @@ def shard(cells: Sequence[Cell], part: str) -> list[Cell]:
         OptionError: not N/M with N from 1 to M.
     """
     number, _, parts = part.partition("/")
-    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+    if not (WHOLE.fullmatch(number) and WHOLE.fullmatch(parts) and 1 <= int(number) <= int(parts)):
         raise OptionError(f"shard '{part}' must be N/M with N from 1 to M, such as 2/8")
     groups = list(dict.fromkeys((cell.dataset, cell.attack, cell.seed) for cell in cells))
     own = set(groups[int(number) - 1 :: int(parts)])
@@ -161,6 +173,9 @@ class Run:
     def __post_init__(self) -> None:
         states = self.sweep.states()
         self.states = {cell: states[cell] for cell in self.cells}
+        for state in self.states.values():
+            if "damage" in state.record:
+                self.say(f"again   {state.record['damage']}")
         self._running: dict[int, tuple[Cell, Order, Handle]] = {}
         self._waiting = [cell for cell in self.cells if self._is_wanted(cell)]
         self._room = 0

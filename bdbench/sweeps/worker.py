@@ -18,12 +18,12 @@ import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
 from bdbench import files
-from bdbench.errors import BdbenchError, BusyError, OccupiedError, unknown_name
+from bdbench.errors import BdbenchError, BusyError, DamagedError, OccupiedError, unknown_name
 from bdbench.sweeps import records
 from bdbench.sweeps.records import TOLD
 
@@ -124,13 +124,21 @@ def _recorded(order: dict[str, Any], folder: Path) -> int:
 def make(order: Mapping[str, Any], folder: Path, record: Record) -> str:
     """Poison, defend and evaluate as ordered, reusing what is there; return the name of the evaluation's folder.
 
-    What is there but was asked otherwise is replaced if the order says so.
+    What is there but was asked otherwise is replaced if the order says so; what is damaged is made again.
     """
+    try:
+        return _make(order, folder, record, when_free)
+    except DamagedError as error:
+        record.note(f"{error}; it is made again now")
+        return _make(order, folder, record, when_whole)
+
+
+def _make(order: Mapping[str, Any], folder: Path, record: Record, taken: Callable[..., Any]) -> str:
     from bdbench import stages
 
     settings, suspected = order["asked"]["settings"], order["asked"]["suspect"]
     computing = {"device": order["device"], "precision": order["precision"], "progress": record}
-    made = partial(when_free, replace=order["replace"])
+    made = partial(taken, replace=order["replace"])
     data = made(
         lambda force: stages.poison(
             settings["dataset"], settings["attack"], options=settings["attack_options"],
@@ -140,19 +148,32 @@ def make(order: Mapping[str, Any], folder: Path, record: Record) -> str:
     )  # fmt: skip
 
     def defended(name: str, wanted: Mapping[str, Any], suspect: Path | None = None) -> Path:
-        return made(
+        model = made(
             lambda force: stages.defend(
                 data.path, wanted["method"], model=wanted["model"], preset=wanted["preset"],
                 options=wanted["options"], suspect=suspect, seed=wanted["seed"], out=folder / name, force=force,
                 **order["training"], **computing,
             )
-        ).path  # fmt: skip
+        )  # fmt: skip
+        return cast("Path", model.path)
 
     suspect = None
     if suspected is not None:
         suspect = defended(suspected["name"], suspected["settings"])
     model = defended(order["name"], settings, suspect)
-    return made(lambda force: stages.evaluate(model, data=data.path, force=force, **computing)).path.name
+    judged = made(lambda force: stages.evaluate(model, data=data.path, force=force, **computing))
+    judged.verify()
+    return str(judged.path.name)
+
+
+def when_whole(make: Callable[[bool], Any], *, replace: bool = False) -> Any:  # noqa: ANN401 - an artifact
+    """Do as `when_free`, and make an artifact again that is there but damaged."""
+    try:
+        artifact = when_free(make, replace=replace)
+        artifact.verify()
+    except DamagedError:
+        return when_free(lambda _: make(True))
+    return artifact
 
 
 def when_free(make: Callable[[bool], Result], *, replace: bool = False) -> Result:

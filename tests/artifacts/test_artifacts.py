@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import toy_data, toy_lab, toy_model, toy_source
+from toys import FACTS, MADE, toy_data, toy_lab, toy_model, toy_source
 
 from bdbench.artifacts import store
 from bdbench.artifacts.dataset import DatasetArtifact, write_dataset
@@ -46,6 +46,7 @@ def seal_dataset(path: Path, data: PoisonedDataset, edit: Callable[[Draft], obje
     """Write a dataset artifact, changed by `edit` before it is sealed, so that its hashes are right."""
     with store.create(path, ASK) as draft:
         write_dataset(draft, data, name="toy", augment="crop,flip")
+        draft.made |= MADE
         if edit is not None:
             edit(draft)
     return DatasetArtifact.open(path)
@@ -230,6 +231,7 @@ def seal_model(path: Path, edit: Callable[[Draft], object] | None = None) -> Mod
         history = [{"phase": "train", "epoch": 1, "loss": 0.5, "lr": 0.1, "images_per_second": 10.0, "seconds": 1.0}]
         scores, set_aside = torch.tensor([0.5, -1.0]), torch.tensor([True, False])
         write_model(draft, "convnet", model, toy_data(4, 1), history, scores, set_aside)
+        draft.made |= MADE
         if edit is not None:
             edit(draft)
     return ModelArtifact.open(path)
@@ -293,8 +295,8 @@ def test_a_missing_weight_is_refused(tmp_path: Path) -> None:
 def test_each_kind_is_opened_as_what_it_is(tmp_path: Path, colour_poisoned: PoisonedDataset) -> None:
     seal_dataset(tmp_path / "data", colour_poisoned)
     seal_model(tmp_path / "model")
-    with store.create(tmp_path / "eval", replace(ASK, kind="evaluation")):
-        pass
+    with store.create(tmp_path / "eval", replace(ASK, kind="evaluation")) as draft:
+        draft.facts, draft.made = dict(FACTS["evaluation"]), dict(MADE)
     assert isinstance(open_any(tmp_path / "data"), DatasetArtifact)
     assert isinstance(open_any(tmp_path / "model"), ModelArtifact)
     assert isinstance(open_any(tmp_path / "eval"), EvaluationArtifact)

@@ -3,6 +3,7 @@
 # ruff: noqa: PT012 - a block that fails half-way is what is tested
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -17,12 +18,12 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from toys import sealed
+from toys import FACTS, MADE, sealed
 
 from bdbench import files
 from bdbench.artifacts import finding, manifests, store
 from bdbench.artifacts.manifests import Ask
-from bdbench.errors import ArtifactError, DamageWarning
+from bdbench.errors import ArtifactError, DamagedError, DamageWarning
 
 ASK = Ask("dataset", "badnets", 1, {"rate": 0.1, "target": 0}, 7, {"source": "abc"})
 
@@ -30,7 +31,8 @@ ASK = Ask("dataset", "badnets", 1, {"rate": 0.1, "target": 0}, 7, {"source": "ab
 def seal(path: Path, ask: Ask = ASK, content: str = "content", **made: Any) -> Path:
     with store.create(path, ask) as draft:
         (draft.folder / "data.txt").write_text(content)
-        draft.made |= made
+        draft.facts |= FACTS[ask.kind]
+        draft.made |= MADE | made
     return path
 
 
@@ -73,8 +75,8 @@ def test_the_id_is_the_same_on_every_machine() -> None:
 
 
 def test_hardware_and_time_are_not_part_of_the_id(tmp_path: Path) -> None:
-    one = manifests.read_manifest(seal(tmp_path / "one", device="cpu", seconds=1))
-    other = manifests.read_manifest(seal(tmp_path / "other", device="H200", seconds=9))
+    one = manifests.read_manifest(seal(tmp_path / "one", device="cpu", seconds=1.0))
+    other = manifests.read_manifest(seal(tmp_path / "other", device="H200", seconds=9.0))
     assert one.made != other.made
     assert one.id == other.id
 
@@ -85,7 +87,7 @@ def test_hardware_and_time_are_not_part_of_the_id(tmp_path: Path) -> None:
 def test_a_sealed_artifact_is_read_back(tmp_path: Path) -> None:
     manifest = manifests.read_manifest(seal(tmp_path / "a", device="cpu"), "dataset")
     assert manifest.ask == ASK
-    assert manifest.made == {"device": "cpu"}
+    assert manifest.made == MADE | {"device": "cpu"}
     assert manifest.files["data.txt"]["bytes"] == len("content")
     assert manifests.checked_file(tmp_path / "a", manifest, "data.txt").read_text() == "content"
 
@@ -159,8 +161,9 @@ def test_two_writers_at_once_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_two_writers_of_two_places_do_not_meet(tmp_path: Path) -> None:
-    with store.create(tmp_path / "a", ASK), store.create(tmp_path / "b", ASK):
-        pass
+    with store.create(tmp_path / "a", ASK) as one, store.create(tmp_path / "b", ASK) as other:
+        for draft in (one, other):
+            draft.facts, draft.made = dict(FACTS["dataset"]), dict(MADE)
     assert len(finding.find_artifacts(tmp_path)) == 2
 
 
@@ -215,7 +218,7 @@ def test_a_folder_without_permission_is_said(tmp_path: Path) -> None:
 # killed writers
 
 WRITER = """
-import sys, time
+import json, sys, time
 from pathlib import Path
 from bdbench.artifacts.store import create
 from bdbench.artifacts.manifests import Ask
@@ -227,14 +230,21 @@ for _ in range(rounds):
         for name in "abc":
             (draft.folder / name).write_bytes(b"x" * 100_000)
         (draft.work / "point").write_text("step 5")
+        draft.facts, draft.made = json.loads(sys.argv[3])
         if rounds == 1:
             print("written", flush=True)
             time.sleep(60)
 """
 
+SAID = json.dumps([FACTS["dataset"], MADE])
+
 
 def start_writer(path: Path, rounds: int, line: str) -> subprocess.Popen[str]:
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(rounds)], stdout=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), str(rounds), SAID],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert writer.stdout is not None
     while writer.stdout.readline().strip() != line:
         assert writer.poll() is None
@@ -329,7 +339,7 @@ def test_an_older_schema_asks_to_make_it_again(tmp_path: Path) -> None:
         lambda raw: raw.update(id="0" * 16),
         lambda raw: raw["ask"].update(seed=8),
         lambda raw: raw["ask"]["config"].update(rate=0.2),
-        lambda raw: raw["ask"].update(kind="picture"),
+        lambda raw: raw["ask"].update(method="sig"),
     ],
 )
 def test_a_changed_ask_no_longer_fits_the_id(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -453,7 +463,7 @@ def test_a_manifest_that_says_something_else_than_was_written_is_refused(tmp_pat
     file = seal(tmp_path / "it") / manifests.MANIFEST
     manifests.read_manifest(tmp_path / "it")
     described = json.loads(file.read_text())
-    described[part]["more"] = {}
+    described[part]["more"] = {"sha256": "0" * 64, "bytes": 1}
     file.write_text(json.dumps(described))
     with pytest.raises(ArtifactError, match="was changed: it does not say any more what was written"):
         manifests.read_manifest(tmp_path / "it")
@@ -541,3 +551,129 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         _ = 1 / 0
     assert file.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["point"]
+
+
+# replaced without a gap
+
+
+def test_a_replaced_artifact_is_never_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seal(tmp_path / "a")
+    seen = []
+    swap = files.exchange
+
+    def watched(one: Path, other: Path) -> bool:
+        done = swap(one, other)
+        seen.append((done, manifests.is_artifact(other)))
+        return done
+
+    monkeypatch.setattr(store, "exchange", watched)
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("there would be a moment without it"))
+    with contextlib.suppress(pytest.fail.Exception):  # clearing up renames the hidden folder
+        seal(tmp_path / "a", replace(ASK, seed=8))
+    assert seen == [(True, True)]
+    assert manifests.read_manifest(tmp_path / "a").ask.seed == 8
+
+
+def test_where_names_cannot_be_exchanged_what_was_taken_away_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal(tmp_path / "a")
+    monkeypatch.setattr(store, "exchange", lambda *_: False)
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if Path(target) == tmp_path / "a":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        seal(tmp_path / "a", replace(ASK, seed=8))
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ZeroDivisionError), store.create(tmp_path / "a", replace(ASK, seed=9)):
+        assert manifests.read_manifest(tmp_path / "a").ask == ASK
+        raise ZeroDivisionError
+    assert manifests.read_manifest(tmp_path / "a").ask == ASK
+
+
+def test_a_file_of_the_users_in_an_artifact_is_not_lost(tmp_path: Path) -> None:
+    path = seal(tmp_path / "a")
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"files that are not of the artifact .*notes\.txt"):
+        store.existing(path, replace(ASK, seed=8), force=True)
+    assert finding.unneeded(tmp_path) == []
+
+
+def test_a_hidden_folder_of_the_users_is_no_leftover_and_not_written_into(tmp_path: Path) -> None:
+    mine = tmp_path / ".a.work"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("mine")
+    assert finding.unneeded(tmp_path) == []
+    with pytest.raises(ArtifactError, match=r"\.a\.work is in the way"):
+        seal(tmp_path / "a")
+    assert (mine / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no shared locks")
+def test_what_is_being_read_is_not_removed(tmp_path: Path) -> None:
+    path = seal(tmp_path / "a")
+    with store.held(path):
+        assert finding.unneeded(tmp_path) == []
+        assert not finding.remove(path)
+    assert finding.unneeded(tmp_path) == [path]
+    assert finding.remove(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_removal_that_is_killed_leaves_what_the_next_one_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = seal(tmp_path / "a")
+    monkeypatch.setattr(finding.shutil, "rmtree", lambda *_, **__: None)
+    assert finding.remove(path)
+    monkeypatch.undo()
+    (left,) = finding.unneeded(tmp_path)
+    assert finding.remove(left)
+    assert list(tmp_path.iterdir()) == []
+
+
+# the form of a manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: raw["files"].update({"../../secret": {"sha256": "0" * 64, "bytes": 1}}), "names no file"),
+        (lambda raw: raw["files"]["data.txt"].update(bytes=-1), "greater than or equal to 0"),
+        (lambda raw: raw["files"]["data.txt"].update(sha256="x"), "sha256"),
+        (lambda raw: raw["facts"].pop("name"), "facts.name"),
+        (lambda raw: raw["facts"].update(image_shape=[3, 3000000, 3000]), "larger than"),
+        (lambda raw: raw["facts"].update(image_shape=[3, 0, 8]), "image_shape"),
+        (lambda raw: raw["facts"]["counts"].update(train="many"), "facts.counts.train"),
+        (lambda raw: raw["facts"].update(class_names=[]), "class_names"),
+        (lambda raw: raw["made"].update(seconds=float("nan")), "made.seconds"),
+        (lambda raw: raw["made"].pop("at"), "made.at"),
+        (lambda raw: raw["ask"].update(config=[]), "ask.config"),
+        (lambda raw: raw.update(more=1), "more"),
+    ],
+)
+def test_a_manifest_of_another_form_is_damage_that_names_the_place(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], said: str
+) -> None:
+    path = seal(tmp_path / "a")
+    change_manifest(path, change)
+    raw = json.loads((path / manifests.MANIFEST).read_text())
+    if set(raw) == {"id", "ask", "files", "facts", "made", "schema", "seal"} and isinstance(raw["ask"]["config"], dict):
+        (path / manifests.MANIFEST).write_text(json.dumps(sealed(raw)))
+    with pytest.raises(DamagedError, match=said) as caught:
+        manifests.read_manifest(path)
+    assert caught.value.path == path
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' * 50_000, "9" * 100_000, "[]", "3", '"x"', "null"])
+def test_a_manifest_that_is_something_else_is_damage(tmp_path: Path, content: str) -> None:
+    path = seal(tmp_path / "a")
+    (path / manifests.MANIFEST).write_text(content)
+    with pytest.raises(DamagedError, match="is damaged"):
+        manifests.read_manifest(path)

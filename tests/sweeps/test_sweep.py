@@ -23,10 +23,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from filelock import FileLock
+from toys import FACTS, MADE
 
 from bdbench import stages
-from bdbench.artifacts import finding, manifests
+from bdbench.artifacts import finding, manifests, store
 from bdbench.artifacts import kinds as artifacts
+from bdbench.artifacts.manifests import Ask
 from bdbench.cli import app, console
 from bdbench.cli import sweep as commands
 from bdbench.cli.sweep import view, watch
@@ -34,7 +36,7 @@ from bdbench.defenses.training.abl import ABL
 from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError, OptionError
 from bdbench.reports import results
 from bdbench.sweeps import checking, cluster, jobs, records, sweep, worker
-from bdbench.sweeps.grid import Cell, Grid, read_grid
+from bdbench.sweeps.grid import Cell, Grid, parse_seeds, read_grid
 from bdbench.sweeps.jobs import Order
 from bdbench.sweeps.records import read_records, read_waiting
 from bdbench.sweeps.sweep import Run, State, Sweep, seconds_left, shard
@@ -49,9 +51,9 @@ def grid_of(folder: Path, text: str = GRID) -> Grid:
 
 
 def seal(folder: Path, name: str) -> None:
-    """Leave what looks like an artifact."""
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / name / manifests.MANIFEST).write_text("{}")
+    """Leave an evaluation that can be read."""
+    with store.create(folder / name, Ask("evaluation", "evaluate", 1, {}, 0, {})) as draft:
+        draft.facts, draft.made = dict(FACTS["evaluation"]), dict(MADE)
 
 
 @dataclass
@@ -846,8 +848,9 @@ def test_a_changed_cell_is_refused_and_replaced_when_told(
 
 def test_gc_lists_and_removes_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     leftover = tmp_path / ".gone.work"
-    leftover.mkdir()
-    (leftover / "point").write_bytes(bytes(3_000_000))
+    checkpoints = leftover / "0123456789abcdef"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "point").write_bytes(bytes(3_000_000))
     code, shown, said = ran(["gc", str(tmp_path)], capsys)
     assert code == 0
     assert "3.0 MB" in shown
@@ -913,3 +916,66 @@ def test_no_module_of_the_current_folder_is_imported_by_a_child(
     monkeypatch.chdir(tmp_path)
     checking.check(grid_of(tmp_path, 'defenses = ["none"]\n'))
     assert not (tmp_path / "RAN").exists()
+
+
+def test_a_sweep_makes_again_what_is_damaged_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_folder(tmp_path))
+    job = Sweep(grid_of(tmp_path, UNDEFENDED.replace(', "blended"', "")), tmp_path / "runs")
+    (cell,) = job.grid.cells
+    order = job.order(cell)
+    record = worker.Record(tmp_path / "record.json", {})
+    evaluation = tmp_path / "runs" / worker.make(json.loads(order.text), job.folder, record)
+    before = (evaluation / "metrics.parquet").read_bytes()
+    for damaged in (evaluation / "metrics.parquet", evaluation / manifests.MANIFEST):
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2] ^= 1
+        damaged.write_bytes(content)
+        seal_record(job, cell, evaluation.name)
+        said: list[str] = []
+        run = Run(job, [cell], Mock(), 1, said.append)
+        assert run.states[cell].state == "waiting"
+        assert said
+        assert said[0].startswith("again   ")
+        worker.make(json.loads(order.text), job.folder, record)
+        assert (evaluation / "metrics.parquet").read_bytes() == before
+        assert job.states()[cell].state == "done"
+    dataset = job.folder / job.grid.data_name(cell)
+    for name, gone in (("triggered.parquet", evaluation), ("train.safetensors", job.folder / job.grid.name(cell))):
+        content = bytearray((dataset / name).read_bytes())
+        content[-1] ^= 1
+        (dataset / name).write_bytes(content)
+        shutil.rmtree(gone)
+        worker.make(json.loads(order.text), job.folder, record)
+        artifacts.verify(dataset)
+        assert (evaluation / "metrics.parquet").read_bytes() == before
+
+
+def seal_record(job: Sweep, cell: Cell, evaluation: str) -> None:
+    """Write the record of a cell that is done."""
+    order = json.loads(job.order(cell).text)
+    facts = {name: order[name] for name in records.TOLD}
+    record = {**facts, "state": "done", "evaluation": evaluation, "seconds": 1.0}
+    records.sweep_file(job.folder, "cells", f"{order['name']}.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("text", ["0-99999999999", "0-9999,10000-20000", "9" * 5000, "²", "1-²"])
+def test_more_seeds_than_the_limit_are_refused_at_once(text: str) -> None:
+    with pytest.raises(OptionError, match="seeds"):
+        parse_seeds(text)
+
+
+def test_more_runs_than_the_limit_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="asks for 1,000,000 runs"):
+        grid_of(tmp_path, f'seeds = {list(range(1000))}\nattacks = {["badnets"] * 1000}\ndefenses = ["none"]\n')
+
+
+def test_a_model_whose_name_is_a_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="cannot name a folder"):
+        grid_of(tmp_path, 'models = ["torchvision:../../../evil/x"]\n')
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"x = " + b"[" * 5000, b"\xff", b"a" * (17 * 2**20)])
+def test_a_grid_that_asks_for_too_much_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "grid.toml").write_bytes(content)
+    with pytest.raises(OptionError, match=r"grid\.toml is not TOML"):
+        read_grid(tmp_path / "grid.toml")

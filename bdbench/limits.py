@@ -1,0 +1,16 @@
+"""How much a file or a flag from outside may ask for. Beyond a limit is an error that names it, never a long wait."""
+
+from __future__ import annotations
+
+TEXT_BYTES = 16 * 2**20
+"""Bytes of a JSON or TOML file."""
+SEEDS = 10_000
+"""Seeds of a sweep."""
+CELLS = 100_000
+"""Runs of a sweep."""
+IMAGE_SIDE = 16_384
+"""Pixels of a side of an image in an artifact."""
+IMAGE_VALUES = 3 * 4096 * 4096
+"""Values (channels times height times width) of an image in an artifact."""
+CLASSES = 100_000
+"""Classes of a dataset."""
