@@ -16,6 +16,8 @@ from bdbench.sweeps.jobs import Launch, Order, environment, start_worker
 from bdbench.sweeps.sweep import usual_jobs
 
 CONNECT_SECONDS = 5.0
+ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+"""Has a cluster of this machine listen on 127.0.0.1 alone, on every system, and ask for the user's token."""
 RETRIES = 3
 """How often Ray starts a cell again whose node or worker is gone."""
 
@@ -67,6 +69,8 @@ def connect(address: str | None, jobs: int | None, *, use_gpus: bool = True) -> 
         OptionError: Ray is not installed, or the address has another form.
         DeviceError: nothing answers at the address.
     """
+    if address is None:  # read when Ray is imported
+        os.environ.update(ALONE)
     try:
         import ray
 
@@ -77,10 +81,10 @@ def connect(address: str | None, jobs: int | None, *, use_gpus: bool = True) -> 
         _knock(address)
     try:
         ray.init(
-            address=address, num_cpus=None if address else max(cores(), jobs or 1),
+            address=address or "local", num_cpus=None if address else max(cores(), jobs or 1),
             include_dashboard=None if address else False, configure_logging=False, log_to_driver=False,
         )  # fmt: skip
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
         raise DeviceError(f"cannot use the Ray cluster at {address or 'this machine'}: {error}") from error
     known = found.cluster_resources()
     gpus, cpus = int(known.get("GPU", 0)) if use_gpus else 0, max(1, int(known.get("CPU", 1)))

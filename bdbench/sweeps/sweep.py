@@ -30,6 +30,8 @@ JOB_BYTES = 2 * 10**9
 """Memory that a job may need: one job less is started for every such part that a machine lacks."""
 ROOM_BYTES = 256 * 2**20
 """What has to become free before a sweep goes on after the disk was full."""
+AGAIN_SECONDS = 300.0
+"""When it tries again all the same: a quota is not seen from outside."""
 
 
 class State(NamedTuple):
@@ -178,7 +180,7 @@ class Run:
                 self.say(f"again   {state.record['damage']}")
         self._running: dict[int, tuple[Cell, Order, Handle]] = {}
         self._waiting = [cell for cell in self.cells if self._is_wanted(cell)]
-        self._room = 0
+        self._room, self._paused_at, self._full = 0, 0.0, self.sweep.folder
         self._made: set[str] = set()
 
     def _is_wanted(self, cell: Cell) -> bool:
@@ -206,10 +208,11 @@ class Run:
 
     def _start(self) -> None:
         if self.paused:
-            if shutil.disk_usage(self.sweep.folder).free < self._room:
+            room = shutil.disk_usage(self._full).free
+            if room < self._room and time.monotonic() - self._paused_at < AGAIN_SECONDS:
                 return
             self.paused = ""
-            self.say("there is room again; going on")
+            self.say("there is room again; going on" if room >= self._room else "trying again")
         for job in range(self.jobs):
             if job in self._running:
                 continue
@@ -259,9 +262,11 @@ class Run:
         self._waiting.insert(0, cell)
         self.states[cell] = State("waiting", {})
         if not self.paused:
-            free = shutil.disk_usage(self.sweep.folder).free
-            self._room = free + ROOM_BYTES
-            self.paused = f"no room on the disk of {self.sweep.folder} ({free / 2**20:,.0f} MiB free)"
+            said = Path(str(read_record(self.sweep.folder, order.name).get("full", "")))
+            self._full = said if said.is_dir() else self.sweep.folder
+            free = shutil.disk_usage(self._full).free
+            self._room, self._paused_at = free + ROOM_BYTES, time.monotonic()
+            self.paused = f"no room on the disk of {self._full} ({free / 2**20:,.0f} MiB free)"
             self.say(f"paused  {order.name}: {self.paused}; free {ROOM_BYTES / 2**20:,.0f} MiB to go on")
 
     def _fail(self, cell: Cell, order: Order, record: Mapping[str, Any], code: int) -> None:

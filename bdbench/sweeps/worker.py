@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -113,7 +115,7 @@ def _recorded(order: dict[str, Any], folder: Path) -> int:
         traceback.print_exc()
         if is_full(error):
             with contextlib.suppress(BdbenchError):
-                record.write(state="interrupted", reason=str(error))
+                record.write(state="interrupted", reason=str(error), full=str(fullest(folder)))
             return FULL
         kind = "" if isinstance(error, BdbenchError) else f"{type(error).__name__}: "
         record.write(state="failed", reason=f"{kind}{error}")
@@ -194,6 +196,14 @@ def when_free(make: Callable[[bool], Result], *, replace: bool = False) -> Resul
             if force or not replace:
                 raise
             force = True
+
+
+def fullest(folder: Path) -> Path:
+    """Return which of the folders that a worker writes to has the least room: its own, the cache, the temporary one."""
+    from bdbench.datasets.cache import cache_folder
+
+    places = [place for place in (folder, cache_folder(), Path(tempfile.gettempdir())) if place.is_dir()]
+    return min(places, key=lambda place: shutil.disk_usage(place).free)
 
 
 def is_full(error: BaseException | None) -> bool:

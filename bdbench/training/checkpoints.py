@@ -47,7 +47,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         OSError: no space or no permission; safetensors itself has an error of its own kind.
     """
     try:
+        path.touch()  # the file keeps the mode that the user's other files have
+        mode = path.stat().st_mode
         save_file(tensors, path, metadata)
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(str(error)) from error
 

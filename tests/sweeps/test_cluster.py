@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
@@ -52,8 +53,11 @@ def test_cells_on_this_machine_share_its_cores_and_what_ray_says_is_in_their_log
 ) -> None:
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(cluster, "cores", lambda: 6)
+    monkeypatch.setenv("RAY_ADDRESS", "203.0.113.1:6379")  # of somebody else's cluster
     connected = cluster.connect(None, 2)
     try:
+        assert ray.util.get_node_ip_address() == "127.0.0.1"
+        assert os.environ["RAY_AUTH_MODE"] == "token"
         assert (connected.jobs, connected.threads) == (2, 3)
 
         def lose() -> int:

@@ -305,6 +305,28 @@ def test_a_full_disk_pauses_the_sweep_until_there_is_room(tmp_path: Path, monkey
     assert run.paused == ""
 
 
+def test_a_sweep_that_waits_looks_at_the_disk_that_is_full_and_tries_again_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("BDBENCH_CACHE", str(cache))
+    usage = {cache: 2**20}
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=usage.get(Path(place), 10**12)))
+    assert worker.fullest(tmp_path) == cache
+    run, stage, said = run_of(tmp_path, script={NAMES[0]: [worker.FULL]})
+    monkeypatch.setattr(sweep, "read_record", lambda *_: {"full": str(cache)})
+    steps = run.steps()
+    for _ in range(5):
+        next(steps)
+    assert f"the disk of {cache} (1 MiB free)" in run.paused
+    monkeypatch.setattr(sweep, "AGAIN_SECONDS", 0.0)
+    for _ in range(3):
+        next(steps)
+    assert "trying again" in said
+    assert stage.started[:2] == [NAMES[0], NAMES[0]]
+
+
 def test_ctrl_c_stops_the_workers(tmp_path: Path) -> None:
     run, stage, _ = run_of(tmp_path, jobs=2, script={name: [None] for name in NAMES})
     steps = run.steps()

@@ -147,3 +147,9 @@ def test_the_state_of_an_optimizer_of_other_parameters_counts_as_none(tmp_path: 
     checkpoints.save(tmp_path, "train", POINT, {"optimizer": saved["optimizer"]})
     other = torch.optim.Adam(nn.Linear(9, 9).parameters())
     assert load(tmp_path, "train", {"optimizer": other}) is None
+
+
+def test_a_tensor_file_has_the_mode_of_other_files(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("")
+    checkpoints.save_tensors({"a": torch.zeros(1)}, tmp_path / "tensors")
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "text").stat().st_mode
