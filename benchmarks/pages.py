@@ -65,6 +65,19 @@ def cifar(rows: Sequence[Row]) -> str:
     return "\n\n".join(filter(None, [compare.table(headings, lines, first_number=2), legend]))
 
 
+SEEDS = ("none", "cbd", "abl", "dbd", "mcldef")
+
+
+def overview(rows: Sequence[Row]) -> str:
+    """Return BA / ASR of the undefended model and of each defense, a line an attack."""
+    shown = {(row["attack"], row["defense"]): row for row in rows if not row["variant"]}
+    lines = [
+        [f"`{attack}`", *(f"{rate(row, 'ba')} / {rate(row, 'asr')}" for row in (shown[attack, name] for name in SEEDS))]
+        for attack in dict.fromkeys(row["attack"] for row in rows)
+    ]
+    return compare.table(("BA / ASR", *SEEDS), lines, first_number=1)
+
+
 def quickstart(rows: Sequence[Row]) -> str:
     """Return BA / ASR of every defense of the quickstart over its seeds, with the median."""
     seeds = sorted({row["seed"] for row in rows})
@@ -110,9 +123,10 @@ def interval(row: Row) -> str:
 
 TABLES: Mapping[str, tuple[Path, str, Callable[[Sequence[Row]], str]]] = MappingProxyType(
     {
-        "cifar": (README, "cifar10-cpu", cifar),
-        "grid": (README, "grid", grid),
-        "quickstart": (README, "quickstart", quickstart),
+        "overview": (README, "cifar10-cpu", overview),
+        "cifar": (compare.PAGE, "cifar10-cpu", cifar),
+        "grid": (compare.PAGE, "grid", grid),
+        "quickstart": (compare.PAGE, "quickstart", quickstart),
         "attacks": (compare.PAGE, "attacks", attacks),
         "budget": (compare.PAGE, "cifar10-budget", cifar),
     }

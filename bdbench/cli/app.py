@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdbench import __version__
-from bdbench.cli import console, evaluate, explain, inspection, quickstart, report, suspects, sweep, train, verify
+from bdbench.cli import console, docs, evaluate, explain, inspection, quickstart, report, suspects, sweep, train, verify
 from bdbench.cli import poison as poison_command
 from bdbench.cli.flags import expand_config, read_toml, value_of, with_options
 from bdbench.errors import BdbenchError, DamageWarning, OptionError
@@ -81,6 +81,7 @@ def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:
         "show": explain.show,
         "inspect": inspection.inspect,
         "verify": verify.verify,
+        "docs": docs.docs,
     }
     expanded = list(arguments)
     for name, function in commands.items():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -21,63 +19,9 @@ import pytest
 from toys import sealed
 
 from bdbench.cli import console
-from bdbench.cli.app import run
 from bdbench.registry import ATTACKS, DEFENSES
 
 FAST = ("--epochs", "1", "--batch-size", "256")
-
-
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, " ".join(err.split())
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def bdbench(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a command line in this process and return its exit code and what it wrote."""
-    monkeypatch.delenv("COLUMNS", raising=False)  # set where tests run in parallel
-
-    def call(*arguments: object) -> Result:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        code = ended.value.code
-        return Result(code if isinstance(code, int) else 0, out, err)
-
-    return call
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the four bare commands were typed, with one epoch each."""
-    folder = tmp_path_factory.mktemp("walk")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        for command in (
-            ["poison"],
-            ["train", *FAST],
-            ["defend", "--method", "cbd", "--twin-epochs", "1", *FAST],
-            ["defend", "--method", "abl", "--isolation-epochs", "1", "--unlearn-steps", "2", *FAST],
-            ["evaluate"],
-        ):
-            with pytest.raises(SystemExit) as ended:
-                run(command)
-            assert not ended.value.code, command
-    finally:
-        os.chdir(before)
-    return folder
 
 
 @pytest.fixture
@@ -563,57 +507,3 @@ def test_a_ctrl_c_that_was_swallowed_ends_the_work_at_its_next_step() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_every_command_of_the_readme_is_one_that_exists(bdbench: Any) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    typed = [line for line in readme.splitlines() if line.startswith("$ ")]
-    commands = {name for line in typed for name in re.findall(r"\bbdbench ([a-z]+)", line)}
-    assert {"quickstart", "poison", "train", "defend", "evaluate", "table"} <= commands
-    listed = bdbench("--help").out
-    assert all(re.search(rf"\b{command}\b", listed) for command in commands)
-
-
-def console_lines(readme: str) -> list[list[str]]:
-    """The words of every command of bdbench that a text shows, without its comment."""
-    typed = re.findall(r"(?m)^\$ (?:\S+ && )*(?:\S*/)?bdbench (.*)$", readme)
-    return [shlex.split(line, comments=True) for line in typed]
-
-
-def test_every_flag_of_the_readme_is_one_that_exists(bdbench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    lines = console_lines((Path(__file__).parents[2] / "README.md").read_text())
-    assert len(lines) >= 25
-    for name, *words in lines:
-        method = [
-            word for flag in ("--method", "--attack") if flag in words for word in (flag, words[words.index(flag) + 1])
-        ]
-        shown = bdbench(name, *method, "--help").out
-        for word in words:
-            if word.startswith("--"):
-                assert re.search(rf"{word}\b", shown), (name, word)
-
-
-def test_a_plugin_as_in_the_readme_is_in_every_command(here: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = re.findall(r"(?s)```python\n([^`]*class Stripe.*?)```", readme)
-    (entry,) = re.findall(r'(?s)```toml\n\[project\.entry-points\."(bdbench\.attacks)"\]\n(.*?)```', readme)
-    (here / "mypackage").mkdir()
-    (here / "mypackage" / "stripe.py").write_text(code)
-    described = here / "mypackage-1.0.dist-info"
-    described.mkdir()
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: mypackage\nVersion: 1.0\n")
-    (described / "entry_points.txt").write_text(f"[{entry[0]}]\n{entry[1].replace(chr(34), '')}")
-
-    def called(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "bdbench", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(here)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-    rows = {row["name"]: row["summary"] for row in json.loads(called("list", "attacks", "--json").stdout)}
-    assert rows["stripe"] == "plugin from mypackage"
-    done = called("poison", "--attack", "stripe", "--column", "3", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["counts"]["triggered"] == 323
-    refused = called("poison", "--attack", "stripe", "--column", "30", "--out", "other")
-    assert (refused.returncode, "column 30 is outside 0..7" in refused.stderr) == (1, True)

@@ -1,0 +1,67 @@
+"""The command line in this process, and a folder in which the walk on digits was typed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bdbench.cli.app import run
+
+FAST = ("--epochs", "1", "--batch-size", "256")
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, " ".join(err.split())
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def bdbench(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command line in this process and return its exit code and what it wrote."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # set where tests run in parallel
+
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        return Result(code if isinstance(code, int) else 0, out, err)
+
+    return call
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the four bare commands were typed, with one epoch each."""
+    folder = tmp_path_factory.mktemp("walk")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for command in (
+            ["poison"],
+            ["train", *FAST],
+            ["defend", "--method", "cbd", "--twin-epochs", "1", *FAST],
+            ["defend", "--method", "abl", "--isolation-epochs", "1", "--unlearn-steps", "2", *FAST],
+            ["evaluate"],
+        ):
+            with pytest.raises(SystemExit) as ended:
+                run(command)
+            assert not ended.value.code, command
+    finally:
+        os.chdir(before)
+    return folder
