@@ -159,6 +159,11 @@ def test_the_list_of_methods_in_a_page_is_that_of_the_registry(page: str) -> Non
     assert catalogue.filled(page, text) == text, "run: python -m bdbench.reports.catalogue"
 
 
+def test_every_command_is_explained(bdbench: Any) -> None:
+    offered = re.findall(r"(?m)^│ ([a-z]+) ", bdbench("--help").out)
+    assert re.findall(r"(?m)^\| `([a-z]+)` \|", (docs.FOLDER / "commands.md").read_text()) == offered
+
+
 def test_every_metric_and_every_mark_is_explained() -> None:
     text = (docs.FOLDER / "metrics.md").read_text()
     assert [name for name in (*RATES, *SCORES, "der") if f"`{name}`" not in text] == []
