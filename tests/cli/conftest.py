@@ -45,18 +45,27 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def in_walk(walked: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(walked)
+    return walked
+
+
 @pytest.fixture(scope="session")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the four bare commands were typed, with one epoch each."""
+    """A folder in which the four bare commands were typed, with one epoch each, under their names."""
     folder = tmp_path_factory.mktemp("walk")
     before = Path.cwd()
     os.chdir(folder)
     try:
         for command in (
             ["poison"],
-            ["train", *FAST],
-            ["defend", "--method", "cbd", "--twin-epochs", "1", *FAST],
-            ["defend", "--method", "abl", "--isolation-epochs", "1", "--unlearn-steps", "2", *FAST],
+            ["train", *FAST, "--out", "runs/digits-badnets-s0-none"],
+            ["defend", "--method", "cbd", "--twin-epochs", "1", *FAST, "--out", "runs/digits-badnets-s0-cbd"],
+            [
+                *("defend", "--method", "abl", "--isolation-epochs", "1", "--unlearn-steps", "2", *FAST),
+                *("--out", "runs/digits-badnets-s0-abl"),
+            ],
             ["evaluate"],
         ):
             with pytest.raises(SystemExit) as ended:

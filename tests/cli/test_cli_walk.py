@@ -24,12 +24,6 @@ from bdbench.registry import ATTACKS, DEFENSES
 FAST = ("--epochs", "1", "--batch-size", "256")
 
 
-@pytest.fixture
-def in_walk(walked: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(walked)
-    return walked
-
-
 def test_the_bare_commands_leave_one_artifact_each_under_runs(walked: Path) -> None:
     names = {path.name for path in (walked / "runs").iterdir()}
     base = "digits-badnets-s0"
@@ -409,7 +403,7 @@ def test_help_of_a_method_shows_its_own_flags(bdbench: Any) -> None:
     assert "--unlearn-steps" not in bdbench("defend", "--method", "cbd", "--help").out
 
 
-FIXED = "quickstart take suspects evaluate table report sweep status gc inspect verify"
+FIXED = "quickstart docs take suspects evaluate table report sweep status gc inspect verify"
 HELPED = [
     *((name,) for name in FIXED.split()),
     *(("poison", "--attack", name) for name in ATTACKS.names()),

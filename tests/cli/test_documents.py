@@ -146,7 +146,7 @@ def test_the_plugins_of_the_documents_are_in_every_command(package: Path) -> Non
     assert (refused.returncode, "column 30 is outside 0..7" in refused.stderr) == (1, True)
     done = called("defend", "--method", "drop-easy", "--drop", "0.2", "--epochs", "1", "--first-epochs", "1")
     assert done.returncode == 0, done.stderr
-    (model,) = package.glob("runs/*-drop-easy")
+    (model,) = package.glob("runs/*-drop-easy*")
     assert json.loads((model / "manifest.json").read_text())["facts"]["findings"] == {"dropped": 273}
 
 
