@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -182,6 +183,13 @@ def test_the_readme_names_all_that_there_is_and_fits() -> None:
 def test_the_workflow_of_the_readme_is_the_one_to_copy() -> None:
     (shown,) = blocks(ROOT / "README.md", "yaml")
     assert shown in (ROOT / ".github" / "workflows" / "backdoor.yml").read_text()
+
+
+def test_contributing_names_every_layer() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    names = {name for line in contracts[0]["layers"] for name in re.findall(r"bdbench\.(\w+)", line)} - {"__main__"}
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    assert [name for name in sorted(names) if f"`{name}/`" not in text and f"`{name}.py`" not in text] == []
 
 
 def anchors(page: Path) -> set[str]:
