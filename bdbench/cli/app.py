@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 HELP = """Put any backdoor attack on image classifiers against any defense, and trust the table.
 
 [bold]poison[/bold] writes a poisoned dataset, [bold]train[/bold] and [bold]defend[/bold] train models on it,
-[bold]evaluate[/bold] prints BA (benign accuracy) and ASR (attack success rate). Try: [cyan]bdbench quickstart[/cyan]
+[bold]evaluate[/bold] prints BA (benign accuracy) and ASR (attack success rate). Try: [cyan]bdbench quickstart[/cyan].
+Read: [cyan]bdbench docs[/cyan].
 """
 INTERRUPTED = 130
 

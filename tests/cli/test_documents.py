@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bdbench import stages
+from bdbench import __version__, stages
 from bdbench.cli import docs
 from bdbench.registry import REGISTRIES
 from bdbench.reports import catalogue, tables
@@ -183,6 +183,10 @@ def test_the_readme_names_all_that_there_is_and_fits() -> None:
 def test_the_workflow_of_the_readme_is_the_one_to_copy() -> None:
     (shown,) = blocks(ROOT / "README.md", "yaml")
     assert shown in (ROOT / ".github" / "workflows" / "backdoor.yml").read_text()
+
+
+def test_what_is_cited_is_this_version() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_contributing_names_every_layer() -> None:
