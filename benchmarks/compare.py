@@ -12,8 +12,9 @@ from typing import Any
 
 from bdbench import files
 from bdbench.artifacts import made
+from bdbench.protocol.catalog import RATES, SCORES
 from bdbench.registry import ATTACKS, DEFENSES, Registry
-from bdbench.reports.results import KEYS, RATES, SCORES, over_seeds
+from bdbench.reports.results import KEYS, over_seeds
 
 PAPER = Path(__file__).with_name("paper.toml")
 PAGE = Path(__file__).with_name("RESULTS.md")

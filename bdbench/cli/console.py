@@ -33,11 +33,11 @@ def flowing(text: str) -> str:
 
 
 def show(item: object) -> None:
-    """Print a table or text to standard output."""
+    """Print a table or text to standard output; what is wider than the terminal is not cut."""
     if isinstance(item, str):
         sys.stdout.write(item if item.endswith("\n") else item + "\n")
     else:
-        _console(stderr=False).print(item)
+        _console(stderr=False).print(item, crop=False)
 
 
 def show_json(value: object) -> None:

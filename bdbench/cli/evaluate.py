@@ -14,15 +14,28 @@ from bdbench.artifacts.finding import ROOT
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName, with_folder
 from bdbench.cli.train import newest_dataset
-from bdbench.errors import ArtifactError, OptionError, did_you_mean
+from bdbench.errors import ArtifactError, OptionError
+from bdbench.protocol.catalog import METRICS, check_metrics
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 Assertions = Annotated[
     list[str] | None,
     typer.Option(
-        "--assert", help='Condition on every row, such as "asr<=0.05"; exit code 3 where one fails. Repeatable.'
+        "--assert",
+        metavar="CONDITION",
+        help='A metric, one of <= >= < >, and a number, such as "asr<=0.05", for every row; exit code 3 where it does '
+        "not hold. Repeatable.",
     ),
 ]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METRICS",
+        help=f"Metrics to show, such as ba,asr,floor. There are: {', '.join(METRICS)} (`bdbench list metrics`).",
+        show_default=False,
+    ),
+]
+Wide = Annotated[bool, typer.Option("--wide", help="Show every metric, whatever the width of the terminal.")]
 Junit = Annotated[
     Path | None,
     typer.Option(
@@ -45,13 +58,16 @@ def evaluate(
     device: Device = "auto",
     precision: PrecisionName = "auto",
     force: Force = False,
+    columns: Columns = None,
+    wide: Wide = False,
     config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:
     """Judge models on clean and triggered test images: the table of BA and ASR.
 
-    BA counts all clean test images, ASR the triggered images of other classes; the floor is how many of those are
-    called the target without any trigger: an ASR near its floor is no attack.
+    BA counts all clean test images. ASR counts the triggered test images of other classes. The floor is the share of
+    the same images that are classified as the target without any trigger: an ASR near its floor is no attack.
+    `bdbench list metrics` has all of them.
 
     Examples:
       bdbench evaluate
@@ -62,7 +78,7 @@ def evaluate(
     from bdbench.reports import results, tables
     from bdbench.training.devices import Precision
 
-    checks = read_checks(assertions, junit)
+    checks, shown = read_checks(assertions, junit), chosen_columns(columns, wide=wide)
     rows = {}
     with console.live_progress() as progress:
         for model in models or _models_of_newest():
@@ -71,7 +87,7 @@ def evaluate(
             )
             rows[made.id] = results.evaluation_row(made)
     marked = results.mark_rows(list(rows.values()))
-    console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich"))
+    console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich", shown))
     console.say_next(f"bdbench table {quote(str(Path(marked[0]['path']).parent))} --format markdown")
     _check(marked, checks, junit)
 
@@ -89,6 +105,8 @@ def table(
             show_default=False,
         ),
     ] = None,
+    columns: Columns = None,
+    wide: Wide = False,
     assertions: Assertions = None,
     junit: Junit = None,
     out: Annotated[
@@ -104,6 +122,8 @@ def table(
     Examples:
       bdbench table
 
+      bdbench table --columns ba,asr,floor,ba_non_target
+
       bdbench table runs/ --format latex --out table.tex
 
       bdbench table runs/grid --ranks der
@@ -117,10 +137,12 @@ def table(
         raise unknown_name("format", style, get_args(tables.Format))
     if ranks is not None and ranks not in METRICS:
         raise unknown_name("metric to rank by", ranks, METRICS)
-    checks = read_checks(assertions, junit)
+    checks, shown = read_checks(assertions, junit), chosen_columns(columns, wide=wide)
+    if ranks is not None and shown is not None:
+        raise OptionError("--ranks has its own columns; drop --columns and --wide")
     rows = results.read_rows(places or [ROOT], strict=bool(checks))  # what is passed over might not hold
     written = cast("tables.Format", style)
-    rendered = tables.render_ranking(rows, ranks, written) if ranks else tables.render(rows, written)
+    rendered = tables.render_ranking(rows, ranks, written) if ranks else tables.render(rows, written, shown)
     if out is None:
         console.show(rendered)
     elif isinstance(rendered, str):
@@ -132,6 +154,19 @@ def table(
     else:
         raise OptionError("--out needs a format for files: markdown, csv, latex or json")
     _check(rows, checks, junit)
+
+
+def chosen_columns(columns: str | None, *, wide: bool) -> tuple[str, ...] | None:
+    """Return the metrics that are asked for, or None for the usual ones.
+
+    Raises:
+        OptionError: a name is no metric, or both flags are given.
+    """
+    if columns is None:
+        return tuple(METRICS) if wide else None
+    if wide:
+        raise OptionError("--wide shows every metric, --columns some; give one of the two")
+    return check_metrics([name.strip() for name in columns.split(",") if name.strip()], "--columns")
 
 
 def read_checks(assertions: list[str] | None, junit: Path | None) -> list[tuple[str, str, float]]:
@@ -151,14 +186,10 @@ def parse_assertion(text: str) -> tuple[str, str, float]:
     Raises:
         OptionError: it has another form, or names no metric.
     """
-    from bdbench.reports.results import RATES, SCORES
-
     found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*", text)
     if found is None:
         raise OptionError(f"assertion '{text}' is not of the form METRIC<=NUMBER (or >=, <, >), such as asr<=0.05")
-    known = (*RATES, *SCORES, "der")
-    if found[1] not in known:
-        raise OptionError(f"assertion '{text}': unknown metric '{found[1]}'.{did_you_mean(found[1], known)}")
+    check_metrics([found[1]], f"assertion '{text}'")
     try:
         return found[1], found[2], float(found[3])
     except ValueError as error:

@@ -12,6 +12,7 @@ from bdbench.cli import console
 from bdbench.cli.flags import shown
 from bdbench.cli.parameters import Json
 from bdbench.errors import unknown_name
+from bdbench.protocol.catalog import METRICS
 from bdbench.registry import REGISTRIES, Registry, Row
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Plural(StrEnum):
     DEFENSES = "defenses"
     DATASETS = "datasets"
     MODELS = "models"
+    METRICS = "metrics"
 
 
 NEEDS = {
@@ -38,17 +40,24 @@ def list_names(
     kind: Annotated[Plural | None, typer.Argument(help="What to list; default: everything.")] = None,
     json: Json = False,
 ) -> None:
-    """List attacks, defenses, datasets and models, plugins included.
+    """List attacks, defenses, datasets and models, plugins included, and metrics.
 
     Examples:
       bdbench list
 
       bdbench list attacks --json
+
+      bdbench list metrics
     """
-    chosen = [REGISTRIES[kind.value]] if kind else list(REGISTRIES.values())
+    chosen = [registry for registry in REGISTRIES.values() if kind in (None, registry.plural)]
     if json:
         rows = {item.plural: [{"name": name, **row._asdict()} for name, row in item.rows.items()] for item in chosen}
+        if kind in (None, Plural.METRICS):
+            rows["metrics"] = [_metric(name) for name in METRICS]
         console.show_json(rows[kind.value] if kind else rows)
+        return
+    if kind is Plural.METRICS:
+        _show_metrics()
         return
     from rich.table import Table
     from rich.text import Text
@@ -59,15 +68,35 @@ def list_names(
         for name, row in registry.rows.items():
             table.add_row(f"  {name}", row.summary, Text(row.threat, style="dim"))
     console.show(table)
-    console.say("more: [cyan]bdbench show NAME[/cyan]")
+    console.say("more: [cyan]bdbench show NAME[/cyan], [cyan]bdbench list metrics[/cyan]")
+
+
+def _metric(name: str) -> dict[str, Any]:
+    metric = METRICS[name]
+    return {"name": name, "summary": f"{metric.counts}; over: {metric.over}", **metric._asdict()}
+
+
+def _show_metrics() -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, metric in METRICS.items():
+        good = f"; {metric.better} is good" if metric.better else ""
+        table.add_row(Text(name, style="bold"), Text.assemble(metric.counts, (f"\nover: {metric.over}{good}", "dim")))
+    console.show(table)
+    console.say("Rates have their count and 95 % interval (Wilson) in CSV, JSON and the report.")
 
 
 def _complete_any(incomplete: str) -> list[str]:
-    return [name for registry in REGISTRIES.values() for name in registry.names() if name.startswith(incomplete)]
+    known = [name for registry in REGISTRIES.values() for name in registry.names()]
+    return [name for name in (*known, *METRICS) if name.startswith(incomplete)]
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="An attack, defense, dataset or model.", autocompletion=_complete_any)],
+    name: Annotated[
+        str, typer.Argument(help="An attack, defense, dataset, model or metric.", autocompletion=_complete_any)
+    ],
     json: Json = False,
 ) -> None:
     """Explain one name: what it is, its paper, the threat model, its options with types, bounds and defaults.
@@ -80,6 +109,13 @@ def show(
     from rich.console import Group
     from rich.text import Text
 
+    if name in METRICS:
+        metric = _metric(name)
+        if json:
+            console.show_json({**metric, "kind": "metric", "description": metric["summary"], "options": []})
+        else:
+            console.show(f"{name}: {metric['counts']}\nover: {metric['over']}")
+        return
     registry, row = _row_of(name)
     facts = _describe(registry, row, name)
     if json:
@@ -98,7 +134,8 @@ def _row_of(name: str) -> tuple[Registry, Row]:
         row = registry.find(name)
         if row is not None:
             return registry, row
-    raise unknown_name("name", name, [known for registry in REGISTRIES.values() for known in registry.names()])
+    names = [known for registry in REGISTRIES.values() for known in registry.names()]
+    raise unknown_name("name", name, [*names, *METRICS])
 
 
 def _describe(registry: Registry, row: Row, name: str) -> dict[str, Any]:

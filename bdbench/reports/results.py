@@ -12,16 +12,8 @@ from typing import Any
 from bdbench.artifacts.finding import find_artifacts
 from bdbench.artifacts.kinds import EvaluationArtifact
 from bdbench.errors import ArtifactError, DamagedError, DamageWarning
+from bdbench.protocol.catalog import METRICS, RATES, SCORES
 from bdbench.protocol.metrics import defense_effectiveness, mean_interval
-
-RATES = (
-    "ba", "asr", "asr_others", "floor", "ra", "ba_non_target", "target_recall", "detection_precision",
-    "detection_recall",
-)  # fmt: skip
-
-
-SCORES = ("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr")
-
 
 KEYS = ("dataset", "model", "attack", "attack_options", "defense", "defense_options", "preset")
 
@@ -125,7 +117,7 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         seeds = sorted({row["seed"] for row in group})
         out: dict[str, Any] = {key: group[0].get(key) for key in (*KEYS, *SOURCE)}
         out |= {"seeds": seeds, "marks": "".join(sorted({mark for row in group for mark in row["marks"]}))}
-        for name in (*RATES, *SCORES, "der", "seconds", "peak_memory_bytes"):
+        for name in METRICS:
             out |= mean_and_spread(name, [row.get(name) for row in group])
         merged.append(out)
     return merged

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import pandas as pd
-from rich.console import Console, ConsoleOptions
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from bdbench.errors import OptionError
+from bdbench.protocol.catalog import METRICS
 from bdbench.registry import DEFENSES
 from bdbench.reports.formats import Column, latex, markdown
 from bdbench.reports.ranking import Ranked, Ranking, rank
@@ -22,29 +24,33 @@ from bdbench.reports.results import finite, merge
 Format = Literal["rich", "markdown", "csv", "latex", "json"]
 
 
-COLUMNS = (
-    Column("dataset", "data", False),
-    Column("model", "model", False),
-    Column("attack", "attack", False),
-    Column("defense", "defense", False),
-    Column("preset", "preset", False),
-    Column("seeds", "seeds", False),
-    Column("ba", "BA"),
-    Column("asr", "ASR"),
-    Column("asr_others", "ASR, other classes"),
-    Column("floor", "floor"),
-    Column("ra", "RA"),
-    Column("target_recall", "target recall"),
-    Column("der", "DER"),
-    Column("detection_precision", "set aside: precision"),
-    Column("auroc", "AUROC"),
-    Column("seconds", "seconds", False),
-    Column("peak_memory_bytes", "peak MiB", False),
-    Column("marks", "", False),
+NAMES = (
+    Column("dataset", "data", is_number=False),
+    Column("model", "model", is_number=False),
+    Column("attack", "attack", is_number=False),
+    Column("defense", "defense", is_number=False),
+    Column("preset", "preset", is_number=False),
+    Column("seeds", "seeds", is_number=False),
 )
+"""Columns that say what a row is of; every table has them."""
+
+USUAL = (
+    "ba", "asr", "asr_others", "floor", "ra", "target_recall", "der", "detection_precision", "auroc", "seconds",
+    "peak_memory_bytes",
+)  # fmt: skip
+"""Metrics that a table shows unless others are asked for."""
+
+COLUMNS = (
+    *NAMES, *(Column(name, METRICS[name].heading) for name in USUAL), Column("marks", "", is_number=False)
+)  # fmt: skip
 
 SHARED = ("dataset", "model", "attack", "preset", "seeds")
 """Columns that stand once above the printed table where all its rows agree."""
+
+SINGLE_RUN = (
+    "dataset", "model", "attack", "attack_options", "defense", "defense_options", "preset", "seed", "marks", "path",
+)  # fmt: skip
+"""What says of a single run what it is of."""
 
 SPARED = ("peak_memory_bytes", "seconds", "target_recall", "detection_precision", "auroc", "ra", "asr_others", "der")
 """Columns that a narrow terminal does without, first to last."""
@@ -78,33 +84,50 @@ def _setting(row: dict[str, Any]) -> tuple[str | None, ...]:
     return tuple(row.get(name) for name in ("dataset", "model", "attack"))
 
 
-def render(rows: Sequence[dict[str, Any]], style: Format) -> Fitting | str:
+def render(rows: Sequence[dict[str, Any]], style: Format, columns: Sequence[str] | None = None) -> Fitting | str:
     """Return the table of BA and ASR over seeds in one of the formats; JSON and CSV hold every single run.
 
     Args:
         rows: from `read_rows`.
         style: rich gives what a `rich.console.Console` prints, the others text.
+        columns: names of metrics to show, whatever the width of the terminal. Default: the usual ones that a row has,
+            and of these as many as fit; JSON and CSV then hold all there is.
     """
-    if style == "json":
-        return json.dumps({"rows": list(rows)}, indent=1)
-    if style == "csv":
-        flat = [
-            {key: json.dumps(item) if isinstance(item, dict | list) else item for key, item in row.items()}
-            for row in rows
-        ]
-        return pd.DataFrame(flat).to_csv(index=False)
+    if style in ("json", "csv"):
+        single = [_narrowed(row, columns) for row in rows]
+        return json.dumps({"rows": single}, indent=1) if style == "json" else _csv(single)
     merged = _grouped(merge(rows))
-    columns = [column for column in COLUMNS if any(cell(row, column) for row in merged)]
-    cells = [[cell(row, column) for column in columns] for row in merged]
+    shown = COLUMNS
+    if columns is not None:
+        shown = (*NAMES, *(Column(name, METRICS[name].heading) for name in columns), COLUMNS[-1])
+    shown = tuple(column for column in shown if any(cell(row, column) for row in merged))
+    cells = [[cell(row, column) for column in shown] for row in merged]
     notes = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in row["marks"] for row in merged)]
+    if any(" ± " in text for line in cells for text in line):
+        notes.append("±: standard deviation over seeds")
     if style == "rich":
-        return Fitting(columns, cells, merged, notes)
-    return markdown(columns, cells, notes) if style == "markdown" else latex(columns, cells, notes)
+        return Fitting(shown, cells, merged, notes, spared=SPARED if columns is None else ())
+    return markdown(shown, cells, notes) if style == "markdown" else latex(shown, cells, notes)
+
+
+def _narrowed(row: dict[str, Any], columns: Sequence[str] | None) -> dict[str, Any]:
+    """Return what CSV and JSON hold of a row: all, or what names it and the chosen metrics with counts and limits."""
+    if columns is None:
+        return row
+    names = [name for column in columns for name in (column, f"{column}_n", f"{column}_low", f"{column}_high")]
+    return {name: row[name] for name in (*SINGLE_RUN, *names) if name in row}
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    flat = [
+        {key: json.dumps(item) if isinstance(item, dict | list) else item for key, item in row.items()} for row in rows
+    ]
+    return pd.DataFrame(flat).to_csv(index=False)
 
 
 RANKING = (
-    Column("defense", "defense", False), Column("preset", "preset", False), Column("rank", "average rank"),
-    Column("mean", "mean"),
+    Column("defense", "defense", is_number=False), Column("preset", "preset", is_number=False),
+    Column("rank", "average rank"), Column("mean", "mean"),
 )  # fmt: skip
 
 
@@ -129,11 +152,12 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
     if style == "csv":
         return pd.DataFrame(lines, columns=Ranked._fields).to_csv(index=False)
     cells = [
-        [f"{line[column.key]:.3f}" if column.is_rate else str(line[column.key]) for column in RANKING] for line in lines
+        [f"{line[column.key]:.3f}" if column.is_number else str(line[column.key]) for column in RANKING]
+        for line in lines
     ]
     if style == "rich":
-        return Fitting(list(RANKING), cells, [line | {"marks": ""} for line in lines], ranking_notes(found))
-    return (markdown if style == "markdown" else latex)(list(RANKING), cells, ranking_notes(found))
+        return Fitting(RANKING, cells, [line | {"marks": ""} for line in lines], ranking_notes(found))
+    return (markdown if style == "markdown" else latex)(RANKING, cells, ranking_notes(found))
 
 
 def ranking_notes(found: Ranking) -> list[str]:
@@ -164,12 +188,12 @@ def cell(row: dict[str, Any], column: Column) -> str:
     value = row[column.key]
     if column.key == "seeds":
         return str(value[0]) if len(value) == 1 else f"{len(value)}"
-    if column.key in ("seconds", "peak_memory_bytes"):
-        return f"{value / (2**20 if column.key == 'peak_memory_bytes' else 1):,.0f}"
-    if not column.is_rate:
+    if not column.is_number:
         return str(value)
     if value is None:
         return ""
+    if METRICS[column.key].kind == "cost":
+        return f"{value / (2**20 if column.key == 'peak_memory_bytes' else 1):,.0f}"
     spread = row[f"{column.key}_sd"]
     return f"{value:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
@@ -177,45 +201,52 @@ def cell(row: dict[str, Any], column: Column) -> str:
 class Fitting:
     """A table for a terminal of any width.
 
-    What all rows share stands above it. Where it is too wide, spreads get lines of their own, then columns stay away.
+    What all rows share stands above it. Where it is too wide, spreads get lines of their own, then columns are left
+    out; what is still too wide is printed as wide as it is.
 
     Args:
         columns, cells: the table, cells as text.
         rows: what the lines are made of, for their emphasis.
         notes: lines below it.
+        spared: keys of columns that a narrow terminal does without, first to last.
     """
 
     def __init__(
-        self, columns: list[Column], cells: list[list[str]], rows: list[dict[str, Any]], notes: list[str]
+        self,
+        columns: Sequence[Column],
+        cells: list[list[str]],
+        rows: list[dict[str, Any]],
+        notes: list[str],
+        spared: Sequence[str] = (),
     ) -> None:
         texts = {column: [line[place] for line in cells] for place, column in enumerate(columns)}
         shared = [column for column in columns if column.key in SHARED and len(set(texts[column])) == 1]
         self.title = " · ".join(_shared(column, rows[0], texts[column][0]) for column in shared)
         self.columns = {column: texts[column] for column in columns if column not in shared}
-        self.rows, self.notes = rows, notes
+        self.rows, self.notes, self.spared = rows, notes, spared
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segment]:
         """Yield the table for a console of this width."""
         shown, notes = self.columns, list(self.notes)
         if _width(shown) > options.max_width:
             shown = {column: [text.replace(" ± ", "\n± ") for text in texts] for column, texts in shown.items()}
         spared = []
-        for key in SPARED:
+        for key in self.spared:
             if _width(shown) > options.max_width:
                 spared += [column.heading for column in shown if column.key == key]
                 shown = {column: texts for column, texts in shown.items() if column.key != key}
         if spared:
-            notes.append(f"no room here for: {', '.join(spared)} (`bdbench table --format csv` has them)")
+            notes.append(f"hidden at this width: {', '.join(spared)} (`bdbench table --wide` shows them)")
         if self.title:
             yield Text(self.title)
-        yield self._table(shown)
+        yield from console.render(self._table(shown), options.update_width(max(options.max_width, _width(shown))))
         if notes:
             yield Text("\n".join(notes), style="dim italic")
 
     def _table(self, shown: Mapping[Column, Sequence[str]]) -> Table:
         table = Table(header_style="bold")
         for column, texts in shown.items():
-            if _is_number(column):
+            if column.is_number:
                 heading = "\n".join(textwrap.wrap(column.heading, _least(column, texts)))
                 table.add_column(heading, justify="right", no_wrap=True)
             else:
@@ -235,12 +266,8 @@ def _width(columns: Mapping[Column, Sequence[str]]) -> int:
 
 
 def _least(column: Column, texts: Iterable[str]) -> int:
-    parts = (part for text in texts for part in (text.splitlines() if _is_number(column) else text.split()))
+    parts = (part for text in texts for part in (text.splitlines() if column.is_number else text.split()))
     return max(map(len, (*column.heading.split(), *parts)), default=0)
-
-
-def _is_number(column: Column) -> bool:
-    return column.is_rate or column.key in ("seconds", "peak_memory_bytes")
 
 
 def _shared(column: Column, row: dict[str, Any], text: str) -> str:

@@ -23,6 +23,7 @@ from bdbench.cli.quickstart import METHODS
 from bdbench.defenses.training.cbd import CBD
 from bdbench.errors import OptionError, TrainingError
 from bdbench.protocol import budget
+from bdbench.protocol.catalog import RATES, SCORES
 from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
 from bdbench.reports import results, tables
 from bdbench.sweeps import checking, grid, sweep
@@ -54,9 +55,9 @@ def row(defense: str = "none", ba: float = 0.9, asr: float = 1.0, **other: Any) 
         "peak_memory_bytes": 1, "findings": {}, "variant": "", "made": {"at": "now"}, "processor": "here", "cores": 2,
         "command": "python",
     }  # fmt: skip
-    for name in results.RATES:
+    for name in RATES:
         full |= {name: None, f"{name}_n": 100, f"{name}_low": None, f"{name}_high": None}
-    full |= dict.fromkeys(results.SCORES)
+    full |= dict.fromkeys(SCORES)
     return {**full, "ba": ba, "asr": asr, "floor": 0.02, "ba_non_target": ba, **other}
 
 

@@ -95,7 +95,8 @@ def test_defenses_are_ranked(in_walk: Path, bdbench: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("asr=0.1", "form"), ("asrr<=0.1", "Did you mean 'asr'"), ("ba<=1e", "number")]
+    ("text", "said"),
+    [("asr=0.1", "form"), ("asrr<=0.1", "Did you mean 'asr'"), ("acc>0.9", "Did you mean 'ba'"), ("ba<=1e", "number")],
 )
 def test_an_assertion_that_makes_no_sense_is_refused(in_walk: Path, bdbench: Any, text: str, said: str) -> None:
     result = bdbench("evaluate", "--assert", text)
@@ -108,6 +109,19 @@ def test_table_prints_every_format(in_walk: Path, bdbench: Any, style: str) -> N
     result = bdbench("table", "--format", style)
     assert result.code == 0
     assert all(name in result.out for name in ("none", "cbd", "abl"))
+
+
+def test_metrics_are_chosen_by_name(in_walk: Path, bdbench: Any) -> None:
+    shown = bdbench("table", "--columns", "asr, ba_non_target", "--format", "markdown").out
+    assert "| ASR | BA, other classes |" in shown
+    assert "floor" not in shown
+    assert "other" in bdbench("evaluate", "--columns", "ba_non_target").out
+    assert "set aside: recall" in bdbench("table", "--wide", "--format", "markdown").out
+    refused = bdbench("table", "--columns", "ba,flor")
+    assert refused.code == 1
+    assert "--columns: unknown metric 'flor'. Did you mean 'floor'? `bdbench list metrics` says" in refused.err
+    assert "give one of the two" in bdbench("table", "--columns", "ba", "--wide").err
+    assert "drop --columns" in bdbench("table", "--columns", "ba", "--ranks", "der").err
 
 
 def test_table_writes_a_file(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
@@ -354,7 +368,7 @@ def test_a_toml_key_that_is_no_flag_or_has_a_wrong_value_is_named(
     assert f"a.toml: {said}" in result.err
 
 
-@pytest.mark.parametrize("kind", ["attacks", "defenses", "datasets", "models"])
+@pytest.mark.parametrize("kind", ["attacks", "defenses", "datasets", "models", "metrics"])
 def test_list_gives_names_and_summaries(bdbench: Any, kind: str) -> None:
     rows = bdbench("list", kind, "--json").json
     assert rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from bdbench.errors import ArtifactError, OptionError
+from bdbench.protocol.catalog import METRICS, RATES, SCORES
 from bdbench.reports import results, tables
 
 
@@ -24,9 +26,9 @@ def row(defense: str = "none", seed: int = 0, ba: float = 0.9, asr: float = 1.0,
         "defense": defense, "defense_options": {}, "preset": "paper", "seed": seed, "seconds": 10.0,
         "peak_memory_bytes": 1,
     }  # fmt: skip
-    for name in results.RATES:
+    for name in RATES:
         full |= {name: metrics.get(name), f"{name}_n": 100, f"{name}_low": None, f"{name}_high": None}
-    return {**full, **dict.fromkeys(results.SCORES), **other}
+    return {**full, **dict.fromkeys(SCORES), **other}
 
 
 def test_a_place_without_evaluations_is_said(tmp_path: Path) -> None:
@@ -144,9 +146,44 @@ def test_latex_escapes_what_latex_would_read() -> None:
     assert text.count(r"\\") == 2
 
 
-def printed(rows: list[dict[str, Any]], width: int) -> str:
+def test_notes_on_marks_are_printed_below_a_latex_table() -> None:
+    lines = str(tables.render(results.mark_rows([row(preset="fast")]), "latex")).splitlines()
+    below = lines[lines.index(r"\end{tabular}") + 1 :]
+    assert below == [r"\par\smallskip", r"{\footnotesize", r"b: a small budget, not the paper's\par", "}"]
+    assert not any(line.startswith("%") for line in lines)
+
+
+def test_what_latex_reads_as_a_command_is_escaped() -> None:
+    marked = results.mark_rows([row(dataset=r"a\b {c} #1 $x^2~y <z>")])
+    assert r"a\textbackslash{}b \{c\} \#1 \$x\textasciicircum{}2\textasciitilde{}y \textless{}z\textgreater{}" in str(
+        tables.render(marked, "latex")
+    )
+
+
+def test_numbers_stand_right_and_names_left() -> None:
+    marked = results.mark_rows([row()])
+    lines = str(tables.render(marked, "markdown")).splitlines()
+    aligned = dict(zip(lines[0].split("|")[1:-1], lines[1].split("|")[1:-1], strict=True))
+    assert {name.strip() for name, rule in aligned.items() if rule == "---"} == {
+        "data", "model", "attack", "defense", "preset", "seeds",
+    }  # fmt: skip
+    assert {aligned[" seconds "], aligned[" peak MiB "], aligned[" BA "]} == {"---:"}
+    assert r"\begin{tabular}{llllllrrrrrrr}" in str(tables.render(marked, "latex"))
+
+
+def test_chosen_metrics_are_shown_in_their_order_and_no_others() -> None:
+    marked = results.mark_rows([row(seconds=1234.0), row("abl", asr=0.25)])
+    head = str(tables.render(marked, "markdown", ["seconds", "asr", "ba_non_target", "der"])).splitlines()[0]
+    assert head == "| data | model | attack | defense | preset | seeds | seconds | ASR | BA, other classes | DER |"
+    rows = json.loads(str(tables.render(marked, "json", ["asr"])))["rows"]
+    assert {"asr", "asr_n", "asr_low", "asr_high", "defense", "seed"} <= rows[0].keys()
+    assert not {"ba", "ba_n", "seconds"} & rows[0].keys()
+    assert pd.read_csv(io.StringIO(str(tables.render(marked, "csv", ["asr"]))))["asr"].tolist() == [1.0, 0.25]
+
+
+def printed(rows: list[dict[str, Any]], width: int, columns: Sequence[str] | None = None) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(tables.render(results.mark_rows(rows), "rich"))
+    console.print(tables.render(results.mark_rows(rows), "rich", columns), crop=False)
     return console.export_text()
 
 
@@ -174,10 +211,20 @@ def test_a_terminal_of_any_width_shows_whole_numbers_and_names(width: int) -> No
     assert "mcldef" in text
     table = "".join(line for line in lines if line.startswith(("┃", "│")))
     assert all(heading in table for heading in ("BA", "ASR", "floor"))
-    left_out = text.partition("no room here for")[2]
+    left_out = text.partition("hidden at this width")[2]
     assert ("AUROC" in left_out) is ("AUROC" not in table)
     assert bool(left_out) is (width < 130)
+    assert ("`bdbench table --wide` shows them" in " ".join(left_out.split())) is bool(left_out)
     assert ("0.905 ± 0.007" in table) is (width == 200)
+
+
+def test_metrics_that_are_asked_for_are_shown_whatever_the_width() -> None:
+    text = printed(seeds_of("none", "mcldef"), 60, list(METRICS))
+    head = text.splitlines()[2:6]
+    assert all(any(word in line for line in head) for word in ("AUROC", "RA", "DER"[0], "seconds", "peak", "precision"))
+    assert "hidden at this width" not in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) > 60
 
 
 def test_defenses_of_an_attack_stand_together_in_the_order_of_the_registry() -> None:
