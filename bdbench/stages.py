@@ -27,7 +27,7 @@ from bdbench.artifacts.kinds import OPENERS, EvaluationArtifact
 from bdbench.artifacts.made import Stopwatch, plain
 from bdbench.artifacts.manifests import Ask
 from bdbench.artifacts.model import ModelArtifact, write_model
-from bdbench.artifacts.sources import address_of, open_source
+from bdbench.artifacts.sources import address_of, as_given, open_source
 from bdbench.attacks.base import Attack, Lab, TrainingAttack
 from bdbench.data import PoisonedDataset, Role
 from bdbench.datasets.cache import cache_folder
@@ -116,6 +116,7 @@ def poison(
         address = {**address_of(dataset, origin), "fingerprint": source.fingerprint} if differences else None
         write_dataset(draft, poisoned, name=source.name, augment=source.augment, origin=address)
         draft.facts |= {"replay": isinstance(method, TrainingAttack), "source_options": origin.chosen()}
+        draft.facts["given"] = as_given(dataset, origin)
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
     few = int((poisoned.roles == Role.POISON).sum())
     if few < FEW_POISONED:
@@ -154,7 +155,7 @@ def take(
         return DatasetArtifact.open(out)
     with store.create(out, ask) as draft:
         write_dataset(draft, as_found(source), name=source.name, augment=source.augment, files=files)
-        draft.facts |= {"replay": False, "source_options": origin.chosen()}
+        draft.facts |= {"replay": False, "source_options": origin.chosen(), "given": as_given(dataset, origin)}
         draft.made |= watch.made(resolve_device("cpu"), bf16=False) | {"training_seconds": 0.0}
     return DatasetArtifact.open(out)
 

@@ -33,6 +33,15 @@ def open_source(dataset: str | Path, options: Mapping[str, Any]) -> Source:
     return PathSource.parse({"path": path, **options})
 
 
+def as_given(dataset: str | Path, source: Source) -> dict[str, str]:
+    """Return `name` of a registered source, or `path` as it was given; the user's own folder is written ``~``."""
+    if not isinstance(source, PathSource):
+        return {"name": str(dataset)}
+    place = Path(dataset).expanduser()
+    home = Path.home()
+    return {"path": f"~/{place.relative_to(home)}" if place.is_relative_to(home) else str(dataset)}
+
+
 def address_of(dataset: str | Path, source: Source) -> dict[str, Any]:
     """Return `dataset` and `options` that open a source again from any folder: places are absolute."""
     options = source.model_dump(exclude_defaults=True)

@@ -42,14 +42,21 @@ def poison_command(data: DatasetArtifact) -> str:
 
 
 def _source(data: DatasetArtifact) -> list[str]:
-    """Return the flags of a source; a path is known only where the dataset stores differences from it."""
+    """Return the flags of a source, by the name or the path that was given.
+
+    0.1 did not store which of the two it was: its datasets get words that no command takes for either.
+    """
     facts = data.manifest.facts
     if "origin" in facts:
         return ["--dataset", facts["origin"]["dataset"], *_flags(facts["origin"]["options"])]
     options = facts.get("source_options", {})
+    if "given" in facts:
+        (dataset,) = facts["given"].values()
+        return ["--dataset", dataset, *_flags(options)]
     # The name of a part of a source ends with how many images were kept.
     name = facts["name"].removesuffix(f"-{options.get('images')}")
-    return ["--dataset", name if name in DATASETS.rows else f"path/to/{name}", *_flags(options)]
+    dataset = f"{name} or path/to/{name}" if name in DATASETS.rows else f"path/to/{name}"
+    return ["--dataset", dataset, *_flags(options)]
 
 
 def model_command(model: ModelArtifact, data: DatasetArtifact, suspect: str | None = None) -> str | None:

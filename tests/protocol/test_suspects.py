@@ -173,7 +173,7 @@ def test_the_report_names_the_command_that_takes_it_again(options: dict[str, Any
     photos = write_photos(tmp_path / "photos", {"": 20})
     said = commands.poison_command(stages.take(photos, source_options=options, out=tmp_path / "taken"))
     share = options["test_fraction"]
-    assert said == f"bdbench take path/to/photos --images 30 --test-fraction {share} --out again/taken"
+    assert said == f"bdbench take {photos} --images 30 --test-fraction {share} --out again/taken"
 
 
 # ranking

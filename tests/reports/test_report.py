@@ -20,7 +20,7 @@ from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.made import plain
 from bdbench.artifacts.manifests import Ask, Manifest
 from bdbench.cli.app import run
-from bdbench.errors import ArtifactError
+from bdbench.errors import ArtifactError, DataError
 from bdbench.registry import ATTACKS
 from bdbench.reports import commands, results, tables
 from bdbench.reports.matrices import cells_of, matrices_of
@@ -211,12 +211,35 @@ def test_the_commands_of_a_run_make_the_same_artifacts(
 def test_a_command_names_only_the_options_that_differ_from_the_defaults(name: str) -> None:
     config = {"dataset": "cifar10-1000", "trusted": 0.05, **plain(ATTACKS.load(name).parse({"target": 3}).model_dump())}
     ask = Ask("dataset", name, 1, config, 2, {})
-    facts = {"name": "cifar10-1000", "source_options": {"images": 1000}}
+    facts = {"name": "cifar10-1000", "source_options": {"images": 1000}, "given": {"name": "cifar10"}}
     said = commands.poison_command(DatasetArtifact(Path("runs/it"), Manifest(ask.id, ask, {}, facts, {})))
     assert said == (
         f"bdbench poison --dataset cifar10 --images 1000 --attack {name} --trusted 0.05 --seed 2 --target 3 "
         "--out again/it"
     )
+
+
+def test_a_folder_called_as_a_registered_dataset_is_named_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "DATA").mkdir()
+    toy_file(tmp_path).rename(tmp_path / "DATA" / "cifar10.npz")
+    monkeypatch.chdir(tmp_path)
+    data = stages.poison("DATA/cifar10.npz", "badnets", source_options={"images": 100}, out=Path("d"))
+    assert commands.poison_command(data).startswith("bdbench poison --dataset DATA/cifar10.npz --images 100 --attack")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    taken = stages.take(tmp_path / "DATA" / "cifar10.npz", out=Path("t"))
+    assert shlex.split(commands.poison_command(taken))[:3] == ["bdbench", "take", "~/DATA/cifar10.npz"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("cifar10", "cifar10 or path/to/cifar10"), ("pets", "path/to/pets")])
+def test_a_dataset_of_0_1_is_never_said_to_be_a_registered_one(name: str, said: str) -> None:
+    config = {"dataset": name, "trusted": 0.05, **plain(ATTACKS.load("badnets").parse({}).model_dump())}
+    ask = Ask("dataset", "badnets", 1, config, 0, {})
+    data = DatasetArtifact(Path("runs/it"), Manifest(ask.id, ask, {}, {"name": name, "source_options": {}}, {}))
+    assert shlex.split(commands.poison_command(data))[3] == said
+    with pytest.raises(DataError, match="no such file or folder"):
+        stages.poison(said)
 
 
 def test_what_is_missing_beside_an_evaluation_is_said_and_nothing_else_is_lost(grid: Path, tmp_path: Path) -> None:
