@@ -35,7 +35,7 @@ from bdbench.defenses.base import Defended, Task, Truth
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.progress import Progress, Silent
-from bdbench.protocol import judging
+from bdbench.protocol import judging, planting, suspects
 from bdbench.protocol.budget import resolve_budget, settings_of
 from bdbench.protocol.inputs import check_trusted, dataset_of, open_suspect
 from bdbench.protocol.networks import fresh_model, model_name
@@ -317,6 +317,59 @@ def evaluate(
         draft.facts |= judging.row_facts(judged, source)
         draft.made |= watch.made(place, bf16=bf16)
     return EvaluationArtifact.open(out)
+
+
+def self_test(
+    model: str | Path,
+    *,
+    data: str | Path | None = None,
+    rate: float = planting.RATE,
+    share: float = 0.01,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> planting.SelfTest:
+    """Plant a known patch in a copy of a model's dataset, run the same defense on it, and say where it is ranked.
+
+    The copy and its model lie in ``.selftest`` beside the model, where no other command takes them for the newest;
+    the same call again takes what is there.
+
+    Args:
+        model: path or id of a model whose method scores samples.
+        data: see `evaluate`.
+        rate: share of the training images that get the patch.
+        share: of the samples that are not planted, how many of the most suspect are looked at.
+        device, progress: see `defend`.
+
+    Raises:
+        BdbenchError: the method needs more than the training images, or scores none; or see `poison`.
+    """
+    watch, progress = Stopwatch(), progress or Silent()
+    judged = ModelArtifact.open(finding.locate(model, "model"))
+    source, asked = dataset_of(judged, data), judged.manifest.ask
+    planting.check_method(asked.method)
+    suspects.check_scored(judged, source)
+    patch = planting.planted_patch(source, rate, asked.seed)
+    ask = Ask("dataset", "badnets", patch.version, plain(patch.model_dump()), asked.seed, {"planted-in": source.id})
+    copy = judged.path.parent / ".selftest" / f"{source.path.name}-{ask.id[:8]}"
+    if not store.existing(copy, ask, force=False):
+        with store.create(copy, ask) as draft:
+            place, clean = resolve_device("cpu"), planting.as_source(source)
+            engine = Engine(place, bf16=False, seed=asked.seed, work=draft.work, progress=progress)
+            planted = poison_source(clean, patch, Lab(engine, fresh_model, clean.augment), trusted=0.0)
+            write_dataset(draft, planted, name=clean.name, augment=clean.augment)
+            draft.facts |= {"replay": False, "given": {"path": str(source.path)}}
+            draft.made |= watch.made(place, bf16=False) | {"training_seconds": 0.0}
+    options = dict(asked.config)
+    network, preset = options.pop("model"), options.pop("preset")
+    trained = defend(
+        copy, asked.method, model=network, preset=preset, options=options, seed=asked.seed,
+        out=copy.with_name(f"{judged.path.name}-{judged.id[:8]}-{ask.id[:8]}"), device=device,
+        precision=judged.manifest.made["precision"], progress=progress,
+    )  # fmt: skip
+    opened = DatasetArtifact.open(copy)
+    ranked = suspects.rank(trained, opened)
+    count = suspects.counted(ranked, share)
+    return planting.judge(ranked, opened.is_poison, opened.class_names[patch.target], count)
 
 
 def latest(kind: manifests.Kind, root: Path = finding.ROOT) -> Artifact | None:

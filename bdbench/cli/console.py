@@ -40,6 +40,11 @@ def show(item: object) -> None:
         _console(stderr=False).print(item, crop=False)
 
 
+def show_wrapped(text: str) -> None:
+    """Print a sentence to standard output as it is, broken at words where the terminal ends."""
+    _console(stderr=False).print(text, markup=False)
+
+
 def show_json(value: object) -> None:
     """Print JSON to standard output."""
     show(json.dumps(value, indent=1, default=str))

@@ -10,14 +10,21 @@ import typer
 
 from bdbench.artifacts.finding import ROOT
 from bdbench.cli import console
-from bdbench.cli.parameters import Config, Json, with_folder
+from bdbench.cli.parameters import Config, Device, Json, with_folder
 from bdbench.errors import ArtifactError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from bdbench.protocol.planting import SelfTest
+
 CLASSES = 10
 """Classes that are listed."""
+
+CAVEAT = (
+    "A defense ranks every dataset, a clean one too. A class that stands out may be poisoned, or only easy to learn. "
+    "A trigger that no network learns at this budget is not found."
+)
 
 
 def suspects(
@@ -39,42 +46,71 @@ def suspects(
         Path | None,
         typer.Option(help="Write a picture of the 50 most suspect images.", callback=with_folder, show_default=False),
     ] = None,
+    self_test: Annotated[
+        bool,
+        typer.Option(
+            "--self-test",
+            help="Also plant a known patch in a copy of the dataset, run the same defense on it, and say whether the "
+            "patch is found. Costs as much as the defense did; the same command again takes the copy that is there.",
+        ),
+    ] = False,
+    self_test_rate: Annotated[
+        float, typer.Option(help="Share of the images that get the patch of the self-test.", min=0, max=1)
+    ] = 0.05,
     data: Annotated[
         str | None, typer.Option(help="The dataset artifact, where it is not found by its id.", show_default=False)
     ] = None,
+    device: Device = "auto",
     config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:
-    """Say which training samples a defense suspects, the most suspect first; the truth plays no part.
+    """Rank the training images by how suspicious a defense finds them. Uses no ground truth.
 
-    Of CBD the score is how sure its backdoored twin is, of ABL how early a sample was learned, of DBD how little its
-    label fits its features. A defense ranks every set, a clean one too: a class that stands out may be easy, or
-    poisoned. Look at the images, and ask another method.
+    The score of CBD is the confidence of its backdoored model, of ABL the negative loss after isolation, of DBD how
+    badly label and features fit.
+
+    What it cannot tell: a defense ranks every dataset, a clean one too. A class that stands out may be poisoned, or
+    only easy to learn. `--self-test` says whether this defense, at this budget, finds a trigger that is there. Look at
+    the images, and try a second method.
 
     Examples:
       bdbench suspects
 
       bdbench suspects runs/photos-abl --csv suspects.csv --image suspects.png
+
+      bdbench suspects runs/photos-abl --self-test
     """
+    from bdbench import stages
     from bdbench.artifacts.finding import locate
     from bdbench.artifacts.model import ModelArtifact
     from bdbench.protocol import inputs
-    from bdbench.protocol.suspects import by_class, rank
+    from bdbench.protocol.suspects import by_class, counted, rank
 
     found = ModelArtifact.open(locate(model, "model") if model is not None else newest_scored())
-    source = inputs.dataset_of(found, data)
+    source, method = inputs.dataset_of(found, data), found.manifest.ask.method
     ranked = rank(found, source)
-    count = max(1, round(share * len(ranked)))
+    count = counted(ranked, share)
     classes = by_class(ranked, count)
-    if json:
-        facts = {"model": found.path, "dataset": source.path, "method": found.manifest.ask.method, "counted": count}
-        listed = {"classes": classes.to_dict("records"), "suspects": ranked.head(top).to_dict("records")}
-        console.show_json({**facts, **listed})
-    else:
-        method = found.manifest.ask.method
+    if not json:
         console.show(f"{found.path}: the {count:,} of {len(ranked):,} training images that {method} suspects most")
         show_classes(classes)
         show_top(ranked.head(top))
+        console.show_wrapped(CAVEAT)
+    tested = None
+    if self_test:
+        with console.live_progress() as progress:
+            progress.note(f"self-test: {method} on a copy with a patch on {self_test_rate:.1%} of the images")
+            tested = stages.self_test(
+                found.path, data=source.path, rate=self_test_rate, share=share, device=device, progress=progress
+            )
+    if json:
+        facts = {"model": found.path, "dataset": source.path, "method": method, "counted": count, "caveat": CAVEAT}
+        listed = {"classes": classes.to_dict("records"), "suspects": ranked.head(top).to_dict("records")}
+        told = {} if tested is None else {"self_test": {**tested._asdict(), "verdict": tested.verdict}}
+        console.show_json({**facts, **listed, **told})
+    elif tested is not None:
+        for line in in_words(tested, method):
+            console.show_wrapped(line)
     if csv is not None:
         try:
             ranked.to_csv(csv, index=False)
@@ -91,7 +127,8 @@ def suspects(
         console.say_wrote(image)
     if csv is None and image is None:
         show = f"bdbench suspects {quote(str(found.path))}"
-        console.say_next(f"{show} --image suspects.png", f"{show} --csv suspects.csv")
+        following = [f"{show} --image suspects.png", f"{show} --csv suspects.csv"]
+        console.say_next(*following, *([] if self_test else [f"{show} --self-test"]))
 
 
 def newest_scored() -> Path:
@@ -124,7 +161,31 @@ def show_classes(classes: pd.DataFrame) -> None:
     console.show(table)
     if len(classes) > listed:
         rest = classes.iloc[listed:]
-        console.show(f"and {int(rest['suspects'].sum()):,} in the other {len(rest):,} classes")
+        others = "the other class" if len(rest) == 1 else f"the other {len(rest):,} classes"
+        console.show(f"{int(rest['suspects'].sum()):,} in {others}")
+
+
+def in_words(tested: SelfTest, method: str) -> list[str]:
+    """Return what a self-test found, in sentences."""
+    chance = tested.planted / tested.images
+    lines = [
+        f"self-test: a patch on {tested.planted:,} of {tested.images:,} images, labelled {tested.target}, was ranked: "
+        f"precision in the top {tested.planted:,} = {tested.precision:.2f} (chance {chance:.2f}), "
+        f"AUROC {tested.auroc:.2f}."
+    ]
+    lines.append({
+        "found": f"Found: at this budget {method} puts such a trigger among the most suspect images. "
+        "A fainter or rarer one may be missed.",
+        "ranked high": f"Ranked high, not first: at this budget {method} sees such a trigger, but ranks other samples "
+        "before it. Look at more of the most suspect images (--top, --share, --csv): they may be poisoned too.",
+        "not found": f"Not found: the budget is too small to tell. What {method} ranks first here says nothing about "
+        "this dataset. Train longer (--epochs, --preset paper), or try another defense.",
+    }[tested.verdict])  # fmt: skip
+    lines.append(
+        f"Of the {tested.others:,} most suspect images that were not patched, {tested.others_count:,} are labelled "
+        f"{tested.others_class}: so much do the images of this dataset gather in one class without the patch."
+    )
+    return lines
 
 
 def show_top(ranked: pd.DataFrame) -> None:

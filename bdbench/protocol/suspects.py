@@ -23,12 +23,7 @@ def rank(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
     Raises:
         ArtifactError: the method scored nothing.
     """
-    samples = model.samples
-    if samples is None:
-        raise ArtifactError(
-            f"{model.path} is by {model.manifest.ask.method}, which scores no samples; a defense such as abl does: "
-            f"bdbench defend {data.path} --method abl"
-        )
+    samples = check_scored(model, data)
     labels = data.column("train.parquet", "label").tolist()
     frame = pd.DataFrame(
         {
@@ -41,6 +36,26 @@ def rank(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
         }
     )
     return frame.sort_values(["score", "row"], ascending=[False, True], ignore_index=True)
+
+
+def check_scored(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
+    """Return the scores of a model's training samples, in their order.
+
+    Raises:
+        ArtifactError: the method scored nothing.
+    """
+    samples = model.samples
+    if samples is None:
+        raise ArtifactError(
+            f"{model.path} is by {model.manifest.ask.method}, which scores no samples; a defense such as abl does: "
+            f"bdbench defend {data.path} --method abl"
+        )
+    return samples
+
+
+def counted(ranked: pd.DataFrame, share: float) -> int:
+    """Return how many samples a share of all is, at least 1."""
+    return max(1, round(share * len(ranked)))
 
 
 def by_class(ranked: pd.DataFrame, count: int) -> pd.DataFrame:

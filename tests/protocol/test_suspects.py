@@ -19,7 +19,7 @@ from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.model import ModelArtifact
 from bdbench.cli.app import run
 from bdbench.errors import ArtifactError, OptionError
-from bdbench.protocol import suspects
+from bdbench.protocol import planting, suspects
 from bdbench.reports import commands, results, tables
 from bdbench.reports.page import write_report
 
@@ -205,6 +205,38 @@ def test_suspects_are_counted_by_the_class_they_are_labelled_as(count: int, expe
     assert list(counted[["class", "images", "suspects", "share"]].itertuples(index=False, name=None)) == expected
 
 
+def test_a_self_test_counts_what_was_planted_among_the_most_suspect() -> None:
+    ranked = suspects.rank(*scored())  # rows 1, 3, 4, 0, 5, 2
+    tested = planting.judge(ranked, torch.tensor([False, True, False, False, True, False]), "bee", count=3)
+    assert (tested.planted, tested.images, tested.precision) == (2, 6, 0.5)
+    assert tested.auroc == pytest.approx(6.5 / 8)  # row 1 ties with row 3; row 4 is before rows 0, 5 and 2
+    assert (tested.others, tested.others_class, tested.others_count) == (3, "ant", 2)  # rows 3, 0, 5
+
+
+@pytest.mark.parametrize(
+    ("precision", "auroc", "verdict"),
+    [(0.5, 0.6, "found"), (0.49, 0.9, "ranked high"), (0.0, 0.89, "not found")],
+)
+def test_a_self_test_says_whether_the_patch_was_found(precision: float, auroc: float, verdict: str) -> None:
+    assert planting.SelfTest(10, 100, "bee", precision, auroc, 1, "ant", 1).verdict == verdict
+
+
+def test_the_patch_of_a_self_test_is_at_the_stated_rate_on_images_of_other_classes(toys: DatasetArtifact) -> None:
+    patch = planting.planted_patch(toys, 0.1, seed=3)
+    assert (patch.rate, patch.exclude_target) == (0.1, True)
+    assert patch.target == planting.planted_patch(toys, 0.1, seed=3).target
+    targets = {planting.planted_patch(toys, 0.1, seed).target for seed in range(30)}
+    assert targets == set(range(4))
+    with pytest.raises(OptionError, match=r"self-test rate 0\.0 must be more than 0 and less than 1"):
+        planting.planted_patch(toys, 0.0, seed=3)
+
+
+@pytest.mark.parametrize("method", ["mcldef", "oracle"])
+def test_a_method_that_needs_more_than_images_has_no_self_test(method: str) -> None:
+    with pytest.raises(OptionError, match=f"'{method}' needs more than the training images"):
+        planting.check_method(method)
+
+
 def test_the_walk_from_a_folder_to_a_list_of_suspects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +266,18 @@ def test_the_walk_from_a_folder_to_a_list_of_suspects(
     facts = json.loads(capsys.readouterr().out)
     assert facts["counted"] == sum(item["suspects"] for item in facts["classes"]) == 6
     assert [item["place"] for item in facts["suspects"]] == ranked["place"][:10].tolist()
+    assert "a clean one too" in facts["caveat"]
+    assert "self_test" not in facts
+    made = [called("suspects", "--self-test", "--self-test-rate", "0.1", *more) for more in ((), ("--json",))]
+    assert made == [0, 0]
+    shown = capsys.readouterr()
+    assert shown.out.count("A defense ranks every dataset, a clean one too.") == 2
+    assert "self-test: a patch on 6 of 57 images, labelled " in shown.out
+    assert shown.err.count("isolate") == 1  # the second call takes what the first one made
+    tested = json.loads(shown.out[shown.out.index("{") :])["self_test"]
+    assert (tested["planted"], tested["images"], tested["others"]) == (6, 57, 1)
+    assert stages.latest("dataset").path == Path("runs/photos")  # the copy is nobody's newest
+    assert len(list(Path("runs/.selftest").iterdir())) == 2
     assert called("suspects", "--csv", "runs/photos/manifest.json/all.csv") == 2
     assert called("suspects", "--image", "sheet.nothing") == 1
     Path("runs/photos/places.parquet").write_bytes(b"damaged")
