@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdbench import __version__
-from bdbench.cli import console, docs, evaluate, explain, inspection, quickstart, report, suspects, sweep, train, verify
+from bdbench.cli import (
+    compare,
+    console,
+    docs,
+    evaluate,
+    explain,
+    inspection,
+    quickstart,
+    report,
+    suspects,
+    sweep,
+    train,
+    verify,
+)
 from bdbench.cli import poison as poison_command
 from bdbench.cli.flags import expand_config, read_toml, value_of, with_options
 from bdbench.errors import BdbenchError, DamageWarning, OptionError
@@ -74,6 +87,7 @@ def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:
         "suspects": suspects.suspects,
         "evaluate": evaluate.evaluate,
         "table": evaluate.table,
+        "compare": compare.compare,
         "report": report.report,
         "sweep": sweep.sweep,
         "status": sweep.status,

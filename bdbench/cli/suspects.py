@@ -121,7 +121,7 @@ def suspects(
         from bdbench.reports import pictures
 
         try:
-            pictures.suspect_sheet(ranked, source, image)
+            pictures.suspect_sheet(ranked, source, image, f"{source.manifest.facts['name']}, {method}")
         except (OSError, ValueError) as error:
             raise ArtifactError(f"cannot write {image}: {error}; give a path that ends in .png") from error
         console.say_wrote(image)

@@ -84,10 +84,27 @@ def dataset_of(model: ModelArtifact, data: str | Path | None = None) -> DatasetA
         if found.id != wanted:
             raise ArtifactError(f"{model.path} was trained on dataset {wanted}, but {found.path} is {found.id}")
         return found
-    for root in (model.path.parent, finding.ROOT):
+    near = find_dataset(wanted, model.path.parent)
+    if near is None:
+        raise ArtifactError(
+            f"the dataset {wanted} of {model.path} is neither beside it nor under {finding.ROOT}/; give --data PATH"
+        )
+    return near
+
+
+def find_dataset(wanted: str, folder: Path, data: str | Path | None = None) -> DatasetArtifact | None:
+    """Return the dataset artifact of an id: the one given, else under a folder or ``runs/``; None if it is not there.
+
+    Raises:
+        ArtifactError: the one given has another id.
+    """
+    if data is not None:
+        found = DatasetArtifact.open(finding.locate(data, "dataset"))
+        if found.id != wanted:
+            raise ArtifactError(f"{found.path} is dataset {found.id}, not {wanted}")
+        return found
+    for root in (folder, finding.ROOT):
         for path, manifest in finding.find_artifacts(root, "dataset"):
             if manifest.id == wanted:
                 return DatasetArtifact(path, manifest)
-    raise ArtifactError(
-        f"the dataset {wanted} of {model.path} is neither beside it nor under {finding.ROOT}/; give --data PATH"
-    )
+    return None

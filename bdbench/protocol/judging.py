@@ -71,9 +71,7 @@ def measure(
         return {"ba": metrics.rate(column("test", "prediction") == column("test", "clean_label"))}, {}
     config = source.manifest.ask.config
     said, wanted, rows = (column("triggered", name) for name in ("prediction", "label", "row"))
-    counts = torch.ones_like(said, dtype=torch.bool)
-    if config["labels"] == "source-specific":
-        counts = column("triggered", "clean_label") == config["source"]
+    counts = torch.from_numpy(counts_for_asr(column("triggered", "clean_label").numpy(), config))
     rates = metrics.classification_rates(
         predicted=column("test", "prediction"),
         labels=column("test", "clean_label"),
@@ -91,6 +89,18 @@ def measure(
     if model.manifest.facts["sets_aside"]:
         rates |= metrics.set_aside_rates(torch.from_numpy(samples["set_aside"].to_numpy(copy=True)), is_poison)
     return rates, metrics.score_metrics(torch.from_numpy(samples["score"].to_numpy(copy=True)), is_poison)
+
+
+def counts_for_asr(clean_labels: np.ndarray, attack: Mapping[str, Any]) -> np.ndarray:
+    """Return which triggered test images ASR is over, (M,) bool: source-specific attacks: the source class, else all.
+
+    Args:
+        clean_labels: (M,), their true labels.
+        attack: options of the attack.
+    """
+    if attack["labels"] == "source-specific":
+        return np.asarray(clean_labels == attack["source"])
+    return np.ones(len(clean_labels), dtype=bool)
 
 
 def metrics_frame(rates: Mapping[str, metrics.Rate], values: Mapping[str, float]) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -52,7 +54,7 @@ def contact_sheet(data: DatasetArtifact, path: Path) -> None:
             axis.set_yticks([])
     for line, label in enumerate(("clean", "triggered", f"change x {127.5 / largest:.1f}")):
         axes[line, 0].set_ylabel(label)
-    figure.suptitle(f"{data.manifest.facts['name']}, {data.manifest.ask.method}")
+    _head(figure, f"{data.manifest.facts['name']}, {data.manifest.ask.method}")
     _save(figure, path)
 
 
@@ -101,24 +103,63 @@ def shared_row(sources: Sequence[DatasetArtifact]) -> int:
     return rows[int(contrast.argsort()[len(rows) // 2])]
 
 
-def suspect_sheet(ranked: pd.DataFrame, data: DatasetArtifact, path: Path) -> None:
-    """Draw the most suspect training images, with the class that they are labelled as and where they lie.
+def suspect_sheet(ranked: pd.DataFrame, data: DatasetArtifact, path: Path, title_of: str) -> None:
+    """Draw the most suspect training images, with rank, the class that they are labelled as, file and score.
 
     Args:
         ranked: from `bdbench.protocol.suspects.rank`.
         data: the dataset.
         path: of the picture.
+        title_of: what was ranked by what, for the heading.
     """
     shown = ranked.head(SHEET_COLUMNS * SHEET_ROWS)
-    lines = math.ceil(len(shown) / SHEET_COLUMNS)
-    figure = Figure(figsize=(1.4 * SHEET_COLUMNS, 1.65 * lines), layout="constrained")
+    pictures = []
+    for number, item in enumerate(shown.to_dict("records"), 1):
+        name = str(item["place"]).rpartition("/")[2]
+        title = f"#{number} {shortened(str(item['class']))}\n{shortened(name)}\nscore {item['score']:.4g}"
+        pictures.append((data.train.images[int(item["row"])].float(), title))
+    _sheet(pictures, path, f"{title_of}: the most suspect training images (rank and label, file, score)")
+
+
+def disagreement_sheet(found: pd.DataFrame, data: DatasetArtifact, path: Path, a: str, b: str) -> None:
+    """Draw the first test images to which two models give different classes.
+
+    Args:
+        found: from `bdbench.protocol.comparing.disagreements`, at least one.
+        data: the dataset.
+        path: of the picture.
+        a, b: what the models are called.
+    """
+    splits = {"test": data.test.images, "triggered": data.triggered.images}
+    pictures = []
+    for item in found.head(SHEET_COLUMNS * SHEET_ROWS).to_dict("records"):
+        true, said_a, said_b = (shortened(data.class_names[int(item[name])]) for name in ("true", "a", "b"))
+        kind = "triggered" if item["split"] == "triggered" else "clean"
+        pictures.append(
+            (splits[item["split"]][int(item["place"])].float(), f"{kind}: {true}\nA: {said_a}\nB: {said_b}")
+        )
+    _sheet(pictures, path, f"{data.manifest.facts['name']}, {data.manifest.ask.method}. A: {a}. B: {b}")
+
+
+def _sheet(pictures: Sequence[tuple[Tensor, str]], path: Path, heading: str) -> None:
+    """Draw images (C, H, W) float in [0, 255] with three lines of title each."""
+    lines = math.ceil(len(pictures) / SHEET_COLUMNS)
+    figure = Figure(figsize=(1.4 * SHEET_COLUMNS, 1.85 * lines + 0.4), layout="constrained")
     axes = figure.subplots(lines, SHEET_COLUMNS, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (_, item) in zip(axes.flat, shown.iterrows(), strict=False):
-        name = str(item["place"]).rpartition("/")[2]
-        _show(axis, data.train.images[int(item["row"])].float(), f"{item['class']}\n{name[-LONGEST_NAME:]}")
+    for axis, (pixels, title) in zip(axes.flat, pictures, strict=False):
+        _show(axis, pixels, title)
+    _head(figure, heading)
     _save(figure, path)
+
+
+def shortened(name: str) -> str:
+    """Return a name that fits above a picture: its middle left out, which an ellipsis says."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    half = (LONGEST_NAME - 1) // 2
+    return f"{name[: LONGEST_NAME - 1 - half]}…{name[-half:]}"
 
 
 class Example(NamedTuple):
@@ -143,7 +184,39 @@ def _show(axis: Axes, pixels: Tensor, title: str) -> None:
     """Show an image (C, H, W) float in [0, 255]."""
     shown = pixels.permute(1, 2, 0).round().numpy().astype(np.uint8)
     axis.imshow(shown.squeeze(-1) if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=255)
-    axis.set_title(title, fontsize=9)
+    axis.set_title(drawable(title), fontsize=9, fontfamily=font_families(), parse_math=False)
+
+
+def _head(figure: Figure, heading: str) -> None:
+    figure.suptitle(drawable(heading), fontfamily=font_families(), parse_math=False)
+
+
+FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Source Han Sans", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "Droid Sans Fallback", "IPAGothic", "IPAexGothic", "TakaoGothic", "NanumGothic",
+    "Hiragino Sans", "PingFang SC", "Arial Unicode MS", "Microsoft YaHei", "Yu Gothic", "MS Gothic", "Malgun Gothic",
+    "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola",
+    "Segoe UI Symbol",
+)  # fmt: skip
+"""Fonts with letters that matplotlib's own lacks; those that are installed are used."""
+
+
+@cache
+def font_families() -> list[str]:
+    """Return matplotlib's own font and what is installed of `FONTS`."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in FONTS if name in installed)]
+
+
+@cache
+def _has_glyph(character: str) -> bool:
+    paths = (font_manager.findfont(font_manager.FontProperties(family=[name])) for name in font_families())
+    return any(font_manager.get_font(path).get_char_index(ord(character)) for path in paths)
+
+
+def drawable(text: str) -> str:
+    """Return a text in which each character that no font here has is a ``?``."""
+    return "".join(it if it == "\n" or _has_glyph(it) else "?" for it in text)
 
 
 def loss_curves(model: ModelArtifact, path: Path) -> None:
@@ -157,7 +230,7 @@ def loss_curves(model: ModelArtifact, path: Path) -> None:
         axis.set_ylabel("loss")
         axis.grid(alpha=0.3)
     asked = model.manifest.ask
-    figure.suptitle(f"{asked.method}, {asked.config['model']}, preset {asked.config['preset']}, seed {asked.seed}")
+    _head(figure, f"{asked.method}, {asked.config['model']}, preset {asked.config['preset']}, seed {asked.seed}")
     _save(figure, path)
 
 

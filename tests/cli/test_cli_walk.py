@@ -136,6 +136,32 @@ def test_a_table_in_a_file_ends_with_one_line_end(in_walk: Path, bdbench: Any, t
     assert text == text.rstrip("\n") + "\n"
 
 
+def test_two_models_of_one_dataset_are_compared(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    none, cbd = "runs/digits-badnets-s0-none", "runs/digits-badnets-s0-cbd-eval"
+    told = bdbench("compare", none, cbd, "--json", "--top", "3").json
+    rows = {row["defense"]: row for row in bdbench("table", "--json").json["rows"]}
+    for name in ("ba", "asr"):
+        assert told["metrics"][name]["a"] == rows["none"][name]
+        assert told["metrics"][name]["difference"] == pytest.approx(rows["cbd"][name] - rows["none"][name])
+        assert told["metrics"][name]["low"] <= told["metrics"][name]["difference"] <= told["metrics"][name]["high"]
+    assert len(told["images"]) == 3
+    result = bdbench("compare", none, cbd, "--csv", tmp_path / "d.csv", "--image", tmp_path / "d.png")
+    assert "95 % interval" in result.out
+    assert len((tmp_path / "d.csv").read_text().splitlines()) == 1 + sum(told["differ"].values())
+    assert (tmp_path / "d.png").read_bytes()[:4] == b"\x89PNG"
+    assert "nothing to draw" in bdbench("compare", none, none, "--image", tmp_path / "e.png").err
+    assert "is a dataset; compare takes models or evaluations" in bdbench("compare", none, "runs/digits-badnets-s0").err
+
+
+def test_models_of_two_datasets_are_not_compared(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
+    assert bdbench("take", "digits", "--images", "200", "--out", tmp_path / "other").code == 0
+    assert bdbench("train", tmp_path / "other", *FAST).code == 0
+    refused = bdbench("compare", "runs/digits-badnets-s0-none", tmp_path / "other-none")
+    assert refused.code == 1
+    assert "compare takes two models of one dataset" in refused.err
+    assert "digits-200 with none" in refused.err
+
+
 def test_inspect_counts_roles_and_draws_a_contact_sheet(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
     result = bdbench("inspect", "runs/digits-badnets-s0", "--image", tmp_path / "sheet.png")
     assert result.code == 0
@@ -417,7 +443,7 @@ def test_help_of_a_method_shows_its_own_flags(bdbench: Any) -> None:
     assert "--unlearn-steps" not in bdbench("defend", "--method", "cbd", "--help").out
 
 
-FIXED = "quickstart docs take suspects evaluate table report sweep status gc inspect verify"
+FIXED = "quickstart docs take suspects evaluate table compare report sweep status gc inspect verify"
 HELPED = [
     *((name,) for name in FIXED.split()),
     *(("poison", "--attack", name) for name in ATTACKS.names()),
