@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import Any
 
+import numpy as np
 import pandas as pd  # pyarrow would import it in the middle of its own work, where a Ctrl-C is lost
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,12 +21,13 @@ from bdbench.errors import ArtifactError
 from bdbench.models.classifier import Classifier, build_classifier
 from bdbench.registry import MODELS
 from bdbench.training.checkpoints import save_tensors
+from bdbench.training.loop import Unit
 
 HISTORY = pa.schema({
     "phase": pa.string(), "epoch": pa.int64(), "loss": pa.float64(), "lr": pa.float64(),
-    "images_per_second": pa.float64(), "seconds": pa.float64(),
+    "images_per_second": pa.float64(), "seconds": pa.float64(), "step": pa.int64(),
 })  # fmt: skip
-"""Columns of a model's history."""
+"""Columns of a model's history; `step` is null in a phase that is counted in epochs."""
 
 
 class ModelArtifact(Artifact):
@@ -51,8 +54,9 @@ class ModelArtifact(Artifact):
 
     @property
     def history(self) -> pd.DataFrame:
-        """phase, epoch, loss, lr, images_per_second, seconds."""
-        return self.frame("history.parquet")
+        """phase, epoch, loss, lr, images_per_second, seconds, step (nan where a phase is counted in epochs)."""
+        found = self.frame("history.parquet")
+        return found if "step" in found else found.assign(step=math.nan)  # 0.1 counted all phases in epochs
 
     @property
     def samples(self) -> pd.DataFrame | None:
@@ -63,6 +67,12 @@ class ModelArtifact(Artifact):
     def dataset_id(self) -> str:
         """Id of the dataset it was trained on."""
         return self.manifest.ask.inputs["dataset"]
+
+
+def counted(rows: pd.DataFrame) -> tuple[Unit, np.ndarray]:
+    """Return what a phase of a history is counted in, and the count (M,) int64 at the end of each of its M rows."""
+    unit: Unit = "epoch" if rows["step"].isna().any() else "step"
+    return unit, rows[unit].to_numpy(dtype=np.int64)
 
 
 def write_model(

@@ -150,13 +150,17 @@ def _say_labels(found: DatasetArtifact) -> None:
 def _say_model(found: ModelArtifact) -> None:
     from rich.table import Table
 
+    from bdbench.artifacts.model import counted
+
     history = found.history
-    table = Table("phase", "epochs", "first loss", "last loss", "images/s", "seconds", title="history")
+    table = Table("phase", "length", "first loss", "last loss", "images/s", "seconds", title="history")
     for phase, rows in history.groupby("phase", sort=False):
         first, last = rows["loss"].iloc[0], rows["loss"].iloc[-1]
         speed = rows["images_per_second"].median()
+        unit, count = counted(rows)
+        length = f"{count[-1]:,} {unit}" + ("s" if count[-1] > 1 else "")
         table.add_row(
-            str(phase), str(len(rows)), f"{first:.4f}", f"{last:.4f}", f"{speed:,.0f}", f"{rows['seconds'].sum():.1f}"
+            str(phase), length, f"{first:.4f}", f"{last:.4f}", f"{speed:,.0f}", f"{rows['seconds'].sum():.1f}"
         )
     console.show(table)
     samples = found.samples

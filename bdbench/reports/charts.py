@@ -106,10 +106,10 @@ def _loss() -> alt.Chart:
         alt.Chart(alt.NamedData("history"))
         .mark_line(point=True, strokeWidth=1.8)
         .encode(
-            x=alt.X("epoch:Q", axis=alt.Axis(labelExpr="datum.value % 1 ? '' : format(datum.value, 'd')")),
+            x=alt.X("count:Q", axis=alt.Axis(labelExpr="datum.value % 1 ? '' : format(datum.value, 'd')")),
             y=alt.Y("loss:Q", scale=alt.Scale(zero=False)),
             color=alt.Color("seed:N"),
-            tooltip=["seed:N", "epoch:Q", alt.Tooltip("loss:Q", format=".4g")],
+            tooltip=["seed:N", "count:Q", alt.Tooltip("loss:Q", format=".4g")],
         )
         .properties(width="container", height=150)
     )

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bdbench.artifacts.dataset import DatasetArtifact
-from bdbench.artifacts.model import ModelArtifact
+from bdbench.artifacts.model import ModelArtifact, counted
 from bdbench.errors import ArtifactError
 
 EXAMPLES = 8
@@ -220,13 +220,14 @@ def drawable(text: str) -> str:
 
 
 def loss_curves(model: ModelArtifact, path: Path) -> None:
-    """Draw the mean loss of every epoch, one panel a phase."""
+    """Draw the mean loss over epochs, or steps where a phase is counted in them, one panel a phase."""
     phases = list(model.history.groupby("phase", sort=False))
     figure = Figure(figsize=(4 * len(phases), 3.2), layout="constrained")
     for axis, (phase, rows) in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases, strict=True):
-        axis.plot(rows["epoch"], rows["loss"], marker=".")
+        unit, count = counted(rows)
+        axis.plot(count, rows["loss"], marker=".")
         axis.set_title(str(phase))
-        axis.set_xlabel("epoch")
+        axis.set_xlabel(unit)
         axis.set_ylabel("loss")
         axis.grid(alpha=0.3)
     asked = model.manifest.ask

@@ -20,7 +20,7 @@ from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.finding import find_artifacts
 from bdbench.artifacts.made import arithmetic
 from bdbench.artifacts.manifests import AGAIN, Manifest
-from bdbench.artifacts.model import ModelArtifact
+from bdbench.artifacts.model import ModelArtifact, counted
 from bdbench.errors import ArtifactError, BdbenchError
 from bdbench.protocol import metrics
 from bdbench.reports import commands
@@ -63,7 +63,8 @@ class Shelf:
 def describe_runs(rows: Sequence[Mapping[str, Any]], shelf: Shelf) -> list[dict[str, Any]]:
     """Return for every row what a reader can look up: facts, history, detection, commands and what is missing.
 
-    `history` is from phase to [epochs, losses]; `detection` the true-positive rates at `FALSE_POSITIVE`.
+    `history` is from phase to [epoch or step, counts of these, losses]; `detection` the true-positive rates at
+    `FALSE_POSITIVE`.
     """
 
     @cache
@@ -121,12 +122,13 @@ def _facts(model: ModelArtifact | None, data: DatasetArtifact | None, judged: Ma
     return facts
 
 
-def _history(model: ModelArtifact) -> dict[str, list[list[float | None]]]:
-    history: dict[str, list[list[float | None]]] = {}
+def _history(model: ModelArtifact) -> dict[str, list[Any]]:
+    history: dict[str, list[Any]] = {}
     for phase, rows in model.history.groupby("phase", sort=False):
         places = np.unique(np.linspace(0, len(rows) - 1, min(LOSS_POINTS, len(rows))).round().astype(int))
         losses = [float(f"{loss:.4g}") if np.isfinite(loss) else None for loss in rows["loss"].to_numpy()[places]]
-        history[str(phase)] = [rows["epoch"].to_numpy()[places].tolist(), losses]
+        unit, count = counted(rows)
+        history[str(phase)] = [unit, count[places].tolist(), losses]
     return history
 
 

@@ -20,7 +20,7 @@ from bdbench.progress import Progress, Silent
 from bdbench.training import checkpoints
 from bdbench.training.devices import memory_for_images, out_of_memory_advice
 from bdbench.training.feeding import Feed
-from bdbench.training.loop import CHECKPOINT_SECONDS, Batch, Phase, Stateful, eager
+from bdbench.training.loop import CHECKPOINT_SECONDS, Batch, Phase, Stateful, Unit, eager
 from bdbench.training.recipe import Recipe
 
 PIXELS_AT_ONCE = {"cpu": 64 * 32 * 32}
@@ -39,7 +39,8 @@ class Engine:
         seed: every phase draws from its own streams of it.
         work: folder for checkpoints of unfinished work; None keeps none.
         progress: who is told how far it is.
-        history: a row per finished epoch: phase, epoch, loss, lr, images_per_second, seconds.
+        history: a row per finished epoch: phase, epoch, loss, lr, images_per_second, seconds; of a phase that is
+            counted in steps also step, the steps taken by then.
         checkpoint_seconds: the least time between two checkpoints of one phase.
         image_memory: bytes of training images that may lie on the device, more are streamed; None for what is there.
         compile: let torch compile the networks that are trained; where it cannot, say why and go on without.
@@ -86,6 +87,7 @@ class Engine:
         companions: Mapping[str, Stateful] | None = None,
         frozen_norms: bool = False,
         lr_flag: str = "--lr",
+        unit: Unit = "epoch",
     ) -> Module:
         """Train a module in place and return it, in evaluation mode.
 
@@ -109,6 +111,7 @@ class Engine:
             companions: objects whose state belongs to the phase.
             frozen_norms: keep batch-norm statistics as they are and use them instead of the batch's own.
             lr_flag: what sets the recipe's learning rate, for the message of an error.
+            unit: what progress, messages and reports count the phase in; "step" where its dose is `max_steps`.
 
         Raises:
             TrainingError: the loss is not finite; the last good checkpoint, if there is one, is kept.
@@ -120,8 +123,9 @@ class Engine:
         with advice, eager(self.compile):  # but for the steps of a phase that trains a network
             model.to(self.device).to(memory_format=torch.channels_last)
             run = Phase(
-                self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}), lr_flag
-            )
+                self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}), lr_flag,
+                unit,
+            )  # fmt: skip
             run.limit(epoch_steps, max_steps)
             run.train(before_epoch, stop)
         return model.eval()

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from bdbench.training.engine import Engine
 
 CHECKPOINT_SECONDS = 10.0
+
+Unit = Literal["epoch", "step"]
+"""What a phase is counted in: passes over its images, or steps where its dose is a number of steps."""
 
 
 class Batch(NamedTuple):
@@ -72,6 +75,7 @@ class Phase(Generic[Module]):
         frozen_norms: bool,
         companions: dict[str, Stateful],
         lr_flag: str,
+        unit: Unit,
     ) -> None:
         self.engine, self.model, self.loss, self.recipe, self.name = engine, model, loss, recipe, name
         self.feed = engine.feed(data)
@@ -79,7 +83,7 @@ class Phase(Generic[Module]):
         self.rows_seen = torch.arange(len(data)) if rows is None else rows
         self.operations = parse_augment(recipe.augment)
         self.frozen_norms = frozen_norms
-        self.lr_flag = lr_flag
+        self.lr_flag, self.unit = lr_flag, unit
         self.optimizer = optimizer or recipe.optimizer(model)
         self.state: dict[str, Stateful] = {"model": model, "optimizer": self.optimizer, **companions}
         networks = [part for part in model.modules() if isinstance(part, Classifier)]
@@ -146,6 +150,7 @@ class Phase(Generic[Module]):
                 total += self._update(Batch(images, self.labels[rows], rows, self.step + index), lr)
                 engine.progress.advance(len(rows))
         self.step += steps
+        place = self.step if self.unit == "step" else epoch + 1
         mean = float(total) / steps
         seconds = time.perf_counter() - begun
         if not math.isfinite(mean) or not self._has_finite_weights():
@@ -153,13 +158,14 @@ class Phase(Generic[Module]):
             if math.isfinite(mean):
                 wrong = f"weights of phase '{self.name}' are not finite"
             kept = "; the last good checkpoint is kept" if self.is_saved else ""
-            raise TrainingError(f"{wrong} in epoch {epoch + 1}; lower {self.lr_flag} (now {self.recipe.lr}){kept}")
+            raise TrainingError(f"{wrong} in {self.unit} {place}; lower {self.lr_flag} (now {self.recipe.lr}){kept}")
         seen = min(steps * size, len(order))
         self.rows.append({
             "phase": self.name, "epoch": epoch + 1, "loss": mean, "lr": lr,
             "images_per_second": seen / seconds, "seconds": seconds,
+            **({"step": self.step} if self.unit == "step" else {}),
         })  # fmt: skip
-        engine.progress.advance(0, f"epoch {epoch + 1} loss {mean:.3f}")
+        engine.progress.advance(0, f"{self.unit} {place} loss {mean:.3f}")
 
     def _update(self, batch: Batch, lr: float) -> Tensor:
         """Take one step and return its loss, detached, without waiting for the device."""

@@ -9,6 +9,7 @@ import pytest
 
 from bdbench import stages
 from bdbench.artifacts.kinds import verify
+from bdbench.artifacts.model import ModelArtifact, counted
 from bdbench.progress import Silent
 
 STORED = Path(__file__).with_name("made-by-0.1.tar.gz")
@@ -36,6 +37,14 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["d", "m", "dbd", "m-eval", "dbd-eval"])
 def test_every_artifact_of_0_1_is_whole(stored: Path, name: str) -> None:
     verify(stored / "runs" / name)
+
+
+def test_a_history_of_0_1_counts_every_phase_in_epochs(stored: Path) -> None:
+    history = ModelArtifact.open(stored / "runs" / "dbd").history
+    counts = {str(phase): counted(rows) for phase, rows in history.groupby("phase")}
+    assert {phase: (unit, count.tolist()) for phase, (unit, count) in counts.items()} == {
+        phase: ("epoch", [1]) for phase in ("simclr", "head", "mixmatch")
+    }
 
 
 @pytest.fixture

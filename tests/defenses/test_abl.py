@@ -192,6 +192,12 @@ def test_no_isolated_sample_has_a_higher_loss_than_one_that_stays() -> None:
     assert result.scores[result.set_aside].min() >= result.scores[~result.set_aside].max()
 
 
+def test_unlearning_is_counted_in_steps_the_other_phases_in_epochs() -> None:
+    _, engine = defend()
+    assert [row["step"] for row in engine.history if row["phase"] == "unlearn"] == [1, 2, 3, 4]
+    assert not any("step" in row for row in engine.history if row["phase"] != "unlearn")
+
+
 def test_isolated_samples_and_the_rest_are_the_whole_set() -> None:
     result, engine = defend()
     assert result.set_aside is not None

@@ -175,8 +175,11 @@ def test_a_run_tells_its_losses_by_phase(grid: Path) -> None:
     for item, found in zip(rows, describe_runs(rows, shelf), strict=True):
         history = shelf.models[item["model_id"]].history
         assert list(found["history"]) == list(dict.fromkeys(history["phase"]))
-        assert sum(len(epochs) for epochs, _ in found["history"].values()) == len(history)
-        assert all(len(epochs) == len(losses) for epochs, losses in found["history"].values())
+        assert sum(len(counts) for _, counts, _ in found["history"].values()) == len(history)
+        assert all(len(counts) == len(losses) for _, counts, losses in found["history"].values())
+        assert {phase: unit for phase, (unit, _, _) in found["history"].items() if unit == "step"} == (
+            {"unlearn": "step"} if item["defense"] == "abl" else {}
+        )
 
 
 def test_the_commands_of_a_run_make_the_same_artifacts(

@@ -200,6 +200,29 @@ def test_history_has_a_row_per_epoch_with_the_mean_loss() -> None:
     assert all(float(row["images_per_second"]) > 0 for row in engine.history)
 
 
+class Statuses(Silent):
+    """Keeps what is said beside the bar."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def advance(self, amount: int, status: str = "") -> None:  # noqa: ARG002
+        self.said += [status] if status else []
+
+
+def test_a_phase_whose_dose_is_steps_is_counted_in_steps() -> None:
+    data, progress = toy_data(32), Statuses()
+    engine = toy_engine(progress=progress)
+    engine.fit(toy_model(data), data, mean_cross_entropy, toy_recipe(epochs=9), phase="dose", max_steps=5, unit="step")
+    assert [row["step"] for row in engine.history] == [2, 4, 5]
+    assert [said.split(" loss")[0] for said in progress.said] == ["step 2", "step 4", "step 5"]
+    with pytest.raises(TrainingError, match=r"loss of phase 'bad' is nan in step 2; lower"):
+        engine.fit(
+            toy_model(data), data, lambda model, batch: model(batch.images).sum() * math.nan, toy_recipe(),
+            phase="bad", unit="step",
+        )  # fmt: skip
+
+
 def test_the_rate_falls_within_an_epoch_too() -> None:
     data, engine = toy_data(32), toy_engine()
     engine.fit(toy_model(data), data, mean_cross_entropy, toy_recipe(lr=0.4, schedule="cosine"), phase="train")

@@ -169,7 +169,7 @@ class ABL(Defense):
             return engine.fit(
                 model, isolated, loss, recipe, phase="unlearn", optimizer=kept, max_steps=self.unlearn_steps,
                 stop=None if descent is not None else lambda model: float(engine.losses(model, isolated).mean()) >= cap,
-                frozen_norms=self.unlearn_norms == "frozen", lr_flag="--unlearn-lr",
+                frozen_norms=self.unlearn_norms == "frozen", lr_flag="--unlearn-lr", unit="step",
             )  # fmt: skip
 
 

@@ -202,13 +202,14 @@
       return make("p", { class: "note" }, data.marks[mark] + which);
     });
     const phases = [...new Set(cell.runs.flatMap((run) => Object.keys(data.runs[run].history)))];
-    const losses = phases.map((phase) => [phase, cell.runs.flatMap((run) => {
-      const [epochs, values] = data.runs[run].history[phase] || [[], []];
-      return epochs.map((epoch, index) => ({ epoch, loss: values[index], seed: data.rows[run].seed }));
-    })]);
-    const charts = losses.map(([phase, values]) => {
-      const chart = make("div", { class: "chart", role: "img", "aria-label": `Loss over the epochs of phase ${phase}` });
-      return [make("figure", {}, make("figcaption", {}, make("b", {}, phase)), chart), chart, values];
+    const losses = phases.map((phase) => {
+      const told = cell.runs.map((run) => [data.rows[run].seed, ...(data.runs[run].history[phase] || ["epoch", [], []])]);
+      const values = told.flatMap(([seed, , counts, values]) => counts.map((count, index) => ({ count, loss: values[index], seed })));
+      return [phase, told.every(([, unit]) => unit === "step") ? "step" : "epoch", values];
+    });
+    const charts = losses.map(([phase, unit, values]) => {
+      const chart = make("div", { class: "chart", role: "img", "aria-label": `Loss over the ${unit}s of phase ${phase}` });
+      return [make("figure", {}, make("figcaption", {}, make("b", {}, phase)), chart), chart, values, unit];
     });
     const curves = detection([place]);
     const roc = make("div", { class: "chart", role: "img", "aria-label": "ROC curve of every seed" });
@@ -228,8 +229,11 @@
     dialog.scrollTop = 0;
     close.focus();
     history.replaceState(null, "", `#cell-${place}`);
-    for (const [, chart, values] of charts) draw(chart, "loss", { history: values },
-      (spec) => ({ ...spec, mark: { ...spec.mark, point: values.length <= 60 } }));
+    for (const [, chart, values, unit] of charts) draw(chart, "loss", { history: values }, (spec) => {
+      spec.mark.point = values.length <= 60;
+      spec.encoding.x.title = spec.encoding.tooltip[1].title = unit;
+      return spec;
+    });
     if (curves.length) draw(roc, "detection", { detection: curves.map((point) => ({ ...point, seed: String(point.seed) })) },
       (spec) => {
         spec.encoding.color = { field: "seed", type: "nominal" };
