@@ -121,7 +121,7 @@ def poison(
     few = int((poisoned.roles == Role.POISON).sum())
     if few < FEW_POISONED:
         progress.note(f"only {few} poisoned samples: the attack may well fail; a higher --rate makes it stronger")
-    return DatasetArtifact.open(out)
+    return DatasetArtifact.open(out, is_new=True)
 
 
 def take(
@@ -157,7 +157,7 @@ def take(
         write_dataset(draft, as_found(source), name=source.name, augment=source.augment, files=files)
         draft.facts |= {"replay": False, "source_options": origin.chosen(), "given": as_given(dataset, origin)}
         draft.made |= watch.made(resolve_device("cpu"), bf16=False) | {"training_seconds": 0.0}
-    return DatasetArtifact.open(out)
+    return DatasetArtifact.open(out, is_new=True)
 
 
 def _write_victim(path: Path, ask: Ask, data: PoisonedDataset, engine: Engine, made: dict[str, Any]) -> None:
@@ -262,7 +262,7 @@ def defend(
         draft.facts["changed"] = [name for name, value in settings.items() if value != usual_settings[name]]
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
         draft.made["compiled"] = engine.compiled
-    return ModelArtifact.open(out)
+    return ModelArtifact.open(out, is_new=True)
 
 
 def _training_seconds(engine: Engine) -> float:
@@ -316,7 +316,7 @@ def evaluate(
         judging.metrics_frame(rates, values).to_parquet(draft.folder / "metrics.parquet", index=False)
         draft.facts |= judging.row_facts(judged, source)
         draft.made |= watch.made(place, bf16=bf16)
-    return EvaluationArtifact.open(out)
+    return EvaluationArtifact.open(out, is_new=True)
 
 
 def self_test(

@@ -64,22 +64,29 @@ class Artifact:
     Attributes:
         path: the folder.
         manifest: what it says of itself.
+        is_new: the stage that returned it made it; what was there already is not new.
     """
 
     kind: ClassVar[Kind]
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, is_new: bool = False) -> None:
         self.path = path
         self.manifest = manifest
+        self.is_new = is_new
+
+    def __repr__(self) -> str:
+        """Say what it is, where it lies and how it was made."""
+        asked = self.manifest.ask
+        return f"{type(self).__name__}('{self.path}', {asked.method}, seed {asked.seed}, id {self.id})"
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, *, is_new: bool = False) -> Self:
         """Open an artifact of this kind.
 
         Raises:
             ArtifactError: see `bdbench.artifacts.manifests.read_manifest`.
         """
-        return cls(path, manifests.read_manifest(path, cls.kind))
+        return cls(path, manifests.read_manifest(path, cls.kind), is_new=is_new)
 
     @property
     def id(self) -> str:

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from bdbench.artifacts.base import Artifact
     from bdbench.cli.live import LiveProgress
 
 PLAIN_WIDTH = 150
@@ -75,10 +76,12 @@ def _say_after(heading: str, message: str) -> None:
     say_plainly(message)
 
 
-def say_made(path: object, artifact_id: str, made: Mapping[str, Any], following: Sequence[str]) -> None:
-    """Say what a stage wrote and what to type next."""
-    cost = f"{made['seconds']:.1f} s  peak {made['peak_memory_bytes'] / 2**20:,.0f} MiB"
-    say_wrote(path, f"id {artifact_id}", cost)
+def say_made(made: Artifact, following: Sequence[str]) -> None:
+    """Say what a stage wrote, if it was not there already, and what to type next."""
+    if made.is_new:
+        cost = made.manifest.made
+        spent = f"{cost['seconds']:.1f} s  peak {cost['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        say_wrote(made.path, f"id {made.id}", spent)
     say_next(*following)
 
 

@@ -81,10 +81,12 @@ def _say_manifest(found: Artifact) -> None:
     from rich.text import Text
 
     from bdbench.artifacts.made import arithmetic
+    from bdbench.protocol.poisoning import idle_options
 
     asked, made = found.manifest.ask, found.manifest.made
     table = Table(box=None, show_header=False, pad_edge=False)
-    config = ", ".join(f"{key} {value}" for key, value in asked.config.items() if value is not None)
+    shown = {key: value for key, value in asked.config.items() if key not in idle_options(asked.config)}
+    config = ", ".join(f"{key} {_short(value)}" for key, value in shown.items())
     size = sum(file["bytes"] for file in found.manifest.files.values())
     rows = {
         "artifact": f"{asked.kind} {found.id}, {len(found.manifest.files)} files, {size / 2**20:,.1f} MiB",
@@ -99,6 +101,10 @@ def _say_manifest(found: Artifact) -> None:
         if text:
             table.add_row(Text(name, style="bold"), Text(text))
     console.show(table)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _say_dataset(found: DatasetArtifact) -> None:
@@ -120,11 +126,13 @@ def _say_dataset(found: DatasetArtifact) -> None:
     truth = found.truth
     counts = pd.crosstab(truth["clean_label"], truth["role"]).reindex(columns=list(Role), fill_value=0)
     seen = found.train.labels.bincount(minlength=len(facts["class_names"]))
-    table = Table("class", "true label", *(role.name.lower() for role in Role), "as labelled", title="training split")
+    table = Table("class", title="training split", caption="clean, poison, cover: by true label")
+    for heading in ("true label", *(role.name.lower() for role in Role), "as labelled"):
+        table.add_column(heading, justify="right")
     for index, name in enumerate(facts["class_names"]):
         per_role = counts.loc[index] if index in counts.index else [0] * len(Role)
         total = str(int(sum(per_role)))
-        table.add_row(Text(f"{index} {name}"), total, *(str(count) for count in per_role), str(int(seen[index])))
+        table.add_row(Text(_class(index, name)), total, *(str(count) for count in per_role), str(int(seen[index])))
     console.show(table)
     if facts["counts"]["triggered"]:
         far = judging.trigger_distances(found)
@@ -132,6 +140,10 @@ def _say_dataset(found: DatasetArtifact) -> None:
             f"trigger: PSNR {far['psnr']:.1f} dB, SSIM {far['ssim']:.3f}, {far['changed']:.1%} of pixels changed, "
             f"by at most {far['max_change']:.0f} of 255"
         )
+
+
+def _class(index: int, name: str) -> str:
+    return name if name == str(index) else f"{index} {name}"
 
 
 def _say_labels(found: DatasetArtifact) -> None:
@@ -143,7 +155,7 @@ def _say_labels(found: DatasetArtifact) -> None:
     table = Table("class", "as labelled")
     counts = found.train.labels.bincount(minlength=len(found.class_names)).tolist()
     for index, (name, count) in enumerate(zip(found.class_names, counts, strict=True)):
-        table.add_row(Text(f"{index} {name}"), f"{count:,}")
+        table.add_row(Text(_class(index, name)), f"{count:,}")
     console.show(table)
 
 

@@ -88,9 +88,7 @@ def poison(
         f"{counts['triggered']:,} of them triggered"
     )
     console.say_made(
-        made.path,
-        made.id,
-        made.manifest.made,
+        made,
         [f"bdbench train {quote(str(made.path))}", f"bdbench defend {quote(str(made.path))} --method cbd"],
     )
     if json:
@@ -135,9 +133,7 @@ def take(
         f"{len(facts['class_names']):,} classes, as they were found"
     )
     console.say_made(
-        made.path,
-        made.id,
-        made.manifest.made,
+        made,
         [f"bdbench defend {quote(str(made.path))} --method {method}" for method in ("abl", "cbd")],
     )
     if json:

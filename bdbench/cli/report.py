@@ -22,9 +22,9 @@ def report(
 ) -> None:
     """Write one page to look at: a heat map of attacks against defenses, and what is behind each cell.
 
-    The page is one file without any network: BA, ASR and floor with their spread over seeds, the runs of a cell with
-    curves and the commands that reproduce them, cost, detection curves, triggers, CSV. The same numbers as in
-    `bdbench table`.
+    A cell is the mean over the seeds of one attack and defense; its runs are listed with curves and the commands that
+    reproduce them. The page also has cost, detection curves, triggers and CSV. It is one file and needs no network. The
+    numbers are those of `bdbench table`.
 
     Examples:
       bdbench report
@@ -35,7 +35,7 @@ def report(
 
     written = write_report(places or [ROOT], out)
     size = f"{written.bytes / 1e6:.2f} MB"
-    console.say_wrote(out, f"{written.evaluations:,} evaluations in {written.cells:,} cells, {size}")
+    console.say_wrote(out, f"{written.evaluations:,} runs in {written.cells:,} cells (means over seeds), {size}")
     console.say("next: open it in a browser")
     if json:
         console.show_json({"path": out, **written._asdict()})

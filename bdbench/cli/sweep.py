@@ -37,22 +37,22 @@ def sweep(
         Path | None, typer.Option(help="Folder of artifacts and records; default: runs/ and the file's name.")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="Cells at once; default: one a GPU, else one a core.", min=1, show_default=False)
+        int | None, typer.Option(help="Runs at once; default: one a GPU, else one a core.", min=1, show_default=False)
     ] = None,
     init: Annotated[bool, typer.Option("--init", help="Write a commented example to GRID and end.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the grid, show its cells, what is there, and the time left.")
+        bool, typer.Option("--dry-run", help="Check the grid, show its runs, what is there, and the time left.")
     ] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Make cells again that failed before.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Make runs again that failed before.")] = False,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Make cells again, in place, whose options or methods have changed.")
+        bool, typer.Option("--replace", help="Make runs again, in place, whose options or methods have changed.")
     ] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Start nothing more after a failure.")] = False,
     seeds: Annotated[
         str | None, typer.Option(help="In place of the grid's, such as 0-4 or 0,2,5-7.", show_default=False)
     ] = None,
     shard: Annotated[str | None, typer.Option(help="One part of the grid, such as 2/8, for batch schedulers.")] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray: cells as tasks of a Ray cluster.")] = "local",
+    engine: Annotated[str, typer.Option(help="local, or ray: runs as tasks of a Ray cluster.")] = "local",
     address: Annotated[
         str | None,
         typer.Option(help="Of a Ray cluster, HOST:PORT; default: one on this machine.", show_default=False),
@@ -63,10 +63,10 @@ def sweep(
     compile: Compile = False,  # noqa: A002
     json: Json = False,
 ) -> None:
-    """Make every cell of a grid: datasets x attacks x models x defenses x seeds.
+    """Make every run of a grid: datasets x attacks x models x defenses x seeds.
 
-    Each cell has a process of its own: one that fails is recorded with its reason and its log, the others go on. What
-    cells share is made once, and what is there is not made again: after Ctrl-C, kill -9 or a reboot the same command
+    Each run has a process of its own: one that fails is recorded with its reason and its log, the others go on. What
+    runs share is made once, and what is there is not made again: after Ctrl-C, kill -9 or a reboot the same command
     goes on. `bdbench status DIR` looks on from another terminal.
 
     Examples:
@@ -123,7 +123,7 @@ def sweep(
         job.announce()
         run = Run(job, cells, launch, jobs, console.say_plainly, retry, fail_fast)
         there = sum(state.state == "done" for state in run.states.values())
-        console.say_plainly(f"{len(cells):,} cells in {folder}, {there:,} of them there; {jobs} at once")
+        console.say_plainly(f"{len(cells):,} runs in {folder}, {there:,} of them there; {jobs} at once")
         watch(run)
     finish(run, as_json=json)
 
@@ -156,7 +156,7 @@ def refuse_changed(job: Sweep, cells: Sequence[Cell]) -> None:
     if changed and not job.replace:
         named = f"{changed[0]} and {len(changed) - 1:,} more" if len(changed) > 1 else changed[0]
         raise OptionError(
-            f"{job.folder} has cells that were made with other options or versions of their methods: {named}. "
+            f"{job.folder} has runs that were made with other options or versions of their methods: {named}. "
             "--replace makes them again in place; a label of their own in the grid, or another --out, keeps both"
         )
 
@@ -176,7 +176,7 @@ def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int, *, as_json: bool) ->
         console.show_json({"cells": rows, "seconds_left": left})
         return
     counts = Counter(state.state for state in states.values())
-    console.say(", ".join(f"{counts[name]:,} {name}" for name in STATES if counts[name]) or "no cell in this shard")
+    console.say(", ".join(f"{counts[name]:,} {name}" for name in STATES if counts[name]) or "no run in this shard")
     console.say("no time known yet" if left is None else f"about {duration(left)} left with {jobs} at once")
 
 
@@ -250,7 +250,7 @@ def finish(run: Run, *, as_json: bool) -> None:
         console.say_error(f"{name}: {state.record.get('reason', 'failed before')}")
     if failed:
         console.say(
-            "the failed cells are made again with [cyan]--retry[/cyan]; their logs are in "
+            "the failed runs are made again with [cyan]--retry[/cyan]; their logs are in "
             f"[bold]{escape(str(folder / finding.SWEEP / 'logs'))}[/bold]"
         )
         raise typer.Exit(1)
@@ -280,7 +280,7 @@ def status(
         console.show_json({"cells": records})
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("cell", "state", "phase", "", "seconds", "reason"):
+    for column in ("run", "state", "phase", "", "seconds", "reason"):
         table.add_column(column, justify="right" if column in ("", "seconds") else "left")
     for record in sorted(records, key=lambda item: (STATES.index(item["state"]), item["name"])):
         active = record["state"] in ("running", "interrupted")

@@ -100,7 +100,7 @@ def defend(
         )  # fmt: skip
     asked = made.manifest.ask.config
     console.say(f"{asked['model']} by {method}, preset {asked['preset']}, {arithmetic(made.manifest.made)}")
-    console.say_made(made.path, made.id, made.manifest.made, [f"bdbench evaluate {quote(str(made.path))}"])
+    console.say_made(made, [f"bdbench evaluate {quote(str(made.path))}"])
     if json:
         console.show_json({"path": made.path, "id": made.id, "config": asked, "made": made.manifest.made})
 

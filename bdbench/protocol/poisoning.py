@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,6 +84,22 @@ def as_found(source: SourceData) -> PoisonedDataset:
         trusted=train.take(none),
         trigger_state={},
     )
+
+
+def idle_options(options: Mapping[str, Any]) -> set[str]:
+    """Return which of an attack's options have no effect with these values, whatever they are.
+
+    Args:
+        options: of an attack, all of them; nothing is idle in other settings.
+    """
+    labels = options.get("labels")
+    idle = {name for name, value in options.items() if value is None}
+    if labels is not None:
+        idle |= {"source"} if labels != "source-specific" else set()
+        idle |= {"target"} if labels == "all-to-all" else set()
+        idle |= {"exclude_target"} if labels != "all-to-one" else set()
+        idle |= {"cover_ratio"} if not options.get("cover_ratio") else set()
+    return idle & options.keys()
 
 
 def eligible_for_test(labels: Tensor, attack: Attack) -> Tensor:

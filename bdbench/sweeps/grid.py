@@ -193,26 +193,26 @@ class _Reader:
         for number, rule in enumerate(excludes):
             if not any(_matches(cell, rule) for cell in (*product, *_cells(written))):
                 raise self._wrong(
-                    f"[[exclude]] number {number + 1} matches no cell of the product", "[[exclude]]", number
+                    f"[[exclude]] number {number + 1} matches no run of the product", "[[exclude]]", number
                 )
         kept = [cell for cell in product if not any(_matches(cell, rule) for rule in excludes)]
         for number, rule in enumerate(includes):
             more = list(_cells({axis: rule.get(axis, lists[axis]) for axis in AXES}))
             if any(_matches(cell, other) for cell in more for other in excludes):
                 raise self._wrong(
-                    f"[[include]] number {number + 1} names a cell that an [[exclude]] takes out", "[[include]]", number
+                    f"[[include]] number {number + 1} names a run that an [[exclude]] takes out", "[[include]]", number
                 )
             kept += more
         cells = list(dict.fromkeys(kept))
         if not cells:
-            raise OptionError(f"{self.path} has no cell: a list is empty, or the excludes take out all of them")
+            raise OptionError(f"{self.path} has no run: a list is empty, or the excludes take out all of them")
         labels = dict.fromkeys((axis, getattr(cell, axis)) for cell in cells for axis in TABLES)
         named = {(axis, label): self._named(axis, label) for axis, label in labels}
         for axis in TABLES:
             for label in self.raw.get(axis, {}):
                 if (axis, label) not in named:
                     raise self._wrong(
-                        f"[{axis}.{label}] belongs to no cell; put '{label}' into `{AXES[axis]}` or take the table out",
+                        f"[{axis}.{label}] belongs to no run; put '{label}' into `{AXES[axis]}` or take the table out",
                         f"{axis}.{label}",
                     )
         for model in {cell.model for cell in cells} - {"auto"}:

@@ -250,7 +250,11 @@ def test_an_id_works_where_a_path_does(in_walk: Path, bdbench: Any) -> None:
 def test_the_same_command_again_reuses_the_artifact(in_walk: Path, bdbench: Any) -> None:
     manifest = Path("runs/digits-badnets-s0/manifest.json")
     before = manifest.stat().st_mtime_ns
-    assert "is there already" in bdbench("poison").err
+    for words in (("poison",), ("defend", "--method", "cbd", "--twin-epochs", "1", *FAST)):
+        said = bdbench(*words).err
+        assert "is there already" in said
+        assert "wrote" not in said
+        assert "next: bdbench" in said
     assert manifest.stat().st_mtime_ns == before
 
 

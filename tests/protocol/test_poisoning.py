@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import toy_data, toy_lab, toy_source
+from toys import attack_of, toy_data, toy_lab, toy_source
 
 from bdbench.attacks.badnets import BadNets
 from bdbench.attacks.sig import Sig
 from bdbench.data import PoisonedDataset, Role, SourceData
 from bdbench.errors import OptionError
-from bdbench.protocol.poisoning import choose_poisoned, eligible_for_test, poison_source, wanted_labels
+from bdbench.protocol.poisoning import choose_poisoned, eligible_for_test, idle_options, poison_source, wanted_labels
 from bdbench.seeds import generator
 
 LABELS = torch.arange(120) % 4
@@ -224,3 +224,18 @@ def test_a_test_split_of_the_target_class_alone_is_refused() -> None:
     source = SourceData("toy", toy_data(120), alone, "none")
     with pytest.raises(OptionError, match="no test image is eligible for all-to-one labels with target 0"):
         poison_source(source, BadNets(), toy_lab(0), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "idle"),
+    [
+        ("badnets", {}, {"source", "cover_ratio"}),
+        ("badnets", {"labels": "all-to-all"}, {"source", "target", "exclude_target", "cover_ratio"}),
+        ("badnets", {"labels": "source-specific", "cover_ratio": 0.5}, {"exclude_target"}),
+        ("sig", {"cover_ratio": 1.0}, {"source", "exclude_target"}),
+    ],
+)  # fmt: skip
+def test_options_that_have_no_effect_are_known(name: str, options: dict[str, Any], idle: set[str]) -> None:
+    given = attack_of(name, **options).model_dump()
+    assert {option for option in idle_options(given) if given[option] is not None} == idle
+    assert idle_options({"epochs": 3, "cover_ratio_of_another_kind": 0}) == set()

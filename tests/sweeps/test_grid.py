@@ -119,7 +119,7 @@ def test_an_exclude_of_a_seed_of_the_file_holds_where_other_seeds_are_given(tmp_
     ]  # fmt: skip
     assert [cell.defense for cell in read_grid(path, [1]).cells] == ["none"]
     path.write_text("seeds = [0, 1]\n[[exclude]]\nseed = 3\n")
-    with pytest.raises(OptionError, match="matches no cell"):
+    with pytest.raises(OptionError, match="matches no run"):
         read_grid(path, [0])
     assert all(cell.seed == 4 for cell in read_grid(path, [3, 4]).cells)
 
@@ -142,16 +142,16 @@ def test_excludes_take_out_and_includes_add(tmp_path: Path) -> None:
         ("seeds = [-1]\n", "line 1: seeds must not be negative"),
         ("seeds = [true]\n", "line 1: `seeds` must be a list of whole numbers"),
         ('seeds = "0"\n', "line 1: `seeds` must be a list"),
-        ("attacks = []\n", "has no cell"),
+        ("attacks = []\n", "has no run"),
         ("preset = 3\n", "line 1: `preset` cannot be 3"),
-        ("[attack.sig]\nrate = 0.1\n", r"line 1: \[attack\.sig\] belongs to no cell"),
-        ('[[exclude]]\nattack = "sig"\n', r"line 1: \[\[exclude\]\] number 1 matches no cell"),
+        ("[attack.sig]\nrate = 0.1\n", r"line 1: \[attack\.sig\] belongs to no run"),
+        ('[[exclude]]\nattack = "sig"\n', r"line 1: \[\[exclude\]\] number 1 matches no run"),
         ("[[exclude]]\n", "number 1 is empty"),
-        ('[[exclude]]\nattack = "badnets"\n', "has no cell"),
+        ('[[exclude]]\nattack = "badnets"\n', "has no run"),
         ('[[exclude]]\ndefens = "abl"\n', r"line 2: unknown key of .*'defens'\. Did you mean 'defense'"),
         (
             '[[exclude]]\ndefense = "abl"\n[[include]]\ndefense = "abl"\nseed = 4\n',
-            r"line 3: \[\[include\]\] number 1 names a cell that an \[\[exclude\]\] takes out",
+            r"line 3: \[\[include\]\] number 1 names a run that an \[\[exclude\]\] takes out",
         ),
         ("[[include]]\nattack = 5\n", r"line 1: `attack` of \[\[include\]\] must be a list of names"),
         ('[[include]]\nseed = ["x"]\n', r"line 1: `seed` of \[\[include\]\] must be a list of whole numbers"),

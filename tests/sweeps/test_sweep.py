@@ -705,7 +705,7 @@ def test_init_writes_a_grid_that_dry_run_reads(
     assert "6 waiting" in said
     code, shown, said = ran(["sweep", "--dry-run", "--shard", "6/6", "--seeds", "0"], capsys)
     assert (code, shown) == (0, "")
-    assert "no cell" in said
+    assert "no run" in said
     assert ran(["sweep", "--dry-run", "--seeds", "5"], capsys)[1].split()[:2] == ["waiting", "digits-badnets-s5-none"]
     assert not (tmp_path / "runs").exists()
 
