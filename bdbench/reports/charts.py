@@ -63,18 +63,24 @@ def _points(defenses: Sequence[str]) -> alt.Chart:
     return chart
 
 
+APART = alt.Axis(labelOverlap="greedy", labelSeparation=10, tickCount=6)
+"""Labels that would touch are left out."""
+
 ASR = alt.Y("asr:Q", title="ASR (low is good)", scale=alt.Scale(domain=[0, 1]))
 
 
 def _quality(defenses: Sequence[str]) -> alt.Chart:
-    benign = alt.X("ba:Q", title="BA (high is good)", scale=alt.Scale(zero=False, nice=True, padding=12))
+    benign = alt.X("ba:Q", title="BA (high is good)", scale=alt.Scale(zero=False, nice=True, padding=12), axis=APART)
     chart: alt.Chart = _points(defenses).encode(x=benign, y=ASR)
     return chart
 
 
 def _cost(defenses: Sequence[str]) -> alt.Chart:
-    seconds = alt.X("seconds:Q", title="seconds to train (logarithmic)", scale=alt.Scale(type="log", padding=12))
-    memory = alt.Size("mebibytes:Q", title="peak MiB", scale=alt.Scale(range=[30, 260], zero=False)).legend(tickCount=3)
+    seconds = alt.X(
+        "seconds:Q", title="seconds to train (logarithmic)", scale=alt.Scale(type="log", padding=12), axis=APART
+    )
+    # An area that grows from nothing at 0 MiB: twice the memory is twice the area.
+    memory = alt.Size("mebibytes:Q", title="peak MiB", scale=alt.Scale(range=[0, 260], zero=True)).legend(tickCount=3)
     chart: alt.Chart = _points(defenses).encode(x=seconds, y=ASR, size=memory)
     return chart
 

@@ -44,19 +44,20 @@ def write_report(folders: Sequence[Path], out: Path) -> Written:
     # A folder that is an evaluation itself has its model and dataset beside it.
     around = {Path(row["path"]).parent for row in rows if Path(row["path"]) in folders}
     cells = cells_of(rows)
-    text = render(rows, cells, Shelf.of([*around, *folders]))
+    text = render(rows, cells, Shelf.of([*around, *folders]), ", ".join(folder.resolve().name for folder in folders))
     with replace_file(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Written(len(rows), len(cells), len(text.encode()))
 
 
-def render(rows: Sequence[dict[str, Any]], cells: Sequence[Cell], shelf: Shelf) -> str:
+def render(rows: Sequence[dict[str, Any]], cells: Sequence[Cell], shelf: Shelf, place: str = "") -> str:
     """Return the page.
 
     Args:
         rows: from `results.read_rows`.
         cells: from `cells_of`.
         shelf: where datasets and models are found.
+        place: name of the folder or folders, for the title.
     """
     matrices = matrices_of(cells)
     ranking = rank(results.merge(rows))
@@ -81,6 +82,11 @@ def render(rows: Sequence[dict[str, Any]], cells: Sequence[Cell], shelf: Shelf) 
         style=_source(environment, "report.css"),
         script=_source(environment, "report.js"),
         matrices=matrices,
+        sizes=[
+            _image_size([rows[run] for place in it.cells.values() for run in cells[place].runs], shelf)
+            for it in matrices
+        ],
+        title=f"{place}: backdoor attacks and defenses" if place else "Backdoor attacks and defenses",
         cells=cells,
         rows=rows,
         ranking=ranking,
@@ -130,6 +136,16 @@ def _cell_record(cell: Cell) -> dict[str, Any]:
     mean = {key: value for key, value in cell.values.items() if value is not None}
     own = {key: value for key, value in vars(cell).items() if key != "values"}
     return own | mean | {"weak": not cell.counts, "note": ", ".join(cell.notes)}
+
+
+def _image_size(rows: Sequence[dict[str, Any]], shelf: Shelf) -> str:
+    """Return height, width and kind of the images of rows, or nothing where neither their data nor models are here."""
+    for row in rows:
+        found = shelf.datasets.get(row["dataset_id"]) or shelf.models.get(row["model_id"])
+        if found is not None:
+            channels, height, width = found.manifest.facts["image_shape"]
+            return f"{height}×{width} {'gray' if channels == 1 else 'colour'}"
+    return ""
 
 
 def _one_data_set_each(rows: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:

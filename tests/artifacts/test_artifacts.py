@@ -318,3 +318,9 @@ def test_how_it_was_made_names_versions_and_hardware() -> None:
 
 def test_plain_values_are_those_that_json_gives_back() -> None:
     assert plain({"a": (1, 2), "b": Path("x") / "y", "c": None}) == {"a": [1, 2], "b": "x/y", "c": None}
+
+
+def test_an_artifact_says_in_python_what_it_is(toys: DatasetArtifact) -> None:
+    assert repr(toys) == f"DatasetArtifact('{toys.path}', badnets, seed 0, id {toys.id})"
+    assert toys.is_new
+    assert not DatasetArtifact.open(toys.path).is_new

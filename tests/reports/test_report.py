@@ -84,6 +84,13 @@ def test_a_cell_shows_the_mean_and_the_spread_that_the_table_prints(grid: Path, 
         assert f"{expected['asr']:.3f}" in page.read_text()
 
 
+def test_the_page_says_of_which_folder_and_of_what_images_it_is(page: Path) -> None:
+    text = page.read_text()
+    assert "<h1>runs: backdoor attacks and defenses</h1>" in text
+    assert "5 runs in 3 cells (means over seeds)" in text
+    assert '<h2 id="m0-title">toy <span class="muted">· 8×8 gray · convnet</span></h2>' in text
+
+
 def test_lift_is_asr_minus_floor() -> None:
     rows = results.mark_rows([row(seed=0, asr=0.9, floor=0.1), row(seed=1, asr=1.0, floor=0.0)])
     values = cells_of(rows)[0].values
@@ -389,6 +396,10 @@ def test_the_page_works_in_a_browser_without_network_and_without_errors(browser:
     browser.get(page.as_uri())
     browser.execute_script("document.querySelector('.charts').scrollIntoView()")
     until(browser, "document.querySelectorAll('.chart svg').length >= 2")
+    until(browser, "document.querySelector('[data-chart=detection] .role-legend')")
+    named = browser.execute_script("return document.querySelector('[data-chart=detection] .role-legend').textContent")
+    assert "abl" in named
+    assert "none" not in named  # has no line
     browser.execute_script("scrollTo(0, 0)")
 
     cell = find(f"[data-cell='{place}']")
@@ -404,7 +415,11 @@ def test_the_page_works_in_a_browser_without_network_and_without_errors(browser:
         assert f"n = {item['asr_n']}" in shown.text
     assert tables.MARKS["b"] in shown.text
     assert data["runs"][data["cells"][place]["runs"][0]]["commands"][1] in shown.text
-    until(browser, "document.querySelectorAll('dialog .chart svg').length >= 2")
+    until(browser, "document.querySelectorAll('dialog .chart svg').length >= 4")
+    axes = browser.execute_script(
+        "return [...document.querySelectorAll('dialog .losses .role-axis-title')].map((it) => it.textContent)"
+    )
+    assert [axis for axis in axes if axis != "loss"] == ["epoch", "epoch", "step"]
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     until(browser, "!document.querySelector('dialog').open")
     assert browser.switch_to.active_element == cell

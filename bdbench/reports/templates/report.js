@@ -82,6 +82,15 @@
   /** More kinds of dashes than this are not told apart. */
   const DASHES = 5;
 
+  /** Colours are the same all over the page; a legend names what its own chart has. */
+  const legendOf = (spec, shown) => {
+    for (const channel of ["stroke", "fill", "shape", "color"]) {
+      const scaled = spec.encoding[channel];
+      if (scaled && scaled.field === "defense")
+        scaled.legend = { ...scaled.legend, values: scaled.scale.domain.filter((defense) => shown.has(defense)) };
+    }
+  };
+
   const drawMatrix = (section) => {
     const places = [...section.querySelectorAll("[data-cell]")].map((button) => Number(button.dataset.cell));
     const cells = places.map((place) => ({
@@ -96,8 +105,10 @@
       }
       const datasets = () => (name === "detection" ? { detection: detection(scored) } : { cells });
       const few = new Set(scored.map((scores) => data.cells[scores].attack)).size <= DASHES;
+      const shown = (name === "detection" ? scored : places).map((cell) => data.cells[cell].defense);
       waiting.set(place, () => draw(place, name, datasets(), (spec) => {
         if (!few) delete spec.encoding.strokeDash;
+        legendOf(spec, new Set(shown));
         return spec;
       }));
       watcher.observe(place);
