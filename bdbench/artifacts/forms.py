@@ -97,6 +97,7 @@ class DatasetFacts(_Form):
     replay: StrictBool = False
     source_options: Table = {}
     origin: OriginForm | None = None
+    given: Annotated[dict[Literal["name", "path"], StrictStr], Field(min_length=1, max_length=1)] | None = None
 
 
 class TrainedForm(MadeForm):

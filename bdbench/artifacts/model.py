@@ -56,7 +56,8 @@ class ModelArtifact(Artifact):
     def history(self) -> pd.DataFrame:
         """phase, epoch, loss, lr, images_per_second, seconds, step (nan where a phase is counted in epochs)."""
         found = self.frame("history.parquet")
-        return found if "step" in found else found.assign(step=math.nan)  # 0.1 counted all phases in epochs
+        steps = found.get("step", math.nan)  # 0.1 counted all phases in epochs
+        return found.assign(step=pd.to_numeric(steps, errors="coerce"))
 
     @property
     def samples(self) -> pd.DataFrame | None:
@@ -71,7 +72,7 @@ class ModelArtifact(Artifact):
 
 def counted(rows: pd.DataFrame) -> tuple[Unit, np.ndarray]:
     """Return what a phase of a history is counted in, and the count (M,) int64 at the end of each of its M rows."""
-    unit: Unit = "epoch" if rows["step"].isna().any() else "step"
+    unit: Unit = "step" if np.isfinite(rows["step"]).all() else "epoch"
     return unit, rows[unit].to_numpy(dtype=np.int64)
 
 

@@ -11,6 +11,7 @@ import typer
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Json, with_folder
 from bdbench.errors import ArtifactError, OptionError
+from bdbench.text import csv_cell, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +62,9 @@ def compare(
     source = inputs.find_dataset(first.manifest.ask.inputs["dataset"], first.path.parent, data)
     rates = comparing.paired_rates(first.predictions, second.predictions, first.manifest.facts["attack_options"])
     found = comparing.disagreements(first.predictions, second.predictions)
+    if source is not None:
+        comparing.check_fits(first.predictions, source)
+        comparing.check_fits(second.predictions, source)
     names = None if source is None else source.class_names
     named = found if names is None else _with_names(found, names)
     if json:
@@ -73,7 +77,7 @@ def compare(
         _show_images(named, top)
     if csv is not None:
         try:
-            named.to_csv(csv, index=False)
+            named.map(lambda value: csv_cell(value) if isinstance(value, str) else value).to_csv(csv, index=False)
         except OSError as error:
             raise ArtifactError(f"cannot write {csv}: {error.strerror or error}") from error
         console.say_wrote(csv)
@@ -190,5 +194,5 @@ def _show_images(named: pd.DataFrame, top: int) -> None:
     for heading in ("true", "A predicts", "B predicts"):
         table.add_column(heading, overflow="fold")
     for item in named.head(top).itertuples():
-        table.add_row(str(item.split), str(item.row), *(Text(str(it)) for it in (item.true, item.a, item.b)))
+        table.add_row(str(item.split), str(item.row), *(Text(printable(str(it))) for it in (item.true, item.a, item.b)))
     console.show(table)

@@ -12,6 +12,7 @@ from bdbench.artifacts.finding import ROOT
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Json, with_folder
 from bdbench.errors import ArtifactError
+from bdbench.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,8 +169,9 @@ def show_classes(classes: pd.DataFrame) -> None:
 def in_words(tested: SelfTest, method: str) -> list[str]:
     """Return what a self-test found, in sentences."""
     chance = tested.planted / tested.images
+    target, gathered = printable(tested.target), printable(tested.others_class)
     lines = [
-        f"self-test: a patch on {tested.planted:,} of {tested.images:,} images, labelled {tested.target}, was ranked: "
+        f"self-test: a patch on {tested.planted:,} of {tested.images:,} images, labelled {target}, was ranked: "
         f"precision in the top {tested.planted:,} = {tested.precision:.2f} (chance {chance:.2f}), "
         f"AUROC {tested.auroc:.2f}."
     ]
@@ -183,7 +185,7 @@ def in_words(tested: SelfTest, method: str) -> list[str]:
     }[tested.verdict])  # fmt: skip
     lines.append(
         f"Of the {tested.others:,} most suspect images that were not patched, {tested.others_count:,} are labelled "
-        f"{tested.others_class}: so much do the images of this dataset gather in one class without the patch."
+        f"{gathered}: so much do the images of this dataset gather in one class without the patch."
     )
     return lines
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from bdbench.artifacts.dataset import DatasetArtifact
+from bdbench.artifacts.manifests import AGAIN
 from bdbench.errors import ArtifactError
 from bdbench.protocol.judging import counts_for_asr
 from bdbench.protocol.metrics import Rate
@@ -96,6 +98,20 @@ def paired_rates(a: pd.DataFrame, b: pd.DataFrame, attack: Mapping[str, Any]) ->
         counts = counts_for_asr(a["clean_label"].to_numpy(), attack) & ~test
         rates["asr"] = pair(*((it["prediction"] == it["label"]).to_numpy()[counts] for it in (a, b)))
     return rates
+
+
+def check_fits(found: pd.DataFrame, data: DatasetArtifact) -> None:
+    """Refuse predictions that are not of a dataset's images and classes.
+
+    Raises:
+        ArtifactError: there are more or fewer, or of classes that do not exist.
+    """
+    counts = {split: int((found["split"] == split).sum()) for split in ("test", "triggered")}
+    wanted = {split: data.manifest.facts["counts"][split] for split in counts}
+    labels = found[["label", "clean_label", "prediction"]].to_numpy()
+    classes = len(data.class_names)
+    if counts != wanted or len(found) != sum(counts.values()) or labels.min() < 0 or labels.max() >= classes:
+        raise ArtifactError(f"the predictions do not fit {data.path}: it has {wanted} images, they {counts}; {AGAIN}")
 
 
 def disagreements(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:

@@ -98,7 +98,7 @@ def counts_for_asr(clean_labels: np.ndarray, attack: Mapping[str, Any]) -> np.nd
         clean_labels: (M,), their true labels.
         attack: options of the attack.
     """
-    if attack["labels"] == "source-specific":
+    if attack.get("labels") == "source-specific":
         return np.asarray(clean_labels == attack["source"])
     return np.ones(len(clean_labels), dtype=bool)
 

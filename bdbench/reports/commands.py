@@ -50,7 +50,7 @@ def _source(data: DatasetArtifact) -> list[str]:
     if "origin" in facts:
         return ["--dataset", facts["origin"]["dataset"], *_flags(facts["origin"]["options"])]
     options = facts.get("source_options", {})
-    if "given" in facts:
+    if facts.get("given"):
         (dataset,) = facts["given"].values()
         return ["--dataset", dataset, *_flags(options)]
     # The name of a part of a source ends with how many images were kept.

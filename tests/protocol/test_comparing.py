@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.errors import ArtifactError
-from bdbench.protocol.comparing import Paired, disagreements, pair, paired_rates
+from bdbench.protocol.comparing import Paired, check_fits, disagreements, pair, paired_rates
 from bdbench.protocol.metrics import Z95
 
 ALL_TO_ONE = {"labels": "all-to-one", "target": 0, "source": 0}
@@ -99,3 +100,15 @@ def test_images_with_different_classes_are_listed_with_their_place() -> None:
     found = disagreements(predictions("0122", "000"), predictions("0112", "002"))
     columns = ["split", "place", "row", "true", "wanted", "a", "b"]
     assert found[columns].to_numpy().tolist() == [["test", 2, 2, 2, 2, 2, 1], ["triggered", 2, 3, 2, 0, 0, 2]]
+
+
+def test_predictions_that_do_not_fit_the_dataset_are_refused(toys: DatasetArtifact) -> None:
+    counts = toys.manifest.facts["counts"]
+    fitting = pd.DataFrame({
+        "split": ["test"] * counts["test"] + ["triggered"] * counts["triggered"],
+        "label": 0, "clean_label": 0, "prediction": 3,
+    })  # fmt: skip
+    check_fits(fitting, toys)
+    for wrong in (fitting.head(3), fitting.assign(prediction=4), fitting.assign(label=-1)):
+        with pytest.raises(ArtifactError, match="the predictions do not fit"):
+            check_fits(wrong, toys)
