@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import bdbench
 from bdbench.errors import ArtifactError
 from bdbench.files import replace_file
+from bdbench.protocol.catalog import METRICS
 from bdbench.reports import charts, results, tables
 from bdbench.reports.matrices import COMPARED, Cell, cells_of, matrices_of
 from bdbench.reports.ranking import rank
@@ -96,6 +97,11 @@ def render(rows: Sequence[dict[str, Any]], cells: Sequence[Cell], shelf: Shelf, 
         metrics={name: METRIC_NAMES[name] for name in COMPARED},
         marks={mark: text for mark, text in tables.MARKS.items() if any(mark in cell.marks for cell in cells)},
         seeds=sorted({row["seed"] for row in rows}),
+        measured=[
+            METRICS[name]
+            for name in tables.USUAL
+            if METRICS[name].kind != "cost" and any(row[name] is not None for row in rows)
+        ],
         scored=any(row["auroc"] is not None for row in rows),
         version=bdbench.__version__,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

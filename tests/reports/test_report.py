@@ -21,6 +21,7 @@ from bdbench.artifacts.made import plain
 from bdbench.artifacts.manifests import Ask, Manifest
 from bdbench.cli.app import run
 from bdbench.errors import ArtifactError, DataError
+from bdbench.protocol.catalog import METRICS
 from bdbench.registry import ATTACKS
 from bdbench.reports import commands, results, tables
 from bdbench.reports.matrices import cells_of, matrices_of
@@ -88,6 +89,8 @@ def test_the_page_says_of_which_folder_and_of_what_images_it_is(page: Path) -> N
     text = page.read_text()
     assert "<h1>runs: backdoor attacks and defenses</h1>" in text
     assert "5 runs in 3 cells (means over seeds)" in text
+    assert f"<dt>floor</dt><dd>{METRICS['floor'].counts}; over: {METRICS['floor'].over}.</dd>" in text
+    assert "<dt>ASR, other classes</dt>" not in text  # no row has it
     assert '<h2 id="m0-title">toy <span class="muted">· 8×8 gray · convnet</span></h2>' in text
 
 
