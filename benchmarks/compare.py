@@ -12,7 +12,7 @@ from typing import Any
 
 from bdbench import files
 from bdbench.artifacts import made
-from bdbench.protocol.catalog import RATES, SCORES
+from bdbench.protocol.metric_list import RATES, SCORES
 from bdbench.registry import ATTACKS, DEFENSES, Registry
 from bdbench.reports.results import KEYS, over_seeds
 

@@ -48,7 +48,7 @@ from bdbench.attacks.ssba import SSBA
 from bdbench.data import ImageDataset, PoisonedDataset, SourceData
 from bdbench.datasets.paths import PathSource
 from bdbench.progress import Silent
-from bdbench.protocol import catalog, judging, metrics
+from bdbench.protocol import judging, metric_list, metrics
 from bdbench.protocol.networks import fresh_model
 from bdbench.protocol.poisoning import poison_source
 from bdbench.registry import ATTACKS
@@ -285,7 +285,7 @@ def table_rows(bench: Bench) -> Iterator[Row]:
 def write_evaluations(root: Path, count: int) -> None:
     """Write evaluations, 10 seeds of every setting: one is made, the others are copies with other facts."""
     hits = torch.arange(10_000) % 10 > 0
-    rates = {name: metrics.rate(hits) for name in catalog.RATES}
+    rates = {name: metrics.rate(hits) for name in metric_list.RATES}
     ask = manifests.Ask("evaluation", "evaluate", 1, {}, 0, {"model": "m", "dataset": "d"})
     facts = {
         "dataset": "speed", "model": "wrn-16-1", "attack_options": {}, "defense_options": {}, "preset": "paper",

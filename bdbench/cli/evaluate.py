@@ -15,7 +15,7 @@ from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName, with_folder
 from bdbench.cli.train import newest_dataset
 from bdbench.errors import ArtifactError, OptionError
-from bdbench.protocol.catalog import METRICS, check_metrics
+from bdbench.protocol.metric_list import METRICS, check_metrics
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 Assertions = Annotated[

@@ -12,7 +12,7 @@ from bdbench.cli import console
 from bdbench.cli.flags import shown
 from bdbench.cli.parameters import Json
 from bdbench.errors import unknown_name
-from bdbench.protocol.catalog import METRICS
+from bdbench.protocol.metric_list import METRICS
 from bdbench.registry import REGISTRIES, Registry, Row
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import bdbench
 from bdbench.errors import ArtifactError
 from bdbench.files import replace_file
-from bdbench.protocol.catalog import METRICS
+from bdbench.protocol.metric_list import METRICS
 from bdbench.reports import charts, results, tables
 from bdbench.reports.matrices import COMPARED, Cell, cells_of, matrices_of
 from bdbench.reports.ranking import rank

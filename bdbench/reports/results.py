@@ -12,7 +12,7 @@ from typing import Any
 from bdbench.artifacts.finding import find_artifacts
 from bdbench.artifacts.kinds import EvaluationArtifact
 from bdbench.errors import ArtifactError, DamagedError, DamageWarning
-from bdbench.protocol.catalog import METRICS, RATES, SCORES
+from bdbench.protocol.metric_list import METRICS, RATES, SCORES
 from bdbench.protocol.metrics import defense_effectiveness, mean_interval
 
 KEYS = ("dataset", "model", "attack", "attack_options", "defense", "defense_options", "preset")

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bdbench.errors import OptionError
-from bdbench.protocol.catalog import METRICS
+from bdbench.protocol.metric_list import METRICS
 from bdbench.registry import DEFENSES
 from bdbench.reports.formats import Column, latex, markdown
 from bdbench.reports.ranking import Ranked, Ranking, rank

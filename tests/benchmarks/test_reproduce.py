@@ -23,7 +23,7 @@ from bdbench.cli.quickstart import METHODS
 from bdbench.defenses.training.cbd import CBD
 from bdbench.errors import OptionError, TrainingError
 from bdbench.protocol import budget
-from bdbench.protocol.catalog import RATES, SCORES
+from bdbench.protocol.metric_list import RATES, SCORES
 from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
 from bdbench.reports import results, tables
 from bdbench.sweeps import checking, grid, sweep

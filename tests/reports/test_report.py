@@ -21,7 +21,7 @@ from bdbench.artifacts.made import plain
 from bdbench.artifacts.manifests import Ask, Manifest
 from bdbench.cli.app import run
 from bdbench.errors import ArtifactError, DataError
-from bdbench.protocol.catalog import METRICS
+from bdbench.protocol.metric_list import METRICS
 from bdbench.registry import ATTACKS
 from bdbench.reports import commands, results, tables
 from bdbench.reports.matrices import cells_of, matrices_of

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from bdbench.errors import ArtifactError, OptionError
-from bdbench.protocol.catalog import METRICS, RATES, SCORES
+from bdbench.protocol.metric_list import METRICS, RATES, SCORES
 from bdbench.reports import results, tables
 
 
