@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from bdbench.text import latex_text
@@ -24,11 +25,22 @@ def markdown(columns: Sequence[Column], cells: list[list[str]], notes: list[str]
     return "\n".join([*lines, "", *(f"{note}  " for note in notes)]).rstrip()
 
 
-def latex(columns: Sequence[Column], cells: list[list[str]], notes: list[str]) -> str:
-    """Return a table in LaTeX (booktabs), its notes below it in small type."""
+def latex(
+    columns: Sequence[Column],
+    cells: list[list[str]],
+    notes: list[str],
+    bold: AbstractSet[tuple[int, int]] = frozenset(),
+) -> str:
+    """Return a table in LaTeX (booktabs), its notes below it in small type; `bold` are places (row, column)."""
 
     def line(parts: Iterable[str]) -> str:
         return " & ".join(latex_text(part) for part in parts) + r" \\"
+
+    def body(row: int, parts: Sequence[str]) -> str:
+        shown = [latex_text(part) for part in parts]
+        return (
+            " & ".join(rf"\textbf{{{it}}}" if (row, place) in bold else it for place, it in enumerate(shown)) + r" \\"
+        )
 
     alignment = "".join("r" if column.is_number else "l" for column in columns)
     below = (
@@ -40,7 +52,7 @@ def latex(columns: Sequence[Column], cells: list[list[str]], notes: list[str]) -
             r"\toprule",
             line(column.heading for column in columns),
             r"\midrule",
-            *(line(cell) for cell in cells),
+            *(body(row, parts) for row, parts in enumerate(cells)),
             r"\bottomrule",
             r"\end{tabular}",
             *below,

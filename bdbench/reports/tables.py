@@ -107,7 +107,29 @@ def render(rows: Sequence[dict[str, Any]], style: Format, columns: Sequence[str]
         notes.append("±: standard deviation over seeds")
     if style == "rich":
         return Fitting(shown, cells, merged, notes, spared=SPARED if columns is None else ())
-    return markdown(shown, cells, notes) if style == "markdown" else latex(shown, cells, notes)
+    if style == "markdown":
+        return markdown(shown, cells, notes)
+    best = _best(merged, shown)
+    return latex(shown, cells, [*notes, *(["bold: the best defense of a setting"] if best else [])], best)
+
+
+def _best(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> set[tuple[int, int]]:
+    """Return the places (row, column) of the highest BA and DER and the lowest ASR of each setting's defenses.
+
+    Undefended and reference rows do not compete, nor do rows whose attack failed; one defense alone is not the best.
+    """
+    settings: dict[tuple[str | None, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        if row["defense"].split()[0] != "none" and not {"r", "w", "n", "?"} & set(row["marks"]):
+            settings.setdefault(_setting(row), []).append(place)
+    best = set()
+    for number, column in enumerate(columns):
+        if column.key in ("ba", "asr", "der"):
+            wanted = max if METRICS[column.key].better == "high" else min
+            for places in (found for found in settings.values() if len(found) > 1):
+                values = {place: round(rows[place][column.key], 3) for place in places}  # as they are printed
+                best |= {(place, number) for place in places if values[place] == wanted(values.values())}
+    return best
 
 
 def _narrowed(row: dict[str, Any], columns: Sequence[str] | None) -> dict[str, Any]:

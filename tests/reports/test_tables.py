@@ -160,6 +160,19 @@ def test_what_latex_reads_as_a_command_is_escaped() -> None:
     )
 
 
+def test_the_best_defense_of_a_setting_is_bold_in_latex() -> None:
+    rows = [row(), row("oracle", ba=0.99, asr=0.0, reads_truth=True), row("cbd", ba=0.8, asr=0.0), row("abl", asr=0.1)]
+    rows += [row(attack="sig", dataset_id="s", asr=0.1), row("cbd", attack="sig", dataset_id="s")]
+    rows += [row(attack="lf", dataset_id="l"), row("cbd", attack="lf", dataset_id="l")]
+    lines = str(tables.render(results.mark_rows(rows), "latex", ["ba", "asr"])).splitlines()
+    told = [line.split(" & ") for line in lines if line.startswith("digits")]
+    bold = [(line[2], line[3], line[6], line[7]) for line in told if "textbf" in "".join(line)]
+    assert bold == [
+        ("badnets", "cbd", "0.800", r"\textbf{0.000}"), ("badnets", "abl", r"\textbf{0.900}", "0.100"),
+    ]  # fmt: skip
+    assert r"bold: the best defense of a setting\par" in lines
+
+
 def test_numbers_stand_right_and_names_left() -> None:
     marked = results.mark_rows([row()])
     lines = str(tables.render(marked, "markdown")).splitlines()
