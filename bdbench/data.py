@@ -130,12 +130,16 @@ class SourceData:
         name: short name for tables and folder names.
         train, test: the splits; same classes and image shape.
         augment: what `--augment auto` means for these images, such as ``"crop,flip"`` (see `bdbench.training.augment`).
+        remarks: what was left out, guessed or changed, one line each.
+        unreadable: where the images lie that were left out since they cannot be read.
     """
 
     name: str
     train: ImageDataset
     test: ImageDataset
     augment: str
+    remarks: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.train.class_names != self.test.class_names or self.train.image_shape != self.test.image_shape:

@@ -29,8 +29,10 @@ from bdbench.artifacts.manifests import Ask
 from bdbench.artifacts.model import ModelArtifact, write_model
 from bdbench.artifacts.sources import address_of, as_given, open_source
 from bdbench.attacks.base import Attack, Lab, TrainingAttack
-from bdbench.data import PoisonedDataset, Role
+from bdbench.data import PoisonedDataset, Role, SourceData
+from bdbench.datasets.base import Source
 from bdbench.datasets.cache import cache_folder
+from bdbench.datasets.paths import PathSource
 from bdbench.defenses.base import Defended, Task, Truth
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
@@ -71,7 +73,8 @@ def poison(
         dataset: a registered name, or the path of an image folder, Parquet or .npz.
         attack: a registered name.
         options: of the attack, such as ``{"rate": 0.05, "target": 3}``.
-        source_options: of the source: data_root, download, image_size, images, test_fraction.
+        source_options: of the source: data_root, download, image_size, images, test_images, test_fraction; of a path
+            also image_column, label_column, skip_unreadable.
         trusted: share of the training split reserved as clean, for defenses that need clean images; 0 for none.
         seed: of every random choice.
         out: folder of the artifact; default ``runs/<dataset>-<attack>-s<seed>``.
@@ -93,7 +96,7 @@ def poison(
     origin = open_source(dataset, source_options or {})
     source = origin.open(progress)
     config = {"dataset": source.name, "trusted": trusted, **plain(method.model_dump())}
-    inputs = {"source": source.fingerprint[:16]}
+    inputs = {"source": source.fingerprint[:16], **_guessed(origin, source)}
     inputs |= {path.name: files.file_sha256(path)[:16] for path in method.files() if path.is_file()}
     ask = Ask("dataset", attack, method.version, config, seed, inputs)
     out = out or finding.ROOT / f"{source.name}-{attack}-s{seed}"
@@ -115,8 +118,7 @@ def poison(
                 _write_victim(path, wanted, poisoned, engine, made)
         address = {**address_of(dataset, origin), "fingerprint": source.fingerprint} if differences else None
         write_dataset(draft, poisoned, name=source.name, augment=source.augment, origin=address)
-        draft.facts |= {"replay": isinstance(method, TrainingAttack), "source_options": origin.chosen()}
-        draft.facts["given"] = as_given(dataset, origin)
+        draft.facts |= {"replay": isinstance(method, TrainingAttack), **_source_facts(dataset, origin, source)}
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
     few = int((poisoned.roles == Role.POISON).sum())
     if few < FEW_POISONED:
@@ -144,8 +146,9 @@ def take(
     """
     watch, progress = Stopwatch(), progress or Silent()
     origin = open_source(dataset, {"test_fraction": 0.05, **(source_options or {})})
-    source, files = origin.open(progress), origin.files()
-    inputs = {"source": source.fingerprint[:16]}
+    source = origin.open(progress)
+    files = origin.files(source)
+    inputs = {"source": source.fingerprint[:16], **_guessed(origin, source)}
     if files is not None:
         inputs["files"] = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
     ask = Ask("dataset", AS_FOUND, 1, {"dataset": source.name}, 0, inputs)
@@ -155,9 +158,25 @@ def take(
         return DatasetArtifact.open(out)
     with store.create(out, ask) as draft:
         write_dataset(draft, as_found(source), name=source.name, augment=source.augment, files=files)
-        draft.facts |= {"replay": False, "source_options": origin.chosen(), "given": as_given(dataset, origin)}
+        draft.facts |= {"replay": False, **_source_facts(dataset, origin, source)}
         draft.made |= watch.made(resolve_device("cpu"), bf16=False) | {"training_seconds": 0.0}
     return DatasetArtifact.open(out, is_new=True)
+
+
+def _guessed(origin: Source, source: SourceData) -> dict[str, str]:
+    """Return what was guessed of images of the user's own, as a part of an artifact's identity."""
+    return {"augment": source.augment} if isinstance(origin, PathSource) else {}
+
+
+def _source_facts(dataset: str | Path, origin: Source, source: SourceData) -> dict[str, Any]:
+    """Return what was named and chosen of a source, and what reading it left out, guessed or changed."""
+    return {
+        "given": as_given(dataset, origin),
+        "source_options": origin.chosen(),
+        "remarks": list(source.remarks),
+        "unreadable": list(source.unreadable),
+        "guessed": _guessed(origin, source),
+    }
 
 
 def _write_victim(path: Path, ask: Ask, data: PoisonedDataset, engine: Engine, made: dict[str, Any]) -> None:
@@ -229,6 +248,8 @@ def defend(
         model = suspect_model.manifest.facts["model"]
         progress.note(f"suspect: {suspect_model.path}")
     model = model_name(model, data.image_shape)
+    if data.manifest.facts.get("guessed", {}).get("augment") == recipe.augment:
+        progress.note(f"augmentation: {recipe.augment}, nothing mirrored; --augment crop,flip mirrors too")
     settings = settings_of(recipe, defense)
     config = {"model": model, "preset": preset, **settings}
     ask = Ask("model", method, defense.version, config, seed, inputs)
@@ -249,7 +270,7 @@ def defend(
             recipe=recipe,
             engine=engine,
             trusted=data.trusted if defense.needs_trusted else None,
-            suspect=suspect_model.classifier() if suspect_model else None,
+            suspect=suspect_model.network() if suspect_model else None,
             truth=Truth(data.is_poison, data.unpoisoned) if defense.needs_truth else None,
             cache=cache_folder(),
         )
@@ -310,7 +331,7 @@ def evaluate(
         return EvaluationArtifact.open(out)
     engine = Engine(place, bf16, ask.seed, progress=progress)
     with store.held(judged.path, source.path), store.create(out, ask) as draft:
-        frame = judging.predict(engine, judged.classifier(), source)
+        frame = judging.predict(engine, judged.network(), source)
         frame.to_parquet(draft.folder / "predictions.parquet", index=False)
         rates, values = judging.measure(frame, source, judged)
         judging.metrics_frame(rates, values).to_parquet(draft.folder / "metrics.parquet", index=False)

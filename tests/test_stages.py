@@ -213,8 +213,8 @@ def test_an_equal_call_takes_what_is_there(toy_archive: Path, tmp_path: Path) ->
         again = call()
         assert again.id == first.id
         assert again.manifest.made == made
-    assert [line.split(" ", 1)[1].split(" (")[0] for line in notes.lines[1:]] == ["is there already"] * 2
-    assert notes.lines[0].startswith("only 11 poisoned samples")
+    assert ["is there already" in line for line in notes.lines].count(True) == 2
+    assert any(line.startswith("only 11 poisoned samples") for line in notes.lines)
 
 
 def test_force_makes_bit_equal_files(toy_archive: Path, tmp_path: Path) -> None:

@@ -49,5 +49,5 @@ def verify(path: Path) -> Artifact:
     if isinstance(artifact, DatasetArtifact):
         verify_dataset(artifact)
     elif isinstance(artifact, ModelArtifact):
-        artifact.classifier()
+        artifact.network()
     return artifact

@@ -18,7 +18,7 @@ from bdbench.artifacts.manifests import AGAIN
 from bdbench.artifacts.store import Draft
 from bdbench.data import ImageDataset
 from bdbench.errors import ArtifactError
-from bdbench.models.classifier import Classifier, build_classifier
+from bdbench.models.classifier import Classifier, build_classifier, check_range
 from bdbench.registry import MODELS
 from bdbench.training.checkpoints import save_tensors
 from bdbench.training.loop import Unit
@@ -36,7 +36,17 @@ class ModelArtifact(Artifact):
     kind = "model"
 
     def classifier(self) -> Classifier:
-        """Rebuild the network and load its weights, in evaluation mode, on the CPU.
+        """Return `network`, which refuses images that are not float in [0, 1] with a ValueError.
+
+        Raises:
+            ArtifactError: see `network`.
+        """
+        model = self.network()
+        model.register_forward_pre_hook(check_range)
+        return model
+
+    def network(self) -> Classifier:
+        """Rebuild the network and load its weights, in evaluation mode, on the CPU; nothing looks at its input.
 
         Raises:
             ArtifactError: damaged, or weights that do not belong to the network.

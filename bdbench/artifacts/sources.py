@@ -21,7 +21,14 @@ def open_source(dataset: str | Path, options: Mapping[str, Any]) -> Source:
         OptionError: neither is known, the path is an artifact, or an option does not fit.
     """
     if str(dataset) in DATASETS.rows:
-        return cast("Source", DATASETS.load(str(dataset)).parse(options))
+        registered = cast("type[Source]", DATASETS.load(str(dataset)))
+        for name in options:
+            if name in PathSource.model_fields and name not in registered.model_fields:
+                flag = name.replace("_", "-")
+                raise OptionError(
+                    f"--{flag} is for images of your own, named by a path; '{dataset}' is a registered set"
+                )
+        return registered.parse(options)
     path = Path(dataset).expanduser()
     if is_artifact(path):
         raise OptionError(f"{path} is an artifact already; go on with: bdbench defend {path} --method abl")

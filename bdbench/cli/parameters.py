@@ -29,6 +29,19 @@ ImageSize = Annotated[int | None, typer.Option(help="Resize the shorter side to 
 Images = Annotated[
     int | None, typer.Option(help="Keep so many training images, chosen at random, the same for every seed.", min=20)
 ]
+TestImages = Annotated[
+    int | None, typer.Option(help="Keep so many test images, chosen at random, the same for every seed.", min=20)
+]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read, and name them.")
+]
+ImageColumn = Annotated[
+    str | None, typer.Option(help="Image column of Parquet files; default: image or img.", show_default=False)
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(help="Label column of Parquet files; default: label, labels or fine_label.", show_default=False),
+]
 TestFraction = Annotated[float, typer.Option(help="Test share, where the source has no test split.")]
 AttackName = Annotated[str, typer.Option(help="Attack.", autocompletion=names_of(ATTACKS))]
 MethodName = Annotated[str, typer.Option(help="Defense.", autocompletion=names_of(DEFENSES))]

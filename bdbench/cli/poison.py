@@ -18,13 +18,17 @@ from bdbench.cli.parameters import (
     Device,
     Download,
     Force,
+    ImageColumn,
     Images,
     ImageSize,
     Json,
+    LabelColumn,
     Out,
     PrecisionName,
     Seed,
+    SkipUnreadable,
     TestFraction,
+    TestImages,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +48,11 @@ def poison(
     download: Download = True,
     image_size: ImageSize = None,
     images: Images = None,
+    test_images: TestImages = None,
     test_fraction: TestFraction = 0.2,
+    skip_unreadable: SkipUnreadable = False,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     differences: Annotated[
         bool,
         typer.Option(
@@ -73,8 +81,10 @@ def poison(
     from bdbench import stages
 
     given = source_options(
-        download=download, test_fraction=test_fraction, data_root=data_root, image_size=image_size, images=images
-    )
+        download=download, test_fraction=test_fraction, data_root=data_root, image_size=image_size, images=images,
+        test_images=test_images, skip_unreadable=skip_unreadable or None, image_column=image_column,
+        label_column=label_column,
+    )  # fmt: skip
     with console.live_progress() as progress:
         made = stages.poison(
             dataset, attack, options=options, source_options=given, trusted=trusted, seed=seed, out=out, device=device,
@@ -101,7 +111,11 @@ def take(
     download: Download = True,
     image_size: ImageSize = None,
     images: Images = None,
+    test_images: TestImages = None,
     test_fraction: TestFraction = 0.05,
+    skip_unreadable: SkipUnreadable = False,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     out: Out = None,
     force: Force = False,
     config: Config = None,  # read before the command runs
@@ -122,8 +136,10 @@ def take(
     from bdbench import stages
 
     given = source_options(
-        download=download, test_fraction=test_fraction, data_root=data_root, image_size=image_size, images=images
-    )
+        download=download, test_fraction=test_fraction, data_root=data_root, image_size=image_size, images=images,
+        test_images=test_images, skip_unreadable=skip_unreadable or None, image_column=image_column,
+        label_column=label_column,
+    )  # fmt: skip
     with console.live_progress() as progress:
         made = stages.take(dataset, source_options=given, out=out, force=force, progress=progress)
     facts = made.manifest.facts

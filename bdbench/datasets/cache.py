@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bdbench.data import ImageDataset, SourceData
+from bdbench.datasets.splits import Splits
 from bdbench.errors import DataError
 from bdbench.machine import cores
 from bdbench.progress import Progress, Silent
@@ -38,6 +39,7 @@ class Plan:
         files: everything that is read.
         options: what changes the result besides the files' content.
         decode: reads both splits; its messages name files relative to `root`.
+        remarks: what finding the files left out or guessed, for the user.
     """
 
     name: str
@@ -45,7 +47,8 @@ class Plan:
     root: Path
     files: tuple[Path, ...]
     options: Mapping[str, str | int | float | None]
-    decode: Callable[[Progress], tuple[ImageDataset, ImageDataset]]
+    decode: Callable[[Progress], Splits]
+    remarks: tuple[str, ...] = ()
 
 
 def cache_folder() -> Path:
@@ -74,13 +77,16 @@ def load_cached(plan: Plan, progress: Progress) -> SourceData:
             return found
         source = _decode(plan, progress)
         if usable:
-            _write(file, key, source, progress)
+            _write(file, key, source, len(plan.remarks), progress)
     return source
 
 
 def _decode(plan: Plan, progress: Progress) -> SourceData:
     try:
-        return SourceData(plan.name, *plan.decode(progress), plan.augment)
+        found = plan.decode(progress)
+        return SourceData(
+            plan.name, found.train, found.test, plan.augment, (*plan.remarks, *found.remarks), tuple(found.unreadable)
+        )
     except DataError as error:
         raise DataError(f"{plan.root}: {error}") from None
 
@@ -135,7 +141,8 @@ def _read(file: Path, key: str, plan: Plan, progress: Progress) -> SourceData | 
                 ImageDataset(stored.get_tensor(f"{split}.images"), stored.get_tensor(f"{split}.labels"), names)
                 for split in ("train", "test")
             )
-        source = SourceData(plan.name, train, test, plan.augment)
+            remarks, unreadable = (tuple(json.loads(described.get(name, "[]"))) for name in ("remarks", "unreadable"))
+        source = SourceData(plan.name, train, test, plan.augment, (*plan.remarks, *remarks), unreadable)
         if described["key"] == key and described["fingerprint"] == source.fingerprint:
             return source
     except (FileNotFoundError, NotADirectoryError):
@@ -146,8 +153,8 @@ def _read(file: Path, key: str, plan: Plan, progress: Progress) -> SourceData | 
     return None
 
 
-def _write(file: Path, key: str, source: SourceData, progress: Progress) -> None:
-    """Store a source: under another name first, so that no reader meets half a file."""
+def _write(file: Path, key: str, source: SourceData, planned: int, progress: Progress) -> None:
+    """Store a source, but for its first `planned` remarks: under another name first, so none reads half of it."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     tensors = {
         f"{split}.{part}": tensor
@@ -158,6 +165,8 @@ def _write(file: Path, key: str, source: SourceData, progress: Progress) -> None
         "key": key,
         "fingerprint": source.fingerprint,
         "class_names": json.dumps(source.train.class_names),
+        "remarks": json.dumps(source.remarks[planned:]),
+        "unreadable": json.dumps(source.unreadable),
     }
     try:
         save_file(tensors, unfinished, described)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bdbench.data import ImageDataset, SourceData
 from bdbench.datasets.base import Source
-from bdbench.datasets.images import Fit, resize_images
+from bdbench.datasets.fit import Fit
+from bdbench.datasets.images import resize_images
 from bdbench.datasets.splits import split_dataset
 from bdbench.progress import Progress
 

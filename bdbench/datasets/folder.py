@@ -1,121 +1,77 @@
-"""Folders of images: one folder per class, with or without `train/` and `test/` above."""
+"""Folders of images: one folder per class, with or without a training and a test folder above."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from bdbench.data import ImageDataset
 from bdbench.datasets.cache import Plan
-from bdbench.datasets.images import Fit, decode_images, in_chunks, match_channels
-from bdbench.datasets.splits import split_dataset, stratified_split
+from bdbench.datasets.decoded import Decoded, check_decoded, remarks_on
+from bdbench.datasets.fit import Fit
+from bdbench.datasets.images import decode_readable, in_chunks, match_channels
+from bdbench.datasets.splits import Splits, split_dataset, stratified_split
+from bdbench.datasets.tree import Listing, Roots, class_folders, find_roots, list_images, remarks_on_files
 from bdbench.errors import DataError
 from bdbench.progress import Progress
 
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-)
-TEST_NAMES = ("test", "val", "valid", "validation")
 
-
-class Listing(NamedTuple):
-    """Image files of one split, class after class."""
-
-    files: list[Path]
-    labels: Tensor
-    """(N,) int64."""
-    ignored: list[Path]
-    """Files that are not images by their suffix."""
-
-
-def plan_folder(path: Path, name: str, augment: str, fit: Fit | None, test_fraction: float) -> Plan:
-    """Plan to read a folder; without `test/` (or `val/`) beside `train/`, the images are split.
+def plan_folder(
+    path: Path, name: str, augment: str, fit: Fit | None, test_fraction: float, *, skip_unreadable: bool = False
+) -> Plan:
+    """Plan to read a folder; without a test folder beside the training folder, the images are split.
 
     Classes are numbered in the order of their folders' names, by value where all names are numbers. Hidden
-    files and folders, and files without an image's suffix, are left out.
+    files and folders, and files without an image's suffix, are left out; so is what cannot be read, where
+    `skip_unreadable` says so.
 
     Raises:
-        DataError: there are no class folders, a class has no images, or the test split has a new class.
+        DataError: see `bdbench.datasets.tree`; a test split has a new class.
     """
-    train_root, test_root = _roots(path)
-    names = class_folders(train_root)
-    train = list_images(train_root, names)
-    test = None if test_root is None else _list_test(test_root, names)
+    roots = find_roots(path)
+    classes = class_folders(roots.train)
+    train = list_images(roots.train, classes)
+    test = None if roots.test is None else _list_test(roots.test, tuple(classes))
+    listings = [train] if test is None else [train, test]
     return Plan(
         name=name,
         augment=augment,
         root=path,
-        files=(*train.files, *(test.files if test else ())),
+        files=tuple(file for listing in listings for file in listing.files),
         options={
             "layout": "folder",
             "fit": str(fit),
             "test_fraction": None if test else test_fraction,
-            "classes": "/".join(names),
+            "classes": "/".join(classes),
+            **({"skip_unreadable": 1} if skip_unreadable else {}),
         },
-        decode=partial(_decode, path, train, test, names, fit, test_fraction),
+        decode=partial(_decode, path, listings, tuple(classes), fit, test_fraction, skip_unreadable),
+        remarks=(*roots.remarks, *remarks_on_files(path, listings)),
     )
 
 
-def training_files(path: Path, test_fraction: float) -> list[str]:
+def training_files(path: Path, test_fraction: float, left_out: Collection[str]) -> list[str]:
     """Return the file of every image that `plan_folder` puts into the training split, in its order, relative to `path`.
+
+    Args:
+        path, test_fraction: as in `plan_folder`.
+        left_out: files that cannot be read, relative to `path`.
 
     Raises:
         DataError: see `plan_folder`.
     """
-    train_root, test_root = _roots(path)
-    listing = list_images(train_root, class_folders(train_root))
+    roots: Roots = find_roots(path)
+    listing = list_images(roots.train, class_folders(roots.train))
     names = [file.relative_to(path).as_posix() for file in listing.files]
-    if test_root is not None:
-        return names
-    return [names[row] for row in stratified_split(listing.labels, test_fraction)[0].tolist()]
-
-
-def _roots(path: Path) -> tuple[Path, Path | None]:
-    """Return the folders of the training and of the test split; without the second, the first is split."""
-    train_root = path / "train"
-    if not train_root.is_dir() or not any(_folders(train_root)):
-        return path, None
-    return train_root, next((path / test for test in TEST_NAMES if (path / test).is_dir()), None)
-
-
-def class_folders(root: Path) -> tuple[str, ...]:
-    """Return the names of a folder's class folders, in the order of their labels.
-
-    Raises:
-        DataError: there is none.
-    """
-    names = [folder.name for folder in _folders(root)]
-    if not names:
-        raise DataError(f"{root}: holds no class folders; put the images of each class into a folder of their own")
-    if all(name.isdecimal() for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))
-
-
-def list_images(root: Path, names: tuple[str, ...]) -> Listing:
-    """List the images of each class folder, folders inside it included.
-
-    Raises:
-        DataError: a class has no images.
-    """
-    files: list[Path] = []
-    ignored: list[Path] = []
-    counts = []
-    for name in names:
-        found = _files(root / name)
-        images = [file for file in found if file.suffix.lower() in SUFFIXES]
-        if not images:
-            raise DataError(f"{root / name}: holds no images ({', '.join(sorted(SUFFIXES))}); add some or remove it")
-        files += images
-        ignored += [file for file in found if file.suffix.lower() not in SUFFIXES]
-        counts.append(len(images))
-    labels = torch.repeat_interleave(torch.arange(len(names)), torch.tensor(counts))
-    return Listing(files, labels, ignored)
+    missing = set(left_out)
+    kept = [row for row, name in enumerate(names) if name not in missing]
+    if roots.test is None:
+        training, _ = stratified_split(listing.labels[kept], test_fraction)
+        kept = [kept[row] for row in training.tolist()]
+    return [names[row] for row in kept]
 
 
 def _list_test(root: Path, names: tuple[str, ...]) -> Listing:
@@ -129,39 +85,26 @@ def _list_test(root: Path, names: tuple[str, ...]) -> Listing:
     return listing._replace(labels=numbers[listing.labels])
 
 
-def _folders(root: Path) -> Iterator[Path]:
-    return (entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _files(folder: Path) -> list[Path]:
-    found = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(
-        (file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)),
-        key=lambda file: file.as_posix(),
-    )
-
-
 def _decode(
     root: Path,
-    train: Listing,
-    test: Listing | None,
+    listings: list[Listing],
     names: tuple[str, ...],
     fit: Fit | None,
     test_fraction: float,
+    skip_unreadable: bool,
     progress: Progress,
-) -> tuple[ImageDataset, ImageDataset]:
-    ignored = [*train.ignored, *(test.ignored if test else ())]
-    if ignored:
-        progress.note(f"{root}: {len(ignored)} files are not images and left out, such as {ignored[0].name}")
-    data = _decode_listing(root, train, names, fit, "train", progress)
-    if test is None:
-        return split_dataset(data, test_fraction)
-    return match_channels(data, _decode_listing(root, test, names, fit, "test", progress))
+) -> Splits:
+    count = sum(len(listing.files) for listing in listings)
+    decoded = [
+        decode_readable(in_chunks(listing.files, root), len(listing.files), fit, f"reading {split} images", progress)
+        for split, listing in zip(("train", "test"), listings, strict=False)
+    ]
+    check_decoded(decoded, count, fit, skip_unreadable=skip_unreadable)
+    splits = [_dataset(*pair, names) for pair in zip(decoded, listings, strict=True)]
+    train, test = match_channels(*splits) if len(splits) > 1 else split_dataset(splits[0], test_fraction)
+    left_out = [item.where for found in decoded for item in found.unreadable]
+    return Splits(train, test, remarks_on(decoded, fit), left_out)
 
 
-def _decode_listing(
-    root: Path, listing: Listing, names: tuple[str, ...], fit: Fit | None, split: str, progress: Progress
-) -> ImageDataset:
-    chunks = in_chunks(listing.files, root)
-    images = decode_images(chunks, len(listing.files), fit, f"reading {split} images", progress)
-    return ImageDataset(images, listing.labels, names)
+def _dataset(decoded: Decoded, listing: Listing, names: tuple[str, ...]) -> ImageDataset:
+    return ImageDataset(decoded.images, listing.labels[decoded.rows], names)

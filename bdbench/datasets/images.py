@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
+import threading
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from bdbench.data import MIN_SIDE, ImageDataset
-from bdbench.errors import DataError
+from bdbench.data import ImageDataset
+from bdbench.datasets.decoded import Decoded, Unreadable, check_decoded
+from bdbench.datasets.fit import Fit
 from bdbench.machine import cores
 from bdbench.progress import Progress
 
 CHUNK = 256
 """Images that a thread decodes at a time."""
 
-FORMATS = ("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP")
+SMALL_FILE = 4096
+"""Bytes of an encoded image; up to this mean, one thread decodes as fast as several."""
+
+FORMATS = ("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000")
 """What is decoded; a list, because Pillow also knows formats that start other programs."""
+
+_reading = threading.local()
+"""Its `where` is the place of the image that a thread decodes, for warnings."""
 
 DECODING_ERRORS = (
     OSError,
@@ -45,73 +55,83 @@ DECODING_ERRORS = (
 """What Pillow raises for damaged files."""
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How images are brought to one size, in bilinear resampling.
-
-    Attributes:
-        side: pixels of the square that comes out.
-        method: "crop" resizes the shorter side and crops the centre; "squash" resizes the whole image.
-    """
-
-    side: int
-    method: Literal["crop", "squash"] = "crop"
-
-    def apply(self, image: Image.Image) -> Image.Image:
-        """Return the image as a square."""
-        square = (self.side, self.side)
-        if self.method == "crop":
-            return ImageOps.fit(image, square, Image.Resampling.BILINEAR)
-        return image.resize(square, Image.Resampling.BILINEAR)
-
-
 class Encoded(NamedTuple):
     """An image before decoding, and where it lies, for messages."""
 
     where: str
-    content: bytes | Path | np.ndarray
-    """A file's bytes, its path, or pixels (H, W) or (H, W, C) uint8."""
+    content: bytes | Path | np.ndarray | None
+    """A file's bytes, its path, pixels (H, W) or (H, W, C) uint8, or None where there is nothing."""
 
 
 class _Block(NamedTuple):
-    first: str
-    images: np.ndarray
-    """(n, C, H, W) uint8."""
+    places: list[str]
+    images: np.ndarray | None
+    """(n, C, H, W) uint8 of the images that can be read; None where sizes differ or only headers were read."""
+    offsets: list[int]
+    unreadable: list[Unreadable]
+    sizes: list[tuple[tuple[int, int], str]]
 
 
 def decode_images(
     chunks: Iterable[Sequence[Encoded]], count: int, fit: Fit | None, label: str, progress: Progress
 ) -> Tensor:
-    """Decode `count` images in a thread pool.
+    """Decode `count` images, every one of which has to be readable; see `decode_readable`.
+
+    Returns:
+        (N, C, H, W) uint8, contiguous; C is 1 when all images are gray, else 3.
+
+    Raises:
+        DataError: images cannot be read, are too small, or differ in size; the message says which.
+    """
+    decoded = decode_readable(chunks, count, fit, label, progress)
+    check_decoded([decoded], count, fit, skip_unreadable=None)
+    return decoded.images
+
+
+def decode_readable(
+    chunks: Iterable[Sequence[Encoded]], count: int, fit: Fit | None, label: str, progress: Progress
+) -> Decoded:
+    """Decode what can be read of `count` images. After a second size, without a fit, only headers are read.
 
     Args:
         chunks: the images in order, some hundred at a time.
         count: N, of all chunks together.
         fit: how to bring images to one size; None requires that they have it.
         label: what the progress bar says.
-
-    Returns:
-        (N, C, H, W) uint8, contiguous; C is 1 when all images are gray, else 3.
-
-    Raises:
-        DataError: an image cannot be read, is too small, or differs in size; the message says where it lies.
     """
-    images = torch.empty(0)
-    first, done = "", 0
+    images = torch.empty((0, 1, 1, 1), dtype=torch.uint8)
+    rows: list[int] = []
+    unreadable: list[Unreadable] = []
+    sizes: dict[tuple[int, int], str] = {}
+    seen, mixed = 0, threading.Event()
     progress.start(label, count)
     try:
-        for block in _decode_in_order(chunks, fit):
-            pixels = torch.from_numpy(block.images)
-            if done == 0:
-                first, images = block.first, torch.empty((count, *pixels.shape[1:]), dtype=torch.uint8)
-            _check_same_size(first, images.shape, block.first, pixels.shape)
-            if len(pixels[0]) > len(images[0]):
-                images = images.expand(-1, len(pixels[0]), -1, -1).contiguous()
-            images[done : done + len(pixels)] = pixels
-            done += len(pixels)
-            progress.advance(len(pixels))
+        with _warnings_of_pillow() as warned:
+            for block in _decode_in_order(chunks, fit, mixed):
+                unreadable += block.unreadable
+                for size, where in block.sizes:
+                    sizes.setdefault(size, where)
+                if fit is None and len(sizes) > 1:
+                    mixed.set()
+                elif block.images is not None:
+                    images = _put(torch.from_numpy(block.images), images, len(rows), count)
+                    rows += [seen + offset for offset in block.offsets]
+                seen += len(block.places)
+                progress.advance(len(block.places))
     finally:
         progress.finish()
+    kept = 0 if mixed.is_set() else len(rows)
+    images = images if kept == len(images) else images[:kept].clone()
+    return Decoded(images, torch.tensor(rows[:kept], dtype=torch.int64), tuple(unreadable), sizes, warned)
+
+
+def _put(pixels: Tensor, images: Tensor, done: int, count: int) -> Tensor:
+    """Write a block behind the first `done` images and return them all; gray ones are repeated beside coloured ones."""
+    if not done:
+        images = torch.empty((count, *pixels.shape[1:]), dtype=torch.uint8)
+    if len(pixels[0]) > len(images[0]):
+        images = images.expand(-1, len(pixels[0]), -1, -1).contiguous()
+    images[done : done + len(pixels)] = pixels
     return images
 
 
@@ -143,51 +163,108 @@ def match_channels(train: ImageDataset, test: ImageDataset) -> tuple[ImageDatase
     return widen(train), widen(test)
 
 
-def _decode_in_order(chunks: Iterable[Sequence[Encoded]], fit: Fit | None) -> Iterator[_Block]:
-    """Decode ahead of the reader, but only so far that few undecoded chunks are in memory at a time."""
+def _decode_in_order(chunks: Iterable[Sequence[Encoded]], fit: Fit | None, mixed: threading.Event) -> Iterator[_Block]:
+    """Decode ahead of the reader, but only so far that few undecoded chunks are in memory at a time.
+
+    Small images take one thread: most of the work on them is Python's, and threads would wait for each other.
+    """
+    rest = iter(chunks)
+    first = next(rest, ())
+    if sum(map(_encoded_bytes, first)) <= SMALL_FILE * len(first):
+        for chunk in itertools.chain([first], rest):
+            yield _decode_chunk(chunk, fit, mixed)
+        return
     threads = min(cores(), 16)
     waiting: deque[Future[_Block]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for chunk in chunks:
-            waiting.append(pool.submit(_decode_chunk, chunk, fit))
+        for chunk in itertools.chain([first], rest):
+            waiting.append(pool.submit(_decode_chunk, chunk, fit, mixed))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _decode_chunk(chunk: Sequence[Encoded], fit: Fit | None) -> _Block:
-    arrays = [_decode_image(item, fit) for item in chunk]
-    for item, array in zip(chunk, arrays, strict=True):
-        _check_same_size(chunk[0].where, arrays[0].shape, item.where, array.shape)
-    channels = max(len(array) for array in arrays)
-    block = np.empty((len(arrays), channels, *arrays[0].shape[1:]), dtype=np.uint8)
-    for row, array in enumerate(arrays):
-        block[row] = array
-    return _Block(chunk[0].where, block)
+def _encoded_bytes(item: Encoded) -> int:
+    content = item.content
+    if isinstance(content, Path):
+        return content.stat().st_size if content.exists() else 0
+    return content.nbytes if isinstance(content, np.ndarray) else len(content or b"")
 
 
-def _decode_image(item: Encoded, fit: Fit | None) -> np.ndarray:
-    """Return (C, H, W) uint8 with C of 1 or 3."""
-    try:
-        with _open(item.content) as image:
-            plain = _eight_bit(_upright(image), image.format)
-            fitted = plain if fit is None else fit.apply(plain)
-            pixels = np.asarray(fitted)
-    except DECODING_ERRORS as error:
-        raise DataError(
-            f"{item.where}: cannot be read as an image ({str(error) or type(error).__name__}); replace or remove it"
-        ) from None
-    if min(pixels.shape[:2]) < MIN_SIDE:
-        height, width = pixels.shape[:2]
-        raise DataError(
-            f"{item.where}: {width}x{height} pixels, at least {MIN_SIDE}x{MIN_SIDE} are needed; "
-            "pass --image-size to resize"
-        )
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+def _decode_chunk(chunk: Sequence[Encoded], fit: Fit | None, mixed: threading.Event) -> _Block:
+    """Decode some images; once sizes are known to be `mixed`, read their headers only."""
+    arrays: list[np.ndarray] = []
+    offsets: list[int] = []
+    unreadable: list[Unreadable] = []
+    sizes: list[tuple[tuple[int, int], str]] = []
+    for offset, (where, content) in enumerate(chunk):
+        _reading.where = where
+        try:
+            with _open(content) as image:
+                if mixed.is_set():
+                    sizes.append((_upright_size(image), where))
+                    continue
+                plain = _eight_bit(_upright(image), image.format)
+                array = np.asarray(plain if fit is None else fit.apply(plain))
+        except DECODING_ERRORS as error:
+            unreadable.append(Unreadable(where, _reason(error)))
+            continue
+        arrays.append(array)
+        offsets.append(offset)
+        sizes.append((plain.size, where))
+        if fit is None and array.shape[:2] != arrays[0].shape[:2]:
+            mixed.set()
+    _reading.where = None
+    images = None if mixed.is_set() or not arrays else _stacked(arrays)
+    return _Block([item.where for item in chunk], images, offsets, unreadable, sizes)
 
 
-def _open(content: bytes | Path | np.ndarray) -> Image.Image:
+def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
+    """Return images (H, W) or (H, W, 3) of one size as (n, C, H, W)."""
+    if len({array.ndim for array in arrays}) > 1:
+        arrays = [array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2) for array in arrays]
+    stacked = np.stack(arrays)
+    return stacked[:, None] if stacked.ndim == 3 else stacked.transpose(0, 3, 1, 2)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return str(error) or type(error).__name__
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the (width, height) that `_upright` gives, by the header alone."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return image.size  # `getexif` would decode the pixels to look behind them
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
+
+
+@contextmanager
+def _warnings_of_pillow() -> Iterator[dict[str, list[str]]]:
+    """Collect what Pillow warns of while images are decoded, by message, with where they lie."""
+    warned: dict[str, list[str]] = {}
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message: Warning | str, *rest: Any, **named: Any) -> None:  # noqa: ANN401 - as in `warnings`
+            where = getattr(_reading, "where", None)
+            if where is None:
+                show(message, *rest, **named)
+            else:
+                warned.setdefault(str(message), []).append(where)
+
+        for kind in (UserWarning, Image.DecompressionBombWarning):
+            warnings.simplefilter("always", kind)
+        warnings.showwarning = note
+        yield warned
+
+
+def _open(content: bytes | Path | np.ndarray | None) -> Image.Image:
+    if content is None or (isinstance(content, bytes) and not content):
+        raise ValueError("no image bytes; store the images inside the file")
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
     return Image.open(BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
@@ -216,11 +293,3 @@ def _eight_bit(image: Image.Image, file_format: str | None) -> Image.Image:
     if mode in ("P", "PA"):
         return image.convert("RGBA").convert("RGB")  # by way of RGBA: a transparent palette warns otherwise
     return image.convert("RGB")
-
-
-def _check_same_size(first: str, expected: Sequence[int], second: str, found: Sequence[int]) -> None:
-    if expected[-2:] != found[-2:]:
-        raise DataError(
-            f"sizes differ: {first} is {expected[-1]}x{expected[-2]}, "
-            f"{second} is {found[-1]}x{found[-2]} pixels; pass --image-size to bring them to one size"
-        )

@@ -1,9 +1,10 @@
-"""NumPy archives: `images` and `labels`, or `x_train` ... `y_test`; pickles are never opened."""
+"""NumPy archives: `images` and `labels`, `x_train` ... `y_test`, or MedMNIST's names; pickles are never opened."""
 
 from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +14,18 @@ from torch import Tensor
 
 from bdbench.data import ImageDataset
 from bdbench.datasets.cache import Plan
-from bdbench.datasets.images import Fit, match_channels, resize_images
-from bdbench.datasets.labels import check_labels, numbered_names
-from bdbench.datasets.splits import split_dataset
+from bdbench.datasets.fit import Fit
+from bdbench.datasets.images import match_channels, resize_images
+from bdbench.datasets.labels import class_names_of, integer_labels, numbered_names, remark_on
+from bdbench.datasets.splits import Splits, split_dataset
+from bdbench.datasets.wording import were
 from bdbench.errors import DataError
 from bdbench.progress import Progress
 
 WHOLE = ("images", "labels")
 DIVIDED = ("x_train", "y_train", "x_test", "y_test")
+MEDMNIST = ("train_images", "train_labels", "test_images", "test_labels")
+LAYOUTS = (DIVIDED, MEDMNIST, WHOLE)
 
 
 def plan_npz(path: Path, name: str, augment: str, fit: Fit | None, test_fraction: float) -> Plan:
@@ -63,31 +68,35 @@ def channels_first(images: np.ndarray, where: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images))
 
 
-def _decode(path: Path, fit: Fit | None, test_fraction: float, progress: Progress) -> tuple[ImageDataset, ImageDataset]:
-    arrays = _read(path)
-    if set(arrays) == set(WHOLE):
-        images, labels = _pair(arrays, *WHOLE, fit, progress)
-        return split_dataset(ImageDataset(images, labels, numbered_names(labels)), test_fraction)
-    train_images, train_labels = _pair(arrays, *DIVIDED[:2], fit, progress)
-    test_images, test_labels = _pair(arrays, *DIVIDED[2:], fit, progress)
-    names = numbered_names(train_labels, test_labels)
-    return match_channels(
-        ImageDataset(train_images, train_labels, names), ImageDataset(test_images, test_labels, names)
-    )
+def _decode(path: Path, fit: Fit | None, test_fraction: float, progress: Progress) -> Splits:
+    arrays, others = _read(path)
+    layout = tuple(arrays)
+    given = class_names_of([arrays[layout[1]]])
+    pairs = [
+        _pair(arrays, images, labels, given, fit, progress)
+        for images, labels in zip(layout[::2], layout[1::2], strict=True)
+    ]
+    names = given or numbered_names(*(labels for _, labels in pairs))
+    splits = [ImageDataset(images, labels, names) for images, labels in pairs]
+    train, test = match_channels(*splits) if len(splits) > 1 else split_dataset(splits[0], test_fraction)
+    left_out = (f"{were(len(others), 'array')} left out: {', '.join(others)}",) if others else ()
+    return Splits(train, test, (*left_out, *remark_on(arrays[layout[1]])))
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """Read the arrays of one of the two layouts."""
+def _read(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read the arrays of one of the layouts, images and labels in turn; name the others."""
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise DataError("a single array, not an archive; save it with np.savez(images=..., labels=...)")
         with archive:
-            for layout in (DIVIDED, WHOLE):
+            for layout in LAYOUTS:
                 if set(layout) <= set(archive.files):
-                    return {name: archive[name] for name in layout}
+                    others = [name for name in archive.files if name not in layout]
+                    return {name: archive[name] for name in layout}, others
             raise DataError(
-                f"holds {', '.join(archive.files) or 'nothing'}; needs {', '.join(WHOLE)} or {', '.join(DIVIDED)}"
+                f"holds {', '.join(archive.files) or 'nothing'}; needs "
+                f"{', or '.join(', '.join(layout) for layout in (WHOLE, DIVIDED, MEDMNIST))}"
             )
     except (
         OSError,
@@ -106,11 +115,16 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _pair(
-    arrays: dict[str, np.ndarray], images_name: str, labels_name: str, fit: Fit | None, progress: Progress
+    arrays: Mapping[str, np.ndarray],
+    images_name: str,
+    labels_name: str,
+    class_names: Sequence[str] | None,
+    fit: Fit | None,
+    progress: Progress,
 ) -> tuple[Tensor, Tensor]:
     """Return images and labels of one split, checked against each other."""
     images = channels_first(arrays[images_name], images_name)
-    labels = check_labels(arrays[labels_name], labels_name, None)
+    labels = integer_labels(arrays[labels_name], labels_name, class_names)
     if len(images) != len(labels):
         raise DataError(f"{images_name} has {len(images)} rows, {labels_name} {len(labels)}; they must be as many")
     return (images if fit is None else resize_images(images, fit, progress)), labels

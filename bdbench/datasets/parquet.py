@@ -18,39 +18,66 @@ from torch import Tensor
 
 from bdbench.data import ImageDataset
 from bdbench.datasets.cache import Plan
-from bdbench.datasets.images import CHUNK, Encoded, Fit, decode_images, match_channels
-from bdbench.datasets.labels import check_labels, numbered_names
-from bdbench.datasets.splits import split_dataset
+from bdbench.datasets.decoded import Decoded, check_decoded, remarks_on
+from bdbench.datasets.fit import Fit
+from bdbench.datasets.images import CHUNK, Encoded, decode_readable, match_channels
+from bdbench.datasets.labels import class_names_of, integer_labels, numbered_names, remark_on
+from bdbench.datasets.splits import Splits, split_dataset
+from bdbench.datasets.wording import were
 from bdbench.errors import DataError
 from bdbench.progress import Progress
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
+OTHER_LABEL_COLUMNS = ("coarse_label", "target", "class", "category")
+"""What label columns are called too; they have to be asked for."""
+
 TEST_NAMES = ("test", "validation", "valid", "val")
 
 
-def plan_parquet(path: Path, name: str, augment: str, fit: Fit | None, test_fraction: float) -> Plan:
+class Choices(NamedTuple):
+    """What the user of a path may choose: the columns (None: by their usual names), and what happens to bad images."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+    skip_unreadable: bool = False
+
+
+def plan_parquet(
+    path: Path, name: str, augment: str, fit: Fit | None, test_fraction: float, choices: Choices | None = None
+) -> Plan:
     """Plan to read one file, or a folder of shards; without test shards the training shards are split.
 
     The image column is `image` or `img`, struct<bytes, path> or binary; the label column is `label`, `labels`
-    or `fine_label`, integers. Class names come from the schema's `huggingface` metadata, else "0".."K-1".
+    or `fine_label`: integers, text, true/false or one-hot lists. Class names come from the schema's `huggingface`
+    metadata or from text, else they are "0".."K-1".
+
+    Args:
+        path, name, augment, fit, test_fraction: as for `bdbench.datasets.folder.plan_folder`.
+        choices: of the user; None for a registered set, of which nothing can be chosen.
 
     Raises:
         DataError: the folder has no training shards, or a shard is missing.
     """
+    remarks: tuple[str, ...] = ()
     if path.is_dir():
         train, test = _shards(path, ("train",)), _shards(path, TEST_NAMES)
         if not train:
             raise DataError(f"{path}: holds no train-*.parquet; rename the shards or name one file")
+        others = sorted({file.name for file in path.glob("*.parquet")} - {file.name for file in (*train, *test)})
+        if others and choices is not None:
+            remarks = (f"{were(len(others), 'Parquet file')} left out, such as {others[0]}",)
     else:
         train, test = [path], []
+    given = {} if choices is None else {key: value for key, value in choices._asdict().items() if value}
     return Plan(
         name=name,
         augment=augment,
         root=path,
         files=(*train, *test),
-        options={"layout": "parquet", "fit": str(fit), "test_fraction": None if test else test_fraction},
-        decode=partial(_decode, train, test, fit, test_fraction),
+        options={"layout": "parquet", "fit": str(fit), "test_fraction": None if test else test_fraction, **given},
+        decode=partial(_decode, train, test, fit, test_fraction, choices),
+        remarks=remarks,
     )
 
 
@@ -59,10 +86,25 @@ def has_shards(folder: Path) -> bool:
     return bool(_matching(folder, "train"))
 
 
+def shard_folder(path: Path) -> Path | None:
+    """Return the folder of the shards: the path, or as in clones from a hub `data`, or the only one with shards.
+
+    Raises:
+        DataError: several folders in it have shards.
+    """
+    if any(path.glob("*.parquet")):
+        return path
+    inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and has_shards(folder)]
+    if len(inside) > 1:
+        names = ", ".join(folder.name for folder in inside)
+        raise DataError(f"{path}: several folders hold Parquet shards ({names}); name one, such as {inside[0]}")
+    return inside[0] if inside else None
+
+
 def _shards(folder: Path, split_names: Sequence[str]) -> list[Path]:
     """Return the shards of the first split name that has any, complete and in order."""
     files = next((found for name in split_names if (found := _matching(folder, name))), [])
-    numbers = [match for file in files if (match := re.search(r"-(\d+)-of-(\d+)\.parquet$", file.name))]
+    numbers = [match for file in files if (match := re.search(r"-(\d+)-of-(\d+)(?:-\w+)?\.parquet$", file.name))]
     if numbers:
         total = int(numbers[0][2])
         missing = sorted(set(range(total)) - {int(match[1]) for match in numbers})
@@ -80,48 +122,103 @@ class _Shard(NamedTuple):
     file: pq.ParquetFile
     name: str
     image_column: str
+    label_column: str
     labels: np.ndarray
     class_names: tuple[str, ...] | None
 
 
 def _decode(
-    train: Sequence[Path], test: Sequence[Path], fit: Fit | None, test_fraction: float, progress: Progress
-) -> tuple[ImageDataset, ImageDataset]:
-    train_shards, test_shards = [_open(file) for file in train], [_open(file) for file in test]
-    names = _common_names([*train_shards, *test_shards])
+    train: Sequence[Path],
+    test: Sequence[Path],
+    fit: Fit | None,
+    test_fraction: float,
+    choices: Choices | None,
+    progress: Progress,
+) -> Splits:
+    train_shards, test_shards = ([_open(file, choices or Choices()) for file in files] for files in (train, test))
+    names = _common_names([*train_shards, *test_shards]) or class_names_of([shard.labels for shard in train_shards])
     train_labels, test_labels = _labels(train_shards, names), _labels(test_shards, names)
     names = names or numbered_names(train_labels, test_labels)
-    data = ImageDataset(_images(train_shards, fit, "train", progress), train_labels, names)
-    if not test:
-        return split_dataset(data, test_fraction)
-    return match_channels(data, ImageDataset(_images(test_shards, fit, "test", progress), test_labels, names))
+    kinds = {"train": (train_shards, train_labels), "test": (test_shards, test_labels)}
+    wanted = {split: pair for split, pair in kinds.items() if pair[0]}
+    decoded = [_images(shards, fit, split, progress) for split, (shards, _) in wanted.items()]
+    count = len(train_labels) + len(test_labels)
+    check_decoded(decoded, count, fit, skip_unreadable=None if choices is None else choices.skip_unreadable)
+    splits = [
+        ImageDataset(found.images, labels[found.rows], names)
+        for found, (_, labels) in zip(decoded, wanted.values(), strict=True)
+    ]
+    first, second = match_channels(*splits) if test else split_dataset(splits[0], test_fraction)
+    remarks = (*_column_remarks(train_shards[0]), *remark_on(train_shards[0].labels)) if choices is not None else ()
+    left_out = [item.where for found in decoded for item in found.unreadable]
+    return Splits(first, second, (*remarks, *remarks_on(decoded, fit)), left_out)
 
 
-def _open(path: Path) -> _Shard:
+def _open(path: Path, choices: Choices) -> _Shard:
     """Open a file and read its labels."""
     try:
         file = pq.ParquetFile(path)
         schema = file.schema_arrow
-        image_column = _find(schema, IMAGE_COLUMNS, path)
-        label_column = _find(schema, LABEL_COLUMNS, path)
+        image_column = _find(schema, IMAGE_COLUMNS, choices.image_column, "--image-column", path)
+        label_column = _find(schema, LABEL_COLUMNS, choices.label_column, "--label-column", path)
         labels = file.read(columns=[label_column]).column(0)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path.name}: cannot be read as Parquet ({_first_line(error)}); fetch it again") from None
     if len(labels) == 0:
         raise DataError(f"{path.name}: has no rows; remove it or fetch it again")
-    if not pa.types.is_integer(labels.type):
-        raise DataError(f"{path.name}: column {label_column} holds {labels.type}; integers 0..K-1 are needed")
     if labels.null_count:
         row = pc.index(pc.is_null(labels), True).as_py()
         raise DataError(f"{path.name}, row {row}: no label; remove rows without one")
-    return _Shard(file, path.name, image_column, labels.to_numpy(), _class_names(schema, label_column))
+    array = _label_array(labels, f"{path.name}: column {label_column}")
+    return _Shard(file, path.name, image_column, label_column, array, _class_names(schema, label_column))
 
 
-def _find(schema: pa.Schema, wanted: Sequence[str], path: Path) -> str:
-    for name in wanted:
+def _label_array(labels: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Return a column of labels: (N,) of integers, text or truth values, or (N, K) of one-hot lists."""
+    kind = labels.type.value_type if pa.types.is_dictionary(labels.type) else labels.type
+    plain = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
+    if any(is_kind(kind) for is_kind in plain):
+        return np.asarray(labels.to_numpy())
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if any(is_kind(kind) for is_kind in lists) and not pa.types.is_nested(kind.value_type):
+        rows = labels.to_pylist()
+        if len({len(row) for row in rows}) == 1 and not any(value is None for row in rows for value in row):
+            return np.array(rows)
+    raise DataError(f"{where} holds {labels.type}; integers 0..K-1, text, true/false or one-hot lists are needed")
+
+
+def _find(schema: pa.Schema, usual: Sequence[str], chosen: str | None, flag: str, path: Path) -> str:
+    for name in usual if chosen is None else (chosen,):
         if name in schema.names:
             return name
-    raise DataError(f"{path.name}: no column {' or '.join(wanted)} among {', '.join(schema.names)}; rename the column")
+    wanted = " or ".join(usual) if chosen is None else chosen
+    raise DataError(f"{path.name}: no column {wanted} among {', '.join(schema.names)}; name it with {flag}")
+
+
+def _column_remarks(shard: _Shard) -> Iterator[str]:
+    """Say which columns were taken where there are several."""
+    schema = shard.file.schema_arrow
+    described = [name for name in schema.names if _class_names(schema, name) is not None]
+    usual = {
+        "--label-column": (shard.label_column, {*LABEL_COLUMNS, *OTHER_LABEL_COLUMNS, *described}),
+        "--image-column": (
+            shard.image_column,
+            {name for name in schema.names if _holds_bytes(schema.field(name).type)},
+        ),
+    }
+    for flag, (taken, possible) in usual.items():
+        others = [name for name in schema.names if name in possible and name != taken]
+        if others:
+            what = flag.removeprefix("--").replace("-", " ")
+            yield f"{what}: {taken}, not {' or '.join(others)} ({flag} chooses)"
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold encoded images: text is none, it might be taken for a file's path."""
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and _holds_bytes(kind.field(place).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
@@ -142,38 +239,33 @@ def _common_names(shards: Sequence[_Shard]) -> tuple[str, ...] | None:
 
 
 def _labels(shards: Sequence[_Shard], names: Sequence[str] | None) -> Tensor:
-    checked = [check_labels(shard.labels, shard.name, names) for shard in shards]
+    checked = [integer_labels(shard.labels, shard.name, names) for shard in shards]
     return torch.cat([torch.empty(0, dtype=torch.int64), *checked])
 
 
-def _images(shards: Sequence[_Shard], fit: Fit | None, split: str, progress: Progress) -> Tensor:
+def _images(shards: Sequence[_Shard], fit: Fit | None, split: str, progress: Progress) -> Decoded:
     count = sum(len(shard.labels) for shard in shards)
     chunks = (chunk for shard in shards for chunk in _chunks(shard))
-    return decode_images(chunks, count, fit, f"reading {split} images", progress)
+    return decode_readable(chunks, count, fit, f"reading {split} images", progress)
 
 
 def _chunks(shard: _Shard) -> Iterator[list[Encoded]]:
     """Read a file's image bytes, some hundred rows at a time."""
     column = shard.image_column
     kind = shard.file.schema_arrow.field(column).type
-    nested = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not nested and not pa.types.is_binary(kind) and not pa.types.is_large_binary(kind):
+    nested = pa.types.is_struct(kind)
+    if not _holds_bytes(kind):
         raise DataError(f"{shard.name}: column {column} holds {kind}; struct<bytes, path> or binary is needed")
     row = 0
     try:
         for batch in shard.file.iter_batches(CHUNK, columns=[f"{column}.bytes" if nested else column]):
             values = pc.struct_field(batch.column(0), "bytes") if nested else batch.column(0)
-            yield [_encoded(value, shard.name, row + offset) for offset, value in enumerate(values.to_pylist())]
+            yield [
+                Encoded(f"{shard.name}, row {row + offset}", value) for offset, value in enumerate(values.to_pylist())
+            ]
             row += len(values)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{shard.name}: damaged after row {row} ({_first_line(error)}); fetch it again") from None
-
-
-def _encoded(content: bytes | None, name: str, row: int) -> Encoded:
-    where = f"{name}, row {row}"
-    if not content:
-        raise DataError(f"{where}: no image bytes; store the images inside the Parquet file")
-    return Encoded(where, content)
 
 
 def _first_line(error: Exception) -> str:

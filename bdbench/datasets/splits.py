@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from bdbench.data import ImageDataset
 from bdbench.errors import DataError
 from bdbench.seeds import generator
+
+
+class Splits(NamedTuple):
+    """Both splits of a source, and what reading them left out, guessed or changed.
+
+    Attributes:
+        train, test: the splits.
+        remarks: one line each, for the user.
+        unreadable: where the images lie that were left out since they cannot be read.
+    """
+
+    train: ImageDataset
+    test: ImageDataset
+    remarks: Sequence[str] = ()
+    unreadable: Sequence[str] = ()
 
 
 def split_dataset(data: ImageDataset, test_fraction: float) -> tuple[ImageDataset, ImageDataset]:

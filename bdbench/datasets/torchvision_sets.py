@@ -23,10 +23,12 @@ from pydantic import Field
 from bdbench.data import ImageDataset, SourceData
 from bdbench.datasets.base import Source
 from bdbench.datasets.cache import Plan, cache_folder, load_cached
-from bdbench.datasets.folder import class_folders, list_images
-from bdbench.datasets.images import Fit, decode_images, in_chunks, resize_images
+from bdbench.datasets.fit import Fit
+from bdbench.datasets.images import decode_images, in_chunks, resize_images
 from bdbench.datasets.npz import channels_first
-from bdbench.datasets.parquet import has_shards, plan_parquet
+from bdbench.datasets.parquet import plan_parquet, shard_folder
+from bdbench.datasets.splits import Splits
+from bdbench.datasets.tree import class_folders, list_images
 from bdbench.errors import DataError
 from bdbench.progress import Progress
 
@@ -39,8 +41,8 @@ STALLED_SECONDS = 60
 class TorchvisionSource(Source):
     """A benchmark that torchvision can download, in torchvision's layout or as Parquet shards.
 
-    `<root>/<name>/` with Hugging Face shards comes first, then torchvision's own layout under `<root>`;
-    root is `data_root`, or ``data`` in the cache folder.
+    `<root>/<name>/` with Hugging Face shards comes first, then torchvision's own layout under `<root>`, then shards in
+    `<root>` itself where that is called `<name>`; root is `data_root`, or ``data`` in the cache folder.
     """
 
     name: ClassVar[str]
@@ -56,13 +58,31 @@ class TorchvisionSource(Source):
             DataError: it is not there and cannot be downloaded, or what is there is damaged or incomplete.
         """
         root = (self.data_root or cache_folder() / "data").expanduser()
-        shards = root / self.name
-        if has_shards(shards):
+        shards = self._shards(root)
+        if shards is not None:
             plan = plan_parquet(shards, self.name, self.augment, self._fit(), self.test_fraction)
             return load_cached(plan, progress)
         if not self._files(root):
+            self._check_no_shards(root)
             self._download(root, progress)
         return load_cached(self._plan(root), progress)
+
+    def _shards(self, root: Path) -> Path | None:
+        """Return the folder of the set's Parquet shards, if there is one."""
+        if (root / self.name).is_dir() and (found := shard_folder(root / self.name)):
+            return found
+        if not self._files(root) and root.is_dir() and root.resolve().name == self.name:
+            return shard_folder(root)
+        return None
+
+    def _check_no_shards(self, root: Path) -> None:
+        """Refuse to download beside shards that may be another set's."""
+        found = next((folder for folder in (root, root / "data") if any(folder.glob("*.parquet"))), None)
+        if found is not None:
+            raise DataError(
+                f"{found} holds Parquet shards, but --data-root names the folder above {self.name}/; move them to "
+                f"{root / self.name}, or read them by their path: --dataset {root}"
+            )
 
     @abstractmethod
     def _read(self, root: Path, progress: Progress) -> tuple[ImageDataset, ImageDataset]:
@@ -73,7 +93,10 @@ class TorchvisionSource(Source):
 
     def _plan(self, root: Path) -> Plan:
         options = {"layout": "torchvision", "fit": str(self._fit())}
-        return Plan(self.name, self.augment, root, tuple(self._files(root)), options, partial(self._read, root))
+        return Plan(self.name, self.augment, root, tuple(self._files(root)), options, partial(self._splits, root))
+
+    def _splits(self, root: Path, progress: Progress) -> Splits:
+        return Splits(*self._read(root, progress))
 
     def _dataset(
         self, images: np.ndarray, labels: npt.ArrayLike, class_names: Sequence[str], progress: Progress
@@ -100,8 +123,10 @@ class TorchvisionSource(Source):
         torchvision = import_torchvision()
         progress.note(f"downloading {self.name} to {root}")
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / f".{self.name}.lock"):
+            lock = cache_folder() / "downloads" / f"{self.name}.lock"  # leaves nothing in a folder of the user's
+            for folder in (root, lock.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
                 if self._files(root):
                     return
                 with TemporaryDirectory(dir=root, prefix=f".{self.name}-") as unfinished, _giving_up():

@@ -40,7 +40,13 @@ class Classifier(nn.Module):
         return self.head.in_features
 
     def embed(self, images: Tensor) -> Tensor:
-        """Map images (B, C, H, W) in [0, 1] to embeddings (B, D) float32, the input of the head."""
+        """Map images (B, C, H, W) in [0, 1] to embeddings (B, D) float32, the input of the head.
+
+        Raises:
+            ValueError: the images are not floating point.
+        """
+        if not images.is_floating_point():
+            raise ValueError(f"images must be float in [0, 1], got {images.dtype}; bytes become images.float() / 255")
         normalised = (images - self.mean).div_(self.std)
         return cast("Tensor", self.features(normalised.contiguous(memory_format=torch.channels_last))).float()
 
@@ -52,6 +58,28 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, C, H, W) in [0, 1] to logits (B, K) float32."""
         return self.classify(self.embed(images))
+
+
+SLACK = 0.01
+"""How far pixels may lie outside [0, 1]: resampling goes a little beyond."""
+
+
+def check_range(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse images outside [0, 1] in evaluation mode: a forward pre-hook of models that are handed out.
+
+    It waits for the device; the engine's passes go without.
+
+    Raises:
+        ValueError: says what the values are.
+    """
+    images = inputs[0]
+    if model.training or not images.numel():
+        return
+    low, high = (float(value) for value in torch.aminmax(images.detach()))
+    if not (low >= -SLACK and high <= 1 + SLACK):
+        raise ValueError(
+            f"images must lie in [0, 1], got {low:.4g} to {high:.4g}; divide by 255; the model normalises itself"
+        )
 
 
 def build_classifier(

@@ -253,6 +253,30 @@ def test_a_model_is_opened_in_evaluation_mode(tmp_path: Path) -> None:
     assert not any(module.training for module in seal_model(tmp_path / "m").classifier().modules())
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), r"float in \[0, 1\], got torch.uint8; bytes become"),
+        (torch.full((2, 1, 8, 8), 255.0), r"in \[0, 1\], got 255 to 255; divide by 255"),
+        (torch.full((2, 1, 8, 8), -1.5), r"in \[0, 1\], got -1.5 to -1.5"),
+        (torch.full((2, 1, 8, 8), torch.nan), r"in \[0, 1\], got nan"),
+    ],
+)
+def test_a_model_that_is_handed_out_refuses_other_images_than_in_0_to_1(
+    tmp_path: Path, images: torch.Tensor, message: str
+) -> None:
+    artifact = seal_model(tmp_path / "m")
+    with pytest.raises(ValueError, match=message):
+        artifact.classifier()(images)
+    artifact.classifier()(torch.linspace(-0.005, 1.005, 64).view(1, 1, 8, 8))
+
+
+def test_the_engine_gets_a_network_whose_input_nothing_looks_at(tmp_path: Path) -> None:
+    artifact = seal_model(tmp_path / "m")
+    assert not artifact.network()._forward_pre_hooks
+    assert artifact.network()(torch.full((2, 1, 8, 8), 255.0)).shape == (2, 4)
+
+
 def test_scores_and_history_come_back(tmp_path: Path) -> None:
     artifact = seal_model(tmp_path / "m")
     assert artifact.samples is not None

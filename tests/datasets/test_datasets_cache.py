@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from bdbench.data import ImageDataset, SourceData
 from bdbench.datasets import cache
 from bdbench.datasets.cache import Plan, cache_folder, load_cached
+from bdbench.datasets.splits import Splits
 from bdbench.errors import DataError
 from bdbench.progress import Progress, Silent
 
@@ -39,12 +40,12 @@ class Decoder:
         self.file = file
         self.calls = 0
 
-    def __call__(self, progress: Progress) -> tuple[ImageDataset, ImageDataset]:
+    def __call__(self, progress: Progress) -> Splits:
         self.calls += 1
         progress.note("decoding")
         images = torch.full((4, 1, 8, 8), self.file.read_bytes()[0], dtype=torch.uint8)
         data = ImageDataset(images, torch.tensor([0, 1, 0, 1]), ("a", "b"))
-        return data, data.take(torch.tensor([0, 1]))
+        return Splits(data, data.take(torch.tensor([0, 1])), ["one file left out"], ["a/7.png"])
 
     def load(self, progress: Progress | None = None, **options: int) -> SourceData:
         plan = Plan("pets", "crop", self.file.parent, (self.file,), options, self)
@@ -69,6 +70,12 @@ def test_second_load_reads_the_cache(decoder: Decoder) -> None:
     assert first.fingerprint == second.fingerprint
     assert (second.name, second.augment, second.train.class_names) == ("pets", "crop", ("a", "b"))
     assert second.train.images.is_contiguous()
+
+
+def test_remarks_and_files_left_out_are_told_from_the_cache_too(decoder: Decoder) -> None:
+    first, second = decoder.load(), decoder.load()
+    assert (first.remarks, first.unreadable) == (("one file left out",), ("a/7.png",))
+    assert (second.remarks, second.unreadable) == (first.remarks, first.unreadable)
 
 
 def test_other_content_other_options_or_another_decoder_is_another_entry(

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bdbench.datasets.images import CHUNK, Encoded, Fit, decode_images, resize_images
+from bdbench.datasets.fit import Fit
+from bdbench.datasets.images import CHUNK, Encoded, decode_images, resize_images
 from bdbench.errors import DataError
 from bdbench.progress import Silent
 
