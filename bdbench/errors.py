@@ -62,7 +62,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> OptionError:
-    """Build the error for a name that no registry row has: the nearest name first, then all of them."""
+def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> OptionError:
+    """Build the error for a name that no registry row has: the nearest name first, then a hint, then all of them."""
     names = sorted(known)
-    return OptionError(f"unknown {kind} '{name}'.{did_you_mean(name, names)} Known: {', '.join(names)}")
+    return OptionError(f"unknown {kind} '{name}'.{did_you_mean(name, names)}{hint} Known: {', '.join(names)}")

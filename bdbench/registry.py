@@ -50,6 +50,13 @@ class Registry:
         family, _, member = name.partition(":")
         return self.rows.get(f"{family}:NAME" if member else name)
 
+    def families_hint(self, name: str) -> str:
+        """Say what an unknown name would be called as a member of a family, such as `torchvision:resnet50`."""
+        families = [row.partition(":")[0] for row in self.rows if row.endswith(":NAME")]
+        if ":" in name or name in families:
+            return ""
+        return "".join(f" A network of {family} is named as in '{family}:{name}'." for family in families)
+
     def load(self, name: str) -> Any:  # noqa: ANN401 - each registry holds its own kind of class
         """Import and return the object of a name; for a row `FAMILY:NAME` it is called with the member's name first.
 
@@ -58,7 +65,7 @@ class Registry:
         """
         row = self.find(name)
         if row is None:
-            raise unknown_name(self.kind, name, self.rows)
+            raise unknown_name(self.kind, name, self.rows, self.families_hint(name))
         member = name.partition(":")[2]
         if member == "NAME":
             raise OptionError(f"'{name}' stands for many: put the name of one in place of NAME")

@@ -23,8 +23,8 @@ def inspect(
     image: Annotated[
         Path | None,
         typer.Option(
-            help="Write a picture: clean, triggered, difference of a dataset; loss curves of a model; of several data "
-            "sets one test image under every trigger.",
+            help="Write a picture: clean, triggered, difference of a dataset (taken as found: images of "
+            "each class); loss curves of a model; of several datasets one test image under every trigger.",
             callback=with_folder,
         ),
     ] = None,
@@ -120,6 +120,8 @@ def _say_dataset(found: DatasetArtifact) -> None:
     console.show(f"\n{facts['name']}: {height}x{width}, {'gray' if channels == 1 else 'colour'}; " + ", ".join(
         f"{count:,} {split}" for split, count in facts["counts"].items()
     ))  # fmt: skip
+    for remark in facts.get("remarks", ()):
+        console.show(Text(f"- {remark}"))
     if not found.is_attacked:
         _say_labels(found)
         return

@@ -72,10 +72,10 @@ def _wrong_sizes(splits: Sequence[Decoded], *, has_unreadable: bool) -> Iterator
             sizes.setdefault(size, where)
     shown = [f"{where} is {width}x{height}" for (width, height), where in sizes.items()]
     if len(sizes) > 1:
-        count = "" if len(sizes) == 2 else f"{len(sizes):,} "
+        count = "" if len(sizes) == 2 else f" ({len(sizes):,} of them)"
         more = "; from the second size on only headers were read: more may be unreadable" if has_unreadable else ""
         advice = "pass --image-size to bring them to one size"
-        yield f"{count}sizes differ: {shown[0]}, {shown[1]} pixels; {advice}{more}"
+        yield f"sizes differ{count}: {shown[0]}, {shown[1]} pixels; {advice}{more}"
         return
     for (width, height), where in sizes.items():
         if min(width, height) < MIN_SIDE:

@@ -113,9 +113,11 @@ def eligible_for_test(labels: Tensor, attack: Attack) -> Tensor:
     triggered = torch.ones_like(labels, dtype=torch.bool) if attack.labels == "all-to-all" else labels != attack.target
     counted = labels == attack.source if attack.labels == "source-specific" else triggered
     if not counted.any():
+        of_source = attack.labels == "source-specific"
+        which = f"source {attack.source}" if of_source else f"target {attack.target}"
         raise OptionError(
-            f"no test image is eligible for {attack.labels} labels with target {attack.target}; raise --test-fraction "
-            "or use more images"
+            f"no test image is eligible for {attack.labels} labels with {which}; choose another "
+            f"--{'source' if of_source else 'target'}, raise --test-fraction or use more images"
         )
     return torch.nonzero(triggered).flatten()
 
@@ -146,6 +148,8 @@ def choose_poisoned(labels: Tensor, attack: Attack, rng: torch.Generator) -> Ten
     else:
         eligible = torch.ones_like(in_target)
     rows = torch.nonzero(eligible).flatten()
+    if not len(rows):
+        raise OptionError(f"no training image can be poisoned: {_why_none(attack)}")
     of_class = int((labels == attack.source if attack.labels == "source-specific" else in_target).sum())
     if attack.class_rate is not None:
         said, rate, counted = f"class_rate {attack.class_rate}", attack.class_rate, of_class
@@ -155,8 +159,19 @@ def choose_poisoned(labels: Tensor, attack: Attack, rng: torch.Generator) -> Ten
     if count < 1:
         raise OptionError(f"{said} of {counted} samples is less than one sample; raise it")
     if count > len(rows):
-        raise OptionError(f"{said} asks for {count} samples, only {len(rows)} are eligible; lower it")
+        flags = {"clean": " or choose another --target", "source-specific": " or choose another --source"}
+        way_out = f"lower it{flags.get(attack.labels, '')}"
+        raise OptionError(f"{said} asks for {count} samples, only {len(rows)} are eligible; {way_out}")
     return rows[torch.randperm(len(rows), generator=rng)[:count]].sort().values
+
+
+def _why_none(attack: Attack) -> str:
+    """Say which class has no images that an attack could poison, and what to change."""
+    if attack.labels == "clean":
+        return f"clean labels take images of the target class {attack.target}, which has none; choose another --target"
+    if attack.labels == "source-specific":
+        return f"the source class {attack.source} has none; choose another --source"
+    return f"all images are of the target class {attack.target}; choose another --target"
 
 
 def _choose_covers(labels: Tensor, poisoned: Tensor, attack: Attack, seed: int) -> Tensor:
@@ -164,6 +179,11 @@ def _choose_covers(labels: Tensor, poisoned: Tensor, attack: Attack, seed: int) 
     free = torch.ones_like(labels, dtype=torch.bool)
     free[poisoned] = False
     rows = torch.nonzero(free & attack.may_cover(labels)).flatten()
+    if count and not len(rows):
+        raise OptionError(
+            "no training image can be a cover sample: for source-specific labels they come from other classes than "
+            "source and target; pass --cover-ratio 0 to go without, or take a dataset of more classes"
+        )
     if count > len(rows):
         raise OptionError(
             f"the attack asks for {count} cover samples, only {len(rows)} can be; lower --cover-ratio or its rate"

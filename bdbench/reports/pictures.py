@@ -30,12 +30,12 @@ SHEET_COLUMNS, SHEET_ROWS, LONGEST_NAME = 10, 5, 16
 def contact_sheet(data: DatasetArtifact, path: Path) -> None:
     """Draw triggered test images under their clean ones, and the difference, amplified to the full range.
 
-    Raises:
-        ArtifactError: nothing is triggered.
+    Of a dataset that was taken as found, draw training images of every class instead.
     """
     triggered, test, rows = data.triggered, data.test, data.triggered_rows
     if not len(triggered):
-        raise ArtifactError(f"{data.path} was taken as it was found: there is no trigger to draw")
+        class_sheet(data, path)
+        return
     places = np.linspace(0, len(triggered) - 1, min(EXAMPLES, len(triggered))).round().astype(int)
     figure = Figure(figsize=(1.3 * len(places) + 1.2, 4.6), layout="constrained")
     axes = figure.subplots(3, len(places), squeeze=False)
@@ -55,6 +55,29 @@ def contact_sheet(data: DatasetArtifact, path: Path) -> None:
     for line, label in enumerate(("clean", "triggered", f"change x {127.5 / largest:.1f}")):
         axes[line, 0].set_ylabel(label)
     _head(figure, f"{data.manifest.facts['name']}, {data.manifest.ask.method}")
+    _save(figure, path)
+
+
+def class_sheet(data: DatasetArtifact, path: Path) -> None:
+    """Draw some training images of each of the first classes, a line each, as they are: nothing is amplified."""
+    labels = data.train.labels
+    names = [(number, name) for number, name in enumerate(data.class_names) if (labels == number).any()][:SHEET_COLUMNS]
+    figure = Figure(figsize=(1.3 * EXAMPLES + 1.2, 1.35 * len(names) + 0.5), layout="constrained")
+    axes = figure.subplots(len(names), EXAMPLES, squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for line, (number, name) in enumerate(names):
+        rows = torch.nonzero(labels == number).flatten()
+        chosen = np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).round().astype(int)
+        for axis, row in zip(axes[line], rows[chosen].tolist(), strict=False):
+            _show(axis, data.train.images[row].float(), "")
+        short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+        axes[line, 0].set_ylabel(short, parse_math=False)
+        for axis in axes[line, len(chosen) :]:
+            axis.axis("off")
+    shown = f", {len(names)} of {len(data.class_names):,} classes" if len(names) < len(data.class_names) else ""
+    figure.suptitle(f"{data.manifest.facts['name']}, as it was found{shown}")
     _save(figure, path)
 
 

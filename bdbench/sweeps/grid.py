@@ -330,9 +330,8 @@ class _Reader:
         if registry.find(str(name)) is not None:
             return
         known = [*registry.rows, *(own or {})]
-        raise self._wrong(
-            f"unknown {registry.kind} '{name}'.{did_you_mean(str(name), known)} Known: {', '.join(registry.rows)}", name
-        )
+        near = did_you_mean(str(name), known) + registry.families_hint(str(name))
+        raise self._wrong(f"unknown {registry.kind} '{name}'.{near} Known: {', '.join(registry.rows)}", name)
 
     def _check_keys(self, table: Mapping[str, Any], known: set[str], what: str) -> None:
         for key in table:

@@ -204,3 +204,8 @@ def test_a_model_that_is_not_registered_is_refused(name: str) -> None:
 def test_a_family_is_no_model() -> None:
     with pytest.raises(OptionError, match="'torchvision:NAME' stands for many: put the name of one in place of NAME"):
         MODELS.load("torchvision:NAME")
+
+
+def test_a_network_of_torchvision_by_its_short_name_is_told_its_whole_name() -> None:
+    with pytest.raises(OptionError, match="A network of torchvision is named as in 'torchvision:resnet50'"):
+        MODELS.load("resnet50")

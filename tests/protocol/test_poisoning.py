@@ -11,6 +11,7 @@ from toys import attack_of, toy_data, toy_lab, toy_source
 
 from bdbench.attacks.badnets import BadNets
 from bdbench.attacks.sig import Sig
+from bdbench.attacks.tact import TaCT
 from bdbench.data import PoisonedDataset, Role, SourceData
 from bdbench.errors import OptionError
 from bdbench.protocol.poisoning import choose_poisoned, eligible_for_test, idle_options, poison_source, wanted_labels
@@ -44,6 +45,32 @@ def test_a_class_rate_counts_from_the_target_class() -> None:
     assert len(chosen(class_rate=0.5)) == 15
     with pytest.raises(OptionError, match=r"class_rate 0\.01 of 30 samples is less than one sample; raise it"):
         chosen(class_rate=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "way_out"),
+    [
+        ({"labels": "clean", "target": 2}, "target class 2, which has none; choose another --target"),
+        ({"labels": "clean", "target": 2, "class_rate": 0.5, "rate": None}, "choose another --target"),
+        ({"labels": "source-specific", "source": 2, "target": 0}, "source class 2 has none; choose another --source"),
+    ],
+)
+def test_a_class_without_images_is_named_with_the_flag_that_chooses_it(options: dict[str, Any], way_out: str) -> None:
+    labels = torch.tensor([0, 1] * 20)
+    with pytest.raises(OptionError, match=way_out):
+        choose_poisoned(labels, BadNets.parse(options), generator(0, "poison", "choose"))
+
+
+def test_more_than_a_class_has_names_both_ways_out() -> None:
+    with pytest.raises(OptionError, match="only 30 are eligible; lower it or choose another --target"):
+        chosen(rate=0.5, labels="clean")
+
+
+def test_covers_of_two_classes_are_refused_with_the_flag_that_goes_without() -> None:
+    two = toy_data(120).take(torch.nonzero(toy_data(120).labels < 2).flatten())
+    source = SourceData("toy", two, two, "none")
+    with pytest.raises(OptionError, match="pass --cover-ratio 0"):
+        poison_source(source, TaCT.parse({"rate": 0.1}), toy_lab(0), 0)
 
 
 def test_rows_are_drawn_once_each_and_sorted() -> None:

@@ -124,6 +124,12 @@ def test_an_exclude_of_a_seed_of_the_file_holds_where_other_seeds_are_given(tmp_
     assert all(cell.seed == 4 for cell in read_grid(path, [3, 4]).cells)
 
 
+def test_a_grid_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text('defenses = ["none"]\n', encoding="utf-8-sig")
+    assert [cell.defense for cell in read_grid(path, [1]).cells] == ["none"]
+
+
 def test_excludes_take_out_and_includes_add(tmp_path: Path) -> None:
     found = {(cell.attack, cell.defense, cell.seed) for cell in grid_of(tmp_path, RULES).cells}
     product = {("badnets", defense, 0) for defense in ("none", "abl", "cbd")} | {("sig", "none", 0)}
@@ -136,6 +142,7 @@ def test_excludes_take_out_and_includes_add(tmp_path: Path) -> None:
         ('seeds = [0]\nattacks = ["badnet"]\n', r"line 2: unknown attack 'badnet'\. Did you mean 'badnets'\?"),
         ('defenses = ["none", "ablx"]\n', r"line 1: unknown defense 'ablx'\. Did you mean 'abl'\?"),
         ('models = ["wrn"]\n', r"line 1: unknown model 'wrn'"),
+        ('models = ["resnet50"]\n', r"named as in 'torchvision:resnet50'"),
         ('models = ["torchvision"]\n', r"line 1: unknown model 'torchvision'\. Did you mean 'torchvision:NAME'\?"),
         ('datasets = ["cifar"]\n', r"line 1: unknown dataset 'cifar'\. Did you mean 'cifar1"),
         ('\nsead = [0]\n', r"line 2: unknown key 'sead'\. Did you mean 'seeds'\?"),
