@@ -64,12 +64,12 @@ class Encoded(NamedTuple):
 
 
 class _Block(NamedTuple):
-    places: list[str]
+    length: int
     images: np.ndarray | None
     """(n, C, H, W) uint8 of the images that can be read; None where sizes differ or only headers were read."""
     offsets: list[int]
     unreadable: list[Unreadable]
-    sizes: list[tuple[tuple[int, int], str]]
+    sizes: dict[tuple[int, int], str]
 
 
 def decode_images(
@@ -109,15 +109,15 @@ def decode_readable(
         with _warnings_of_pillow() as warned:
             for block in _decode_in_order(chunks, fit, mixed):
                 unreadable += block.unreadable
-                for size, where in block.sizes:
+                for size, where in block.sizes.items():
                     sizes.setdefault(size, where)
                 if fit is None and len(sizes) > 1:
                     mixed.set()
                 elif block.images is not None:
                     images = _put(torch.from_numpy(block.images), images, len(rows), count)
                     rows += [seen + offset for offset in block.offsets]
-                seen += len(block.places)
-                progress.advance(len(block.places))
+                seen += block.length
+                progress.advance(block.length)
     finally:
         progress.finish()
     kept = 0 if mixed.is_set() else len(rows)
@@ -197,27 +197,27 @@ def _decode_chunk(chunk: Sequence[Encoded], fit: Fit | None, mixed: threading.Ev
     arrays: list[np.ndarray] = []
     offsets: list[int] = []
     unreadable: list[Unreadable] = []
-    sizes: list[tuple[tuple[int, int], str]] = []
+    sizes: dict[tuple[int, int], str] = {}
     for offset, (where, content) in enumerate(chunk):
         _reading.where = where
         try:
             with _open(content) as image:
                 if mixed.is_set():
-                    sizes.append((_upright_size(image), where))
+                    sizes.setdefault(_upright_size(image), where)
                     continue
-                plain = _eight_bit(_upright(image), image.format)
+                plain = _plain(image)
                 array = np.asarray(plain if fit is None else fit.apply(plain))
         except DECODING_ERRORS as error:
             unreadable.append(Unreadable(where, _reason(error)))
             continue
         arrays.append(array)
         offsets.append(offset)
-        sizes.append((plain.size, where))
-        if fit is None and array.shape[:2] != arrays[0].shape[:2]:
+        sizes.setdefault(plain.size, where)
+        if fit is None and len(sizes) > 1:
             mixed.set()
     _reading.where = None
     images = None if mixed.is_set() or not arrays else _stacked(arrays)
-    return _Block([item.where for item in chunk], images, offsets, unreadable, sizes)
+    return _Block(len(chunk), images, offsets, unreadable, sizes)
 
 
 def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
@@ -235,7 +235,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return the (width, height) that `_upright` gives, by the header alone."""
+    """Return the (width, height) that `_plain` gives, by the header alone."""
     if image.format == "PNG" and "exif" not in image.info:
         return image.size  # `getexif` would decode the pixels to look behind them
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
@@ -270,19 +270,18 @@ def _open(content: bytes | Path | np.ndarray | None) -> Image.Image:
     return Image.open(BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF orientation says."""
+def _plain(image: Image.Image) -> Image.Image:
+    """Return an image in mode L or RGB, turned as its EXIF orientation says."""
     image.load()
-    if image.format in (None, "PNG") and not image.info:
-        return image  # nothing to look up: most PNG files, several times faster
-    return ImageOps.exif_transpose(image)
+    kind = image.format
+    # Most PNG files say nothing about themselves: looking it up would take longer than decoding them.
+    upright = ImageOps.exif_transpose(image) if image.info or kind not in (None, "PNG") else image
+    return upright if upright.mode in ("L", "RGB") else _eight_bit(upright, kind)
 
 
 def _eight_bit(image: Image.Image, file_format: str | None) -> Image.Image:
     """Convert to mode L (gray files of 1, 8 or 16 bits) or RGB (all others; alpha is dropped)."""
     mode = image.mode
-    if mode in ("L", "RGB"):
-        return image
     if mode in ("1", "LA"):
         return image.convert("L")
     if mode.startswith("I;16") or (mode == "I" and file_format in ("PNG", "PPM")):
