@@ -43,6 +43,7 @@ from bdbench.protocol.inputs import check_trusted, dataset_of, open_suspect
 from bdbench.protocol.networks import fresh_model, model_name
 from bdbench.protocol.poisoning import as_found, poison_source
 from bdbench.registry import ATTACKS
+from bdbench.text import printable
 from bdbench.training.devices import Precision, crowding, resolve_device, use_bf16
 from bdbench.training.engine import Engine
 
@@ -174,7 +175,7 @@ def _source_facts(dataset: str | Path, origin: Source, source: SourceData) -> di
         "given": as_given(dataset, origin),
         "source_options": origin.chosen(),
         "remarks": list(source.remarks),
-        "unreadable": list(source.unreadable),
+        "unreadable": [printable(place) for place in source.unreadable],
         "guessed": _guessed(origin, source),
     }
 

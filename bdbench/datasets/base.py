@@ -17,6 +17,7 @@ from bdbench.errors import OptionError
 from bdbench.options import Options
 from bdbench.progress import Progress
 from bdbench.seeds import generator
+from bdbench.text import printable
 
 DARK = 64
 """A set whose brightest pixel is at most this is nearly black; 14 bits in a 16-bit file end there."""
@@ -59,7 +60,7 @@ class Source(Options, ABC):
             DataError: see `load`.
         """
         data = self._cut(self.load(progress))
-        remarks = (*data.remarks, *_empty_classes(data.train), *_strange_range(data))
+        remarks = tuple(map(printable, (*data.remarks, *_empty_classes(data.train), *_strange_range(data))))
         for remark in remarks:
             progress.note(remark)
         return replace(data, remarks=remarks)

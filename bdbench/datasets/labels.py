@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bdbench.errors import DataError
+from bdbench.text import printable
 
 MAX_CLASSES = 100_000
 """Above it a label is taken for damage, not for a class."""
@@ -23,7 +24,7 @@ def class_names_of(training: Sequence[np.ndarray]) -> tuple[str, ...] | None:
         return YES_NO
     if training[0].dtype.kind not in "UO":
         return None
-    names = {str(name) for labels in training for name in labels.ravel().tolist()}
+    names = {printable(str(name)) for labels in training for name in labels.ravel().tolist()}
     return tuple(sorted(names, key=lambda name: (int(name), name)) if _all_numbers(names) else sorted(names))
 
 
@@ -49,7 +50,7 @@ def integer_labels(labels: np.ndarray, where: str, class_names: Sequence[str] | 
         labels = labels.astype(np.int64)
     elif labels.dtype.kind in "UO" and class_names is not None:
         numbers = {name: number for number, name in enumerate(class_names)}
-        found = [numbers.get(str(name), -1) for name in labels.tolist()]
+        found = [numbers.get(printable(str(name)), -1) for name in labels.tolist()]
         if -1 in found:
             row = found.index(-1)
             raise DataError(

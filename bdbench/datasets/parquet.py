@@ -26,6 +26,7 @@ from bdbench.datasets.splits import Splits, split_dataset
 from bdbench.datasets.wording import were
 from bdbench.errors import DataError
 from bdbench.progress import Progress
+from bdbench.text import printable
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -228,7 +229,7 @@ def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None
         names = described["info"]["features"][label_column]["names"]
     except (KeyError, TypeError, ValueError):
         return None
-    return tuple(str(name) for name in names) if isinstance(names, list) else None
+    return tuple(printable(str(name)) for name in names) if isinstance(names, list) else None
 
 
 def _common_names(shards: Sequence[_Shard]) -> tuple[str, ...] | None:

@@ -16,6 +16,7 @@ from bdbench.datasets.cache import load_cached
 from bdbench.datasets.fit import Fit
 from bdbench.errors import DataError, OptionError
 from bdbench.progress import Progress
+from bdbench.text import printable
 
 AUGMENT = "crop"
 """Nothing is mirrored: of unknown images left and right may be what tells the classes apart."""
@@ -87,7 +88,7 @@ class PathSource(Source):
         from bdbench.datasets.folder import training_files
 
         names = training_files(path, self.test_fraction, source.unreadable)
-        return [names[row] for row in self.kept(len(names)).tolist()]
+        return [printable(names[row]) for row in self.kept(len(names)).tolist()]
 
 
 def display_name(path: Path) -> str:

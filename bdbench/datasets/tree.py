@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bdbench.datasets.wording import counted, were
 from bdbench.errors import DataError
+from bdbench.text import printable
 
 SUFFIXES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".gif"}
@@ -70,7 +71,8 @@ def find_roots(path: Path) -> Roots:
     """Return the folders of the splits of an image folder.
 
     A split has "train", "test" or "val" in its name, in any case, with or without more (`Training`, `seg_test`), and
-    holds class folders. An archive that was unpacked into a folder of its own name is entered.
+    holds folders; with more, there also has to be a test split of a common class, or nothing but splits. An archive
+    that was unpacked into a folder of its own name is entered.
 
     Raises:
         DataError: there are several training folders, or only test folders.
@@ -79,10 +81,14 @@ def find_roots(path: Path) -> Roots:
     holding = {folder.name: folder for folder in folders(path) if any(folders(folder))}
     training = [name for name in holding if TRAIN.fullmatch(name)]
     tests = [name for wanted in TESTS for name in holding if wanted.fullmatch(name) and name not in training]
-    plain = [name for name in training if PLAIN_TRAIN.fullmatch(name)]
-    if not plain:
-        training = [name for name in training if any(_share_a_class(holding[name], holding[test]) for test in tests)]
-    chosen = plain or training
+    chosen = [name for name in training if PLAIN_TRAIN.fullmatch(name)]
+    if not chosen:
+        only_splits = set(holding) == {*training, *tests}
+        chosen = [
+            name
+            for name in training
+            if only_splits or any(_share_a_class(holding[name], holding[test]) for test in tests)
+        ]
     if len(chosen) > 1:
         raise DataError(
             f"{path}: several folders may be the training split ({', '.join(chosen)}); keep one of them there"
@@ -91,10 +97,12 @@ def find_roots(path: Path) -> Roots:
         if len(tests) > 1 and len(tests) == len(holding):
             raise DataError(f"{path}: holds {' and '.join(tests)} but no training split; name it train")
         return Roots(path, None, remarks)
+    tests = [name for name in tests if any(folders(_entered(holding[name])[0]))]
     names = [chosen[0], *tests[:1]]
-    others = [folder.name for folder in folders(path) if folder.name not in names]
+    others = sorted(folder.name for folder in folders(path) if folder.name not in names)
     if others:
         remarks += (f"beside {' and '.join(names)}, {were(len(others), 'folder')} left out: {_some(others)}",)
+    remarks += _remarks_on_broken(_scan(path, deep=False).broken, path)
     train, more = _entered(holding[chosen[0]])
     remarks += more
     if not tests:
@@ -107,17 +115,22 @@ def find_roots(path: Path) -> Roots:
 def _entered(path: Path) -> tuple[Path, tuple[str, ...]]:
     """Return the only folder in a folder, where that has the same name or holds splits, and say so."""
     inside = list(folders(path))
-    if len(inside) != 1 or not any(folders(inside[0])):
+    if len(inside) != 1:
         return path, ()
-    same = inside[0].name.casefold() == path.name.casefold()
-    if not same and not any(TRAIN.fullmatch(folder.name) and any(folders(folder)) for folder in folders(inside[0])):
+    has_splits = any(TRAIN.fullmatch(folder.name) and any(folders(folder)) for folder in folders(inside[0]))
+    if inside[0].name.casefold() != path.name.casefold() and not has_splits:
         return path, ()
     return inside[0], (f"the images lie in {path.name}/{inside[0].name}",)
 
 
 def _share_a_class(one: Path, other: Path) -> bool:
-    first, second = ({folder.name for folder in folders(_entered(root)[0])} for root in (one, other))
+    first, second = (_names_in(_entered(root)[0]) for root in (one, other))
     return bool(first & second)
+
+
+def _names_in(root: Path) -> set[str]:
+    """Return the names of the folders in a folder, in one case and one Unicode form."""
+    return {unicodedata.normalize("NFC", folder.name).casefold() for folder in folders(root)}
 
 
 def class_folders(root: Path) -> dict[str, Path]:
@@ -131,7 +144,7 @@ def class_folders(root: Path) -> dict[str, Path]:
         raise DataError(f"{root}: holds no class folders; put the images of each class into a folder of their own")
     named: dict[str, Path] = {}
     for folder in found:
-        other = named.setdefault(unicodedata.normalize("NFC", folder.name), folder)
+        other = named.setdefault(printable(unicodedata.normalize("NFC", folder.name)), folder)
         if other != folder:
             raise DataError(f"{root}: two folders are called {folder.name}, in other Unicode forms; rename one of them")
     _check_nesting(root, named)
@@ -142,7 +155,7 @@ def class_folders(root: Path) -> dict[str, Path]:
 
 def _check_nesting(root: Path, classes: Mapping[str, Path]) -> None:
     """Refuse folders whose own folders look like the classes."""
-    inside = {name: {folder.name for folder in folders(path)} for name, path in classes.items()}
+    inside = {name: _names_in(path) for name, path in classes.items()}
     first, *others = inside.items()
     if not others and len(first[1]) > 1:
         raise DataError(f"{root}: holds one folder, {first[0]}; if the classes are in it, name {root / first[0]}")
@@ -150,10 +163,10 @@ def _check_nesting(root: Path, classes: Mapping[str, Path]) -> None:
         raise DataError(
             f"{root}: all its folders ({_some(list(inside))}) hold the same folders ({_some(sorted(first[1]))}); which "
             f"are the classes? Name a folder that holds class folders, such as {root / first[0]}, or rename two of the "
-            "outer ones to train and test"
+            "outer ones to train and test; if the outer ones are the classes, put their images into them directly"
         )
     for name, names in inside.items():
-        again = sorted(names & (set(inside) - {name}))
+        again = sorted(names & {other.casefold() for other in inside if other != name})
         if len(again) > 1:
             raise DataError(
                 f"{root / name}: holds folders named as those beside it ({_some(again)}): was an archive unpacked "
@@ -213,11 +226,14 @@ def remarks_on_files(root: Path, listings: Sequence[Listing]) -> tuple[str, ...]
     if followed:
         remarks.append(f"{were(len(followed), 'link')} followed, such as {_shown(followed[0], root)}")
     broken = [link for listing in listings for link in listing.broken]
-    if broken:
-        what = "link that leads nowhere" if len(broken) == 1 else "links that lead nowhere"
-        verb = "was" if len(broken) == 1 else "were"
-        remarks.append(f"{len(broken):,} {what} {verb} left out, such as {_shown(broken[0], root)}")
-    return tuple(remarks)
+    return (*remarks, *_remarks_on_broken(broken, root))
+
+
+def _remarks_on_broken(broken: Sequence[Path], root: Path) -> tuple[str, ...]:
+    if not broken:
+        return ()
+    what = "link that leads nowhere was" if len(broken) == 1 else "links that lead nowhere were"
+    return (f"{len(broken):,} {what} left out, such as {_shown(broken[0], root)}",)
 
 
 def folders(root: Path) -> Iterator[Path]:
@@ -238,12 +254,13 @@ def _scan(folder: Path, *, deep: bool = True) -> _Found:
         for entry in _entries(inside):
             path = Path(entry.path)
             is_folder, is_link = entry.is_dir(), entry.is_symlink()
-            if is_link and (not path.exists() or (is_folder and _identity(path) in above)):
+            is_file = entry.is_file()
+            if is_link and not is_file and (not is_folder or _identity(path) in above):
                 found.broken.append(path)
             elif is_folder and deep and entry.name not in NOT_DATA:
                 waiting.append((path, above | {_identity(path)}))
                 found.followed.extend([path] if is_link else [])
-            elif entry.is_file():
+            elif is_file:
                 found.files.append(path)
                 found.followed.extend([path] if is_link else [])
     for paths in found:

@@ -194,7 +194,25 @@ def test_archive_that_was_unpacked_into_a_folder_of_its_name_is_entered(tmp_path
 def test_classes_whose_names_sound_like_splits_are_classes(tmp_path: Path) -> None:
     write_folder(tmp_path / "places" / "train_station", ("inside", "outside"))
     write_folder(tmp_path / "places" / "test_track", ("wet", "dry"))
-    assert load(tmp_path / "places").train.class_names == ("test_track", "train_station")
+    write_folder(tmp_path / "places" / "airport", ("gates",))
+    assert load(tmp_path / "places").train.class_names == ("airport", "test_track", "train_station")
+
+
+def test_test_folder_without_classes_is_left_out_and_said(tmp_path: Path) -> None:
+    write_folder(tmp_path / "asl" / "asl_train" / "asl_train")
+    flat = tmp_path / "asl" / "asl_test" / "asl_test"
+    flat.mkdir(parents=True)
+    picture().save(flat / "A_test.png")
+    source = opened(tmp_path / "asl")
+    assert (source.train.class_names, len(source.train), len(source.test)) == (("cat", "dog"), 4, 2)
+    assert "beside asl_train, 1 folder was left out: asl_test" in source.remarks
+
+
+def test_split_folders_whose_classes_differ_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "set" / "seg_train")
+    write_folder(tmp_path / "set" / "seg_test", ("bird", "fish"))
+    with pytest.raises(DataError, match="the training split has no class 'bird'"):
+        load(tmp_path / "set")
 
 
 def test_folders_that_hold_the_same_folders_are_refused_with_a_question(tmp_path: Path) -> None:
@@ -228,10 +246,11 @@ def test_links_are_followed_and_broken_ones_counted(tmp_path: Path) -> None:
     (root / "cat" / "more").symlink_to(tmp_path / "elsewhere" / "bird")
     (root / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (root / "dog" / "round").symlink_to(root / "dog")
+    (root / "fish").symlink_to(tmp_path / "nowhere")
     source = opened(root)
     assert len(source.train) + len(source.test) == 3 + 6 + 3
     assert "2 links were followed, such as bird" in source.remarks
-    assert "2 links that lead nowhere were left out, such as dog/gone.png" in source.remarks
+    assert "3 links that lead nowhere were left out, such as fish" in source.remarks
 
 
 def test_images_outside_class_folders_and_photos_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
@@ -263,6 +282,15 @@ def test_class_names_in_two_unicode_forms_are_one(tmp_path: Path) -> None:
         write_folder(tmp_path / "set" / "train", (decomposed,))
         with pytest.raises(DataError, match="two folders are called"):
             load(tmp_path / "set")
+
+
+def test_names_that_are_not_text_are_written_out(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "set", ("cat", os.fsdecode(b"d\xff\x1b[31m")), each=6)
+    (root / "cat" / os.fsdecode(b"\xfe.png")).write_text("no image")
+    taken = stages.take(root, source_options={"skip_unreadable": True}, out=tmp_path / "taken")
+    assert taken.class_names == ("cat", r"d\udcff\x1b[31m")
+    assert taken.manifest.facts["unreadable"] == [r"cat/\udcfe.png"]
+    assert taken.places[-1].startswith(r"d\udcff\x1b[31m/")
 
 
 def test_folder_that_may_not_be_entered_is_an_error(tmp_path: Path) -> None:
