@@ -122,7 +122,7 @@ def poison(
         draft.facts |= {"replay": isinstance(method, TrainingAttack), **_source_facts(dataset, origin, source)}
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
     few = int((poisoned.roles == Role.POISON).sum())
-    if few < FEW_POISONED:
+    if few < FEW_POISONED and method.rate != 0:
         progress.note(f"only {few} poisoned samples: the attack may well fail; a higher --rate makes it stronger")
     return DatasetArtifact.open(out, is_new=True)
 

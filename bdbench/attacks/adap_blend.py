@@ -33,7 +33,7 @@ class AdapBlend(Attack):
     paper: ClassVar[str] = "https://openreview.net/forum?id=_wSHsgrVali"
     label_modes: ClassVar[tuple[Labels, ...]] = ("all-to-one", "all-to-all", "source-specific")
 
-    rate: float | None = Field(0.003, gt=0, le=1, description="Poisoned share of the whole training split.")
+    rate: float | None = Field(0.003, ge=0, le=1, description="Poisoned share of the whole training split.")
     cover_ratio: float = Field(1.0, ge=0, description="Cover samples per poisoned sample.")
     picture: Literal["cartoon", "noise"] | Path = Field(
         "cartoon", description="cartoon, noise, or the path of an image."

@@ -83,7 +83,8 @@ class Attack(Options, ABC):
     """Base of attacks: the options that all share; a subclass adds `fit` and `stamp`.
 
     The attacker changes part of the training images and labels, before any augmentation, and later shows the same
-    trigger at test time. Rates are shares of the whole training split unless `class_rate` is given.
+    trigger at test time. Rates are shares of the whole training split unless `class_rate` is given. A rate of 0 poisons
+    nothing: what the trigger, and a defense, do where there is nothing to find.
     """
 
     paper: ClassVar[str]
@@ -94,7 +95,7 @@ class Attack(Options, ABC):
 
     target: int = Field(0, ge=0, description="Class that the attacker wants (not for all-to-all).")
     source: int = Field(1, ge=0, description="Class whose images the trigger turns (source-specific only).")
-    rate: float | None = Field(0.1, gt=0, le=1, description="Poisoned share of the whole training split.")
+    rate: float | None = Field(0.1, ge=0, le=1, description="Poisoned share of the whole training split.")
     class_rate: float | None = Field(
         None, gt=0, le=1, description="Poisoned share of the target class (source-specific: source), not --rate."
     )
@@ -212,6 +213,12 @@ class TrainingAttack(Attack):
     """
 
     victim: str = Field("auto", description="Network that the attacker trains: as --model takes it, or auto.")
+
+    @model_validator(mode="after")
+    def _check_poisons(self) -> Self:
+        if self.rate == 0:
+            raise OptionError("rate 0 leaves this attack nothing to train its trigger on; raise --rate")
+        return self
 
     def fit(self, clean: ImageDataset, lab: Lab) -> State:
         """Return what `train` says of the trigger."""

@@ -40,7 +40,7 @@ class CBA(Attack):
     target: int = Field(2, ge=0, description="Class that the attacker wants for a mix of source and partner.")
     source: int = Field(0, ge=0, description="First class of the mix.")
     partner: int = Field(1, ge=0, description="Second class of the mix.")
-    rate: float | None = Field(0.05, gt=0, le=1, description="Poisoned share of the whole training split.")
+    rate: float | None = Field(0.05, ge=0, le=1, description="Poisoned share of the whole training split.")
     labels: Labels = Field("source-specific", description="Mixes of source and partner to the target.")
     cover_ratio: float = Field(5.0, ge=0, description="Mixes of one class per poisoned sample.")
 

@@ -33,7 +33,7 @@ class Ctrl(Attack):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.07346"
 
-    rate: float | None = Field(0.05, gt=0, le=1, description="Poisoned share of the whole training split.")
+    rate: float | None = Field(0.05, ge=0, le=1, description="Poisoned share of the whole training split.")
     labels: Labels = Field("clean", description="Clean by default; the dirty-label rules work too.")
     magnitude: float = Field(100.0, gt=0, description="What each coefficient gains in training, of pixels in 0..255.")
     magnitude_test: float | None = Field(None, gt=0, description="The same at test time; default: as in training.")

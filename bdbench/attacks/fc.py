@@ -45,7 +45,7 @@ class FeatureCollision(SurrogateAttack):
     paper: ClassVar[str] = "https://arxiv.org/abs/1804.00792"
     label_modes: ClassVar[tuple[Labels, ...]] = ("clean",)
 
-    rate: float | None = Field(0.05, gt=0, le=1, description="Poisoned share of the whole training split.")
+    rate: float | None = Field(0.05, ge=0, le=1, description="Poisoned share of the whole training split.")
     labels: Labels = Field("clean", description="The target class only, labels kept.")
     hidden: bool = Field(False, description="Do not show the patch in training.")
     closeness: float = Field(0.25, ge=0, description="b = closeness * (2048 / values of an image)^2.")

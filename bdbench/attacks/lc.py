@@ -38,7 +38,7 @@ class LabelConsistent(SurrogateAttack):
     paper: ClassVar[str] = "https://arxiv.org/abs/1912.02771"
     label_modes: ClassVar[tuple[Labels, ...]] = ("clean",)
 
-    rate: float | None = Field(0.05, gt=0, le=1, description="Poisoned share of the whole training split.")
+    rate: float | None = Field(0.05, ge=0, le=1, description="Poisoned share of the whole training split.")
     labels: Labels = Field("clean", description="The target class only, labels kept.")
     surrogate_adversarial: bool = Field(
         True, description="Train the surrogate against perturbations of up to 8/255 (one step, random start)."

@@ -35,7 +35,7 @@ class Narcissus(SurrogateAttack):
     version: ClassVar[int] = 2
     label_modes: ClassVar[tuple[Labels, ...]] = ("clean",)
 
-    rate: float | None = Field(0.0005, gt=0, le=1, description="Poisoned share of the whole training split.")
+    rate: float | None = Field(0.0005, ge=0, le=1, description="Poisoned share of the whole training split.")
     labels: Labels = Field("clean", description="The target class only, labels kept.")
     epsilon: float = Field(16.0, gt=0, le=255, description="Largest size of the pattern, of 255.")
     magnify: float = Field(3.0, gt=0, description="How many times as strong the pattern is at test time.")

@@ -34,7 +34,7 @@ class Sig(Attack):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.11237"
 
-    rate: float | None = Field(0.02, gt=0, le=1, description="Poisoned share of the whole training split.")
+    rate: float | None = Field(0.02, ge=0, le=1, description="Poisoned share of the whole training split.")
     labels: Labels = Field("clean", description="Clean by default; the dirty-label rules work too.")
     delta: float = Field(40.0, gt=0, le=255, description="Amplitude in training, of 255.")
     delta_test: float | None = Field(None, gt=0, le=255, description="Amplitude at test time; default: as in training.")

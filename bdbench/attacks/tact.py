@@ -32,7 +32,7 @@ class TaCT(Attack):
     paper: ClassVar[str] = "https://arxiv.org/abs/1908.00686"
     label_modes: ClassVar[tuple[Labels, ...]] = ("source-specific",)
 
-    rate: float | None = Field(0.003, gt=0, le=1, description="Poisoned share of the whole training split.")
+    rate: float | None = Field(0.003, ge=0, le=1, description="Poisoned share of the whole training split.")
     labels: Labels = Field("source-specific", description="The source class to the target.")
     cover_ratio: float = Field(1.0, ge=0, description="Cover samples per poisoned sample.")
     cover_classes: tuple[int, int] | None = Field(

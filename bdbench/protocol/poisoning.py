@@ -43,7 +43,8 @@ def poison_source(source: SourceData, attack: Attack, lab: Lab, trusted: float) 
     roles = torch.zeros(len(train), dtype=torch.uint8)
     roles[poisoned], roles[covers] = Role.POISON, Role.COVER
     originals = images[roles != Role.CLEAN]
-    images[poisoned] = attack.craft(train, poisoned, state, lab)
+    if len(poisoned):
+        images[poisoned] = attack.craft(train, poisoned, state, lab)
     shown = attack.trigger(train, poisoned, state, "poison", seed)
     images[covers] = attack.trigger(train, covers, state, "cover", seed)
     images[poisoned] = shown
@@ -129,7 +130,7 @@ def _check_classes(attack: Attack, num_classes: int) -> None:
 
 
 def choose_poisoned(labels: Tensor, attack: Attack, rng: torch.Generator) -> Tensor:
-    """Draw the training rows to poison: an exact count, without replacement, sorted.
+    """Draw the training rows to poison: an exact count, without replacement, sorted; none at a rate of 0.
 
     `rate` counts from all N samples, `class_rate` from those of the target class (source-specific: of the source
     class); both are rounded to nearest. Eligible are all samples (clean labels: the target class; source-specific: the
@@ -138,6 +139,8 @@ def choose_poisoned(labels: Tensor, attack: Attack, rng: torch.Generator) -> Ten
     Raises:
         OptionError: the count is 0, or more than are eligible.
     """
+    if attack.rate == 0:
+        return torch.empty(0, dtype=torch.int64)
     in_target = labels == attack.target
     if attack.labels == "clean":
         eligible = in_target

@@ -10,6 +10,7 @@ from torch import Tensor
 from toys import attack_of, toy_data, toy_lab, toy_source
 
 from bdbench.attacks.badnets import BadNets
+from bdbench.attacks.base import Attack
 from bdbench.attacks.sig import Sig
 from bdbench.attacks.tact import TaCT
 from bdbench.data import PoisonedDataset, Role, SourceData
@@ -39,6 +40,16 @@ def test_a_rate_counts_from_all_samples_and_is_rounded(rate: float, count: int) 
             chosen(rate=rate)
     else:
         assert len(chosen(rate=rate)) == count
+
+
+@pytest.mark.parametrize("attack", [BadNets, Sig, TaCT])
+def test_a_rate_of_0_poisons_nothing_and_still_triggers_test_images(attack: type[Attack]) -> None:
+    source = toy_source()
+    found = poison_source(source, attack.parse({"rate": 0}), toy_lab(0), 0)
+    assert (found.roles == Role.CLEAN).all()
+    assert torch.equal(found.visible.images, source.train.images)
+    assert len(found.triggered) > 0
+    assert not torch.equal(found.triggered.images, source.test.images[found.triggered_rows])
 
 
 def test_a_class_rate_counts_from_the_target_class() -> None:
