@@ -93,7 +93,7 @@ def shard_folder(path: Path) -> Path | None:
     Raises:
         DataError: several folders in it have shards.
     """
-    if any(path.glob("*.parquet")):
+    if any(path.glob("*.parquet")) or has_shards(path):
         return path
     inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and has_shards(folder)]
     if len(inside) > 1:
@@ -116,7 +116,8 @@ def _shards(folder: Path, split_names: Sequence[str]) -> list[Path]:
 
 
 def _matching(folder: Path, split_name: str) -> list[Path]:
-    return sorted(folder.glob(f"{split_name}[-.]*parquet"))
+    """Return the files of a split: named after it, or in a folder named after it."""
+    return sorted(folder.glob(f"{split_name}[-.]*parquet")) or sorted((folder / split_name).glob("*.parquet"))
 
 
 class _Shard(NamedTuple):

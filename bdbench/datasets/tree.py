@@ -28,10 +28,10 @@ PHOTOS_NOT_READ = frozenset({".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", "
 NOT_DATA = frozenset({"__MACOSX", "@eaDir", "lost+found"})
 """Folders that archives, file servers and file systems add."""
 
-TRAIN = re.compile(r"(?:.*[\W_])?train(?:ing)?(?:set)?(?:[\W_].*)?", re.IGNORECASE)
+TRAIN = re.compile(r"(?:.*[\W_])?train(?:ing)?(?:set)?\d*(?:[\W_].*)?", re.IGNORECASE)
 TESTS = tuple(
-    re.compile(rf"(?:.*[\W_])?{name}(?:set)?(?:[\W_].*)?", re.IGNORECASE)
-    for name in ("test(?:ing)?", "val(?:id(?:ation)?)?", "eval(?:uation)?")
+    re.compile(rf"(?:.*[\W_])?{name}(?:set)?\d*(?:[\W_].*)?", re.IGNORECASE)
+    for name in ("test(?:ing)?", "val(?:id(?:ation)?)?", "eval(?:uation)?", "dev")
 )
 """What training and test splits are called; of several test splits the first kind is taken."""
 
@@ -70,7 +70,7 @@ class _Found(NamedTuple):
 def find_roots(path: Path) -> Roots:
     """Return the folders of the splits of an image folder.
 
-    A split has "train", "test" or "val" in its name, in any case, with or without more (`Training`, `seg_test`), and
+    A split has "train", "test", "val", "eval" or "dev" in its name, in any case, alone or with more (`seg_test`), and
     holds folders; with more, there also has to be a test split of a common class, or nothing but splits. An archive
     that was unpacked into a folder of its own name is entered.
 

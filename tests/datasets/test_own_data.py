@@ -170,6 +170,8 @@ def test_skipping_is_for_files_of_ones_own(tmp_path: Path) -> None:
         ("seg_train", "seg_test"),
         ("train", "validation"),
         ("x-TRAIN", "x-val"),
+        ("train2017", "val2017"),
+        ("training_set", "dev_set"),
     ],
 )
 def test_split_folders_are_known_in_any_case_and_with_prefixes(tmp_path: Path, train: str, test: str) -> None:
@@ -320,6 +322,9 @@ def test_clone_of_a_hub_is_read_from_its_data_folder(tmp_path: Path) -> None:
     (tmp_path / "signs" / "README.md").touch()
     source = load(tmp_path / "signs")
     assert (source.name, len(source.train), len(source.test)) == ("signs", 6, 6)
+    write_parquet(tmp_path / "converted" / "default" / "train" / "0000.parquet")
+    write_parquet(tmp_path / "converted" / "default" / "test" / "0000.parquet", [0, 1])
+    assert len(load(tmp_path / "converted").test) == 2
     write_parquet(tmp_path / "signs" / "other" / "train-00000-of-00001.parquet")
     with pytest.raises(DataError, match=r"several folders hold Parquet shards \(data, other\)"):
         load(tmp_path / "signs")
