@@ -72,12 +72,11 @@ def class_sheet(data: DatasetArtifact, path: Path) -> None:
         chosen = np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).round().astype(int)
         for axis, row in zip(axes[line], rows[chosen].tolist(), strict=False):
             _show(axis, data.train.images[row].float(), "")
-        short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
-        axes[line, 0].set_ylabel(short, parse_math=False)
+        axes[line, 0].set_ylabel(drawable(shortened(name)), fontfamily=font_families(), parse_math=False)
         for axis in axes[line, len(chosen) :]:
             axis.axis("off")
     shown = f", {len(names)} of {len(data.class_names):,} classes" if len(names) < len(data.class_names) else ""
-    figure.suptitle(f"{data.manifest.facts['name']}, as it was found{shown}")
+    _head(figure, f"{data.manifest.facts['name']}, as it was found{shown}")
     _save(figure, path)
 
 
