@@ -51,10 +51,12 @@ def channels_first(images: np.ndarray, where: str) -> Tensor:
         DataError: another shape or type, or no images.
     """
     if images.dtype != np.uint8:
-        raise DataError(
-            f"{where}: images must be uint8 in 0..255, got {images.dtype}; "
-            "save np.round(images * 255).astype(np.uint8) if they lie in 0..1"
-        )
+        way_out = "save np.round(images * 255).astype(np.uint8) if they lie in 0..1"
+        if images.dtype.kind in "iu" and len(images):
+            way_out = (
+                f"they lie in {images.min()}..{images.max()}: scale that range to 0..255 and save .astype(np.uint8)"
+            )
+        raise DataError(f"{where}: images must be uint8 in 0..255, got {images.dtype}; {way_out}")
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[1] not in (1, 3):

@@ -381,6 +381,10 @@ def test_npz_in_the_style_of_keras_keeps_its_splits(tmp_path: Path) -> None:
     ("arrays", "message"),
     [
         ({"images": gray_images() / 255, "labels": LABELS}, r"uint8 in 0..255, got float64; save np.round"),
+        (
+            {"images": gray_images().astype(np.uint16) * 800, "labels": LABELS},
+            r"got uint16; they lie in 0..4000: scale",
+        ),
         ({"images": gray_images(), "labels": LABELS[:5]}, "images has 6 rows, labels 5"),
         ({"images": gray_images(), "labels": [0.0] * 6}, "one class per image"),
         ({"images": gray_images(), "labels": [0, 1, 0, 1, 0, -1]}, "row 5: label -1"),
