@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bdbench.errors import OptionError, unknown_name
+from bdbench.wording import respelled
 
 
 class Options(BaseModel):
@@ -24,12 +25,13 @@ class Options(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """Build the options from values of any origin.
+        """Build the options from values of any origin; both spellings of a name are understood.
 
         Raises:
             OptionError: names the option, the limit, the value and, for a wrong name, the nearest one.
         """
         known = cls.model_fields
+        values = {respelled(name, known): value for name, value in values.items()}
         for name in values:
             if name not in known:
                 raise unknown_name("option", name, known)
@@ -39,14 +41,32 @@ class Options(BaseModel):
             raise OptionError(describe_invalid(error)) from None
 
 
+def plainly(message: str) -> str:
+    """Return what pydantic, or the parser of the command line, says of a value in plain words."""
+    for theirs, ours in PLAIN.items():
+        message = message.replace(theirs, ours)
+    return message
+
+
+PLAIN = {
+    "Value error, ": "",
+    "Input should be": "must be", "less than or equal to": "at most", "greater than or equal to": "at least",
+    "a valid integer": "a whole number", "a valid number": "a number",
+    "a valid boolean": "true or false", "a valid string": "text", ", unable to parse string as an integer": "",
+    ", unable to parse string as a number": "", ", unable to interpret input": "",
+    ", got a number with a fractional part": "", "Extra inputs are not permitted": "is not known",
+}  # fmt: skip
+"""From pydantic's words to plain ones."""
+
+
 def describe_invalid(error: ValidationError) -> str:
     """Turn pydantic's report into one line per option: name, value, limit."""
     lines = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        shown = f"{name} {item['input']!r}: " if name else ""
-        lines.append(shown + message[:1].lower() + message[1:])
+        message = plainly(item["msg"])
+        shown = f"{name} {item['input']!r} " if message.startswith("must ") else f"{name} {item['input']!r}: "
+        lines.append((shown if name else "") + message[:1].lower() + message[1:])
     return "; ".join(lines)
 
 

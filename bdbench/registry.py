@@ -6,12 +6,15 @@ entry-point groups `bdbench.attacks`, `bdbench.defenses`, `bdbench.datasets` and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from bdbench.errors import OptionError, unknown_name
+from bdbench import plugins
+from bdbench.errors import MethodError, OptionError, unknown_name
+from bdbench.plugins import Plugin
+from bdbench.wording import listed, respelled
 
 
 class Row(NamedTuple):
@@ -33,13 +36,23 @@ class Registry:
     @cached_property
     def rows(self) -> dict[str, Row]:
         """All rows, plugins after the built-in ones; a plugin cannot replace a built-in name."""
-        from importlib.metadata import entry_points
+        added = {name: Row(item.target, f"plugin from {item.package}") for name, item in self.plugins.items()}
+        return {**self._built_in, **added}
 
-        plugins = {
-            point.name: Row(point.value, f"plugin from {point.dist.name if point.dist else 'an unnamed package'}")
-            for point in entry_points(group=f"bdbench.{self.plural}")
-        }
-        return {**self._built_in, **{name: row for name, row in plugins.items() if name not in self._built_in}}
+    @cached_property
+    def plugins(self) -> dict[str, Plugin]:
+        """The plugins by name; a plugin cannot replace a built-in name."""
+        found = plugins.installed(self.kind, self.plural)
+        return {name: plugin for name, plugin in found.items() if name not in self._built_in}
+
+    def plugin(self, name: str) -> Plugin | None:
+        """Return the plugin of a name, for a member of a family that of the row `FAMILY:NAME`; None of a built-in."""
+        family, _, member = name.partition(":")
+        return self.plugins.get(f"{family}:NAME" if member else name)
+
+    def spelled(self, name: str) -> str:
+        """Return a name as it is registered, where it is typed in another spelling: ``dfst-colour``."""
+        return respelled(name, self.rows)
 
     def names(self) -> list[str]:
         """All names, in the order of the table."""
@@ -48,7 +61,7 @@ class Registry:
     def find(self, name: str) -> Row | None:
         """Return the row of a name, for a member of a family the row `FAMILY:NAME`; None if it is not registered."""
         family, _, member = name.partition(":")
-        return self.rows.get(f"{family}:NAME" if member else name)
+        return self.rows.get(f"{family}:NAME" if member else self.spelled(name))
 
     def families_hint(self, name: str) -> str:
         """Say what an unknown name would be called as a member of a family, such as `torchvision:resnet50`."""
@@ -62,17 +75,72 @@ class Registry:
 
         Raises:
             OptionError: a family itself, or no such name; the message has the nearest one and all of them.
+            MethodError: a plugin that cannot be used; names its package.
         """
         row = self.find(name)
         if row is None:
-            raise unknown_name(self.kind, name, self.rows, self.families_hint(name))
+            raise self.unknown(name)
         member = name.partition(":")[2]
         if member == "NAME":
             raise OptionError(f"'{name}' stands for many: put the name of one in place of NAME")
-        module, _, attribute = row.target.partition(":")
-        found = getattr(import_module(module), attribute)
+        plugin = self.plugin(name)
+        if plugin is not None:
+            found = plugins.load(plugin)
+        else:
+            module, _, attribute = row.target.partition(":")
+            found = getattr(import_module(module), attribute)
         return partial(found, member) if member else found
 
+    def unknown(self, name: str, own: Iterable[str] = ()) -> OptionError:
+        """Build the error for a name that is not registered.
+
+        Args:
+            name: as it was typed.
+            own: names that would do too, such as labels of a grid.
+        """
+        if self.kind == "defense" and name.lower() in NOT_YET:
+            known = f"Known: {', '.join(sorted(self.rows))}"
+            return OptionError(f"defense '{name}' ({NOT_YET[name.lower()]}) is not in bdbench yet. {known}")
+        return unknown_name(self.kind, name, self.rows, self.families_hint(name), own)
+
+    def check_options(self, name: str, options: Iterable[str], beside: Collection[str] = ()) -> None:
+        """Refuse an option that does not belong to a method but to others.
+
+        Args:
+            name: of the method.
+            options: names of those that were given, with underscores.
+            beside: options that every method takes.
+
+        Raises:
+            OptionError: names the owners.
+        """
+        own = {*beside, *getattr(self.load(name), "model_fields", {})}
+        for option in options:
+            owners = [] if respelled(option, own) in own else self.owners(option)
+            if owners:
+                raise OptionError(f"{option} belongs to {listed(owners)} (you chose {name})")
+
+    def owners(self, option: str) -> list[str]:
+        """Return the names whose classes have an option; a plugin that cannot be used has none."""
+        found = []
+        for name in self.names():
+            try:
+                fields = getattr(self.load(name), "model_fields", {}) if not name.endswith(":NAME") else {}
+            except MethodError:
+                continue
+            if respelled(option, fields) in fields:
+                found.append(name)
+        return found
+
+
+NOT_YET = {
+    "nc": "Neural Cleanse", "neural-cleanse": "Neural Cleanse", "fp": "Fine-Pruning", "fine-pruning": "Fine-Pruning",
+    "ft": "fine-tuning", "fine-tuning": "fine-tuning", "ft-sam": "FT-SAM", "nad": "Neural Attention Distillation",
+    "anp": "Adversarial Neuron Pruning", "clp": "Channel Lipschitz Pruning", "i-bau": "I-BAU", "ibau": "I-BAU",
+    "strip": "STRIP", "ac": "Activation Clustering", "activation-clustering": "Activation Clustering",
+    "spectral": "Spectral Signatures", "spectral-signatures": "Spectral Signatures",
+}  # fmt: skip
+"""Well-known methods against backdoors that users ask for and that are not registered."""
 
 ATTACKS = Registry(
     "attack",
@@ -234,12 +302,19 @@ MODELS = Registry(
 )
 
 
-def plugin_releases() -> list[str]:
-    """Return every plugin with the release of its package."""
-    from importlib.metadata import entry_points
-
-    points = (point for plural in REGISTRIES for point in entry_points(group=f"bdbench.{plural}"))
-    return sorted(f"{point.value} {point.dist.version if point.dist else ''}" for point in points)
-
-
 REGISTRIES = {registry.plural: registry for registry in (ATTACKS, DEFENSES, DATASETS, MODELS)}
+
+
+def all_plugins() -> list[Plugin]:
+    """Return every plugin, of all kinds."""
+    return [plugin for registry in REGISTRIES.values() for plugin in registry.plugins.values()]
+
+
+def plugin_sources(*used: tuple[Registry, str]) -> dict[str, dict[str, str]]:
+    """Return package, version and source hash of those of some names that are plugins, by kind and name."""
+    found = [registry.plugin(name) for registry, name in used]
+    return {
+        f"{plugin.kind} {plugin.name}": {"package": plugin.package, "version": plugin.version, "source": plugin.source}
+        for plugin in found
+        if plugin is not None
+    }

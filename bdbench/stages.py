@@ -24,7 +24,7 @@ from bdbench.artifacts import finding, manifests, store
 from bdbench.artifacts.base import Artifact
 from bdbench.artifacts.dataset import AS_FOUND, DatasetArtifact, write_dataset
 from bdbench.artifacts.kinds import OPENERS, EvaluationArtifact
-from bdbench.artifacts.made import Stopwatch, plain
+from bdbench.artifacts.made import Stopwatch, plain, plugins_of
 from bdbench.artifacts.manifests import Ask
 from bdbench.artifacts.model import ModelArtifact, write_model
 from bdbench.artifacts.sources import address_of, as_given, open_source
@@ -33,20 +33,24 @@ from bdbench.data import PoisonedDataset, Role, SourceData
 from bdbench.datasets.base import Source
 from bdbench.datasets.cache import cache_folder
 from bdbench.datasets.paths import PathSource
-from bdbench.defenses.base import Defended, Task, Truth
+from bdbench.defenses.base import Task, Truth, check_defended
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
+from bdbench.plugins import blamed
 from bdbench.progress import Progress, Silent
-from bdbench.protocol import judging, planting, suspects
+from bdbench.protocol import judging, naming, planting, suspects
 from bdbench.protocol.budget import resolve_budget, settings_of
 from bdbench.protocol.inputs import check_trusted, dataset_of, open_suspect
 from bdbench.protocol.networks import fresh_model, model_name
-from bdbench.protocol.poisoning import as_found, poison_source
-from bdbench.registry import ATTACKS
+from bdbench.protocol.poisoning import as_found, choose_rows, poison_source
+from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
 from bdbench.text import printable
 from bdbench.training.devices import Precision, crowding, resolve_device, use_bf16
 from bdbench.training.engine import Engine
+from bdbench.wording import counted
 
+TAKEN_FRACTION = 0.05
+"""Share of the images that `take` lends to a test split where the source has none: only the others are scored."""
 FEW_POISONED = 50
 """With fewer poisoned samples a user is told that the attack may fail."""
 
@@ -78,7 +82,8 @@ def poison(
             also image_column, label_column, skip_unreadable.
         trusted: share of the training split reserved as clean, for defenses that need clean images; 0 for none.
         seed: of every random choice.
-        out: folder of the artifact; default ``runs/<dataset>-<attack>-s<seed>``.
+        out: folder of the artifact; default ``runs/<dataset>-<attack>-s<seed>``, and what differs from the defaults,
+            such as ``-rate0.05``.
         device: auto, cpu, cuda, cuda:N or mps, for attacks that train networks.
         precision: auto, fp32 or bf16, for the same.
         differences: store only what differs from the source, a fifth of the space; it opens only where the source is.
@@ -93,25 +98,38 @@ def poison(
     bf16 = use_bf16(precision, place)
     if not 0 <= trusted < 1:
         raise OptionError(f"trusted {trusted} must be at least 0 and less than 1")
-    method = cast("type[Attack]", ATTACKS.load(attack)).parse(options or {})
+    attack = ATTACKS.spelled(attack)
+    plugin = ATTACKS.plugin(attack)
+    with blamed(plugin):
+        ATTACKS.check_options(attack, options or {})
+        method = cast("type[Attack]", ATTACKS.load(attack)).parse(options or {})
     origin = open_source(dataset, source_options or {})
-    source = origin.open(progress)
+    with blamed(DATASETS.plugin(str(dataset))):
+        source = origin.open(progress)
     config = {"dataset": source.name, "trusted": trusted, **plain(method.model_dump())}
     inputs = {"source": source.fingerprint[:16], **_guessed(origin, source)}
     inputs |= {path.name: files.file_sha256(path)[:16] for path in method.files() if path.is_file()}
     ask = Ask("dataset", attack, method.version, config, seed, inputs)
-    out = out or finding.ROOT / f"{source.name}-{attack}-s{seed}"
+    choose_rows(source, method, seed, trusted)  # what cannot be is said before a look at the place
+    facts = {"replay": isinstance(method, TrainingAttack), **_source_facts(dataset, origin, source)}
+    facts |= plugins_of((ATTACKS, attack))
+    if out is None:
+        plain_place = finding.ROOT / f"{source.name}-{attack}-s{seed}"
+        parts = naming.dataset_parts(method, trusted, facts["source_options"])
+        out = naming.place(plain_place, ask, parts, force=force, progress=progress)
     asked = {out: ask}
     if isinstance(method, TrainingAttack):
         config = {"model": model_name(method.victim, source.train.image_shape), "preset": "attacker"}
         asked[out.with_name(f"{out.name}-victim")] = Ask("model", "victim", 1, config, seed, {"dataset": ask.id})
-    there = [store.existing(path, wanted, force=force) for path, wanted in asked.items()]
+    there = [store.existing(path, wanted, force=force, facts=facts) for path, wanted in asked.items()]
     if all(there):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
         return DatasetArtifact.open(out)
     with store.create(out, ask) as draft:
         engine = Engine(place, bf16, seed, draft.work, progress)
-        poisoned = poison_source(source, method, Lab(engine, fresh_model, source.augment, cache_folder()), trusted)
+        lab = Lab(engine, fresh_model, source.augment, cache_folder())
+        with blamed(plugin):
+            poisoned = poison_source(source, method, lab, trusted)
         # The attacker's model comes first: a dataset that is sealed is complete.
         for path, wanted in asked.items():
             if wanted is not ask:
@@ -119,11 +137,11 @@ def poison(
                 _write_victim(path, wanted, poisoned, engine, made)
         address = {**address_of(dataset, origin), "fingerprint": source.fingerprint} if differences else None
         write_dataset(draft, poisoned, name=source.name, augment=source.augment, origin=address)
-        draft.facts |= {"replay": isinstance(method, TrainingAttack), **_source_facts(dataset, origin, source)}
+        draft.facts |= facts
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
     few = int((poisoned.roles == Role.POISON).sum())
     if few < FEW_POISONED and method.rate != 0:
-        progress.note(f"only {few} poisoned samples: the attack may well fail; a higher --rate makes it stronger")
+        progress.note(f"only {counted(few, 'poisoned sample')}: the attack may well fail; raise --rate")
     return DatasetArtifact.open(out, is_new=True)
 
 
@@ -140,26 +158,30 @@ def take(
     Args:
         dataset, force, progress: see `poison`.
         source_options: see `poison`; test_fraction is 0.05 unless it is given, since only training images are scored.
-        out: folder of the artifact; default ``runs/<dataset>``.
+        out: folder of the artifact; default ``runs/<dataset>``, and what differs from the defaults.
 
     Raises:
         BdbenchError: the images or the place do not fit; the message has the way out.
     """
     watch, progress = Stopwatch(), progress or Silent()
-    origin = open_source(dataset, {"test_fraction": 0.05, **(source_options or {})})
-    source = origin.open(progress)
-    files = origin.files(source)
+    origin = open_source(dataset, {"test_fraction": TAKEN_FRACTION, **(source_options or {})})
+    with blamed(DATASETS.plugin(str(dataset))):
+        source = origin.open(progress)
+        files = origin.files(source)
     inputs = {"source": source.fingerprint[:16], **_guessed(origin, source)}
     if files is not None:
         inputs["files"] = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
     ask = Ask("dataset", AS_FOUND, 1, {"dataset": source.name}, 0, inputs)
-    out = out or finding.ROOT / source.name
-    if store.existing(out, ask, force=force):
+    facts = {"replay": False, **_source_facts(dataset, origin, source)}
+    if out is None:
+        parts = naming.differing(facts["source_options"], {"test_fraction": TAKEN_FRACTION, "images": origin.images})
+        out = naming.place(finding.ROOT / source.name, ask, parts, force=force, progress=progress)
+    if store.existing(out, ask, force=force, facts=facts):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
         return DatasetArtifact.open(out)
     with store.create(out, ask) as draft:
         write_dataset(draft, as_found(source), name=source.name, augment=source.augment, files=files)
-        draft.facts |= {"replay": False, **_source_facts(dataset, origin, source)}
+        draft.facts |= facts
         draft.made |= watch.made(resolve_device("cpu"), bf16=False) | {"training_seconds": 0.0}
     return DatasetArtifact.open(out, is_new=True)
 
@@ -217,7 +239,8 @@ def defend(
         options: of the method and of the recipe (epochs, lr, batch_size, ...); they win over the preset.
         suspect: path or id of the undefended model, for methods that mend one.
         seed: of weights, order and augmentation; default: the dataset's.
-        out: folder; default: the dataset's folder name and the method's.
+        out: folder; default: the dataset's folder name, the method's, and what differs from the defaults, such as
+            ``-s5-epochs20``.
         device: auto, cpu, cuda, cuda:N or mps.
         precision: auto, fp32 or bf16.
         image_memory: gigabytes (10^9 bytes) of training images that may lie on the device; more are streamed from the
@@ -234,7 +257,10 @@ def defend(
     place = resolve_device(device)
     bf16 = use_bf16(precision, place)
     data = DatasetArtifact.open(finding.locate(dataset, "dataset"))
-    preset, defense, recipe = resolve_budget(method, preset, options or {}, data)
+    method = DEFENSES.spelled(method)
+    plugin = DEFENSES.plugin(method)
+    with blamed(plugin):
+        preset, defense, recipe = resolve_budget(method, preset, options or {}, data)
     if defense.needs_truth and not data.is_attacked:
         raise OptionError(
             f"'{method}' reads which samples are poisoned, and of {data.path}, taken as it was found, nobody knows it; "
@@ -254,8 +280,23 @@ def defend(
     settings = settings_of(recipe, defense)
     config = {"model": model, "preset": preset, **settings}
     ask = Ask("model", method, defense.version, config, seed, inputs)
-    out = out or data.path.with_name(f"{data.path.name}-{method}")
-    if store.existing(out, ask, force=force):
+    usual_preset, usual, usual_recipe = resolve_budget(method, "auto", {}, data)
+    if preset != usual_preset:
+        _, usual, usual_recipe = resolve_budget(method, preset, {}, data)
+    usual_settings = settings_of(usual_recipe, usual)
+    if out is None:
+        parts = naming.model_parts(
+            data.path, preset=(preset, usual_preset), seed=(seed, data.manifest.ask.seed),
+            model=(model, model_name("auto", data.image_shape)), suspect=suspect_model,
+            changed=naming.differing(settings, usual_settings),
+        )  # fmt: skip
+        out = naming.place(
+            data.path.with_name(f"{data.path.name}-{method}"), ask, parts, force=force, progress=progress
+        )
+    facts = plugins_of(
+        (DEFENSES, method), (MODELS, model), made_from=[item.manifest for item in (data, suspect_model) if item]
+    )
+    if store.existing(out, ask, force=force, facts=facts):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
         return ModelArtifact.open(out)
     if crowded := crowding(place):
@@ -275,12 +316,11 @@ def defend(
             truth=Truth(data.is_poison, data.unpoisoned) if defense.needs_truth else None,
             cache=cache_folder(),
         )
-        result = defense.run(task)
-        _check_result(result, len(data.train), method)
+        with blamed(plugin):
+            result = defense.run(task)
+            check_defended(result, len(data.train), method)
         write_model(draft, model, result.model, data.train, engine.history, result.scores, result.set_aside)
-        draft.facts |= {"findings": plain(dict(result.findings)), "reads_truth": defense.needs_truth}
-        _, usual, usual_recipe = resolve_budget(method, preset, {}, data)
-        usual_settings = settings_of(usual_recipe, usual)
+        draft.facts |= {**facts, "findings": plain(dict(result.findings)), "reads_truth": defense.needs_truth}
         draft.facts["changed"] = [name for name, value in settings.items() if value != usual_settings[name]]
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
         draft.made["compiled"] = engine.compiled
@@ -290,12 +330,6 @@ def defend(
 def _training_seconds(engine: Engine) -> float:
     """Return the seconds of all epochs, those before an interruption too."""
     return round(sum(float(row["seconds"]) for row in engine.history), 3)
-
-
-def _check_result(result: Defended, count: int, method: str) -> None:
-    for name, values in (("scores", result.scores), ("set_aside", result.set_aside)):
-        if values is not None and values.shape != (count,):
-            raise ValueError(f"defense '{method}' returned {name} of shape {tuple(values.shape)} for {count} samples")
 
 
 def evaluate(
@@ -328,7 +362,8 @@ def evaluate(
     source = dataset_of(judged, data)
     ask = Ask("evaluation", "evaluate", 1, {}, judged.manifest.ask.seed, {"model": judged.id, "dataset": source.id})
     out = out or judged.path.with_name(f"{judged.path.name}-eval")
-    if store.existing(out, ask, force=force):
+    facts = plugins_of(made_from=[judged.manifest, source.manifest])
+    if store.existing(out, ask, force=force, facts=facts):
         return EvaluationArtifact.open(out)
     engine = Engine(place, bf16, ask.seed, progress=progress)
     with store.held(judged.path, source.path), store.create(out, ask) as draft:
@@ -336,7 +371,7 @@ def evaluate(
         frame.to_parquet(draft.folder / "predictions.parquet", index=False)
         rates, values = judging.measure(frame, source, judged)
         judging.metrics_frame(rates, values).to_parquet(draft.folder / "metrics.parquet", index=False)
-        draft.facts |= judging.row_facts(judged, source)
+        draft.facts |= {**facts, **judging.row_facts(judged, source)}
         draft.made |= watch.made(place, bf16=bf16)
     return EvaluationArtifact.open(out, is_new=True)
 

@@ -7,8 +7,10 @@ from typing import Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from bdbench.errors import OptionError, did_you_mean, unknown_name
+from bdbench.errors import NEVER_SUGGESTED, OptionError, did_you_mean, unknown_name
 from bdbench.options import Options, describe_options
+from bdbench.registry import ATTACKS, DEFENSES, NOT_YET, REGISTRIES
+from bdbench.wording import counted, listed
 
 
 class Soup(Options):
@@ -57,12 +59,12 @@ def test_a_name_far_from_all_gets_no_guess() -> None:
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"spoons": 0}, ("spoons", "0", "greater than or equal to 1")),
-        ({"spoons": 10}, ("spoons", "10", "less than or equal to 9")),
+        ({"spoons": 0}, ("spoons", "0", "must be at least 1")),
+        ({"spoons": 10}, ("spoons", "10", "must be at most 9")),
         ({"heat": 0.0}, ("heat", "0.0", "greater than 0")),
         ({"kind": "solid"}, ("kind", "'solid'", "'clear' or 'thick'")),
-        ({"spoons": "many"}, ("spoons", "'many'", "integer")),
-        ({"spoons": 1.5}, ("spoons", "1.5", "integer")),
+        ({"spoons": "many"}, ("spoons", "'many'", "a whole number")),
+        ({"spoons": 1.5}, ("spoons", "1.5", "a whole number")),
     ],
 )
 def test_a_wrong_value_is_answered_with_option_value_and_limit(
@@ -106,6 +108,42 @@ def test_underscores_become_hyphens_in_flags() -> None:
 
 def test_the_nearest_name_ignores_case() -> None:
     assert did_you_mean("BadNet", ["badnets", "sig"]) == " Did you mean 'badnets'?"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("wrn", "wrn-16-1"), ("cifra10", "cifar10"), ("abll", "abl"), ("neural-cleanse", ""), ("clp", ""), ("clea", ""),
+     ("oracel", ""), ("floor", ""), ("paper", ""), ("z", "")],
+)  # fmt: skip
+def test_what_is_suggested_is_near_and_never_a_reference_row(typed: str, meant: str) -> None:
+    names = [name for registry in REGISTRIES.values() for name in registry.names()]
+    assert did_you_mean(typed, names) == (f" Did you mean '{meant}'?" if meant else "")
+
+
+def test_reference_rows_are_those_that_read_the_truth() -> None:
+    assert {name for name in DEFENSES.names() if DEFENSES.load(name).needs_truth} == NEVER_SUGGESTED
+
+
+def test_a_well_known_method_that_is_missing_is_called_so() -> None:
+    for name in ("neural-cleanse", "NC"):
+        with pytest.raises(OptionError, match=rf"defense '{name}' \(Neural Cleanse\) is not in bdbench yet\. Known: "):
+            DEFENSES.load(name)
+    assert not set(NOT_YET) & set(DEFENSES.names())
+
+
+def test_an_option_of_another_method_names_its_owners() -> None:
+    with pytest.raises(OptionError, match=r"^alpha belongs to blended, .* and lc \(you chose badnets\)$"):
+        ATTACKS.check_options("badnets", {"rate": 0.1, "alpha": 3})
+    with pytest.raises(OptionError, match=r"^twin_epochs belongs to cbd \(you chose abl\)$"):
+        DEFENSES.check_options("abl", {"epochs": 1, "twin_epochs": 3}, {"epochs"})
+    ATTACKS.check_options("badnets", {"nobody_has_it": 3})  # left to the method's own check
+
+
+def test_counts_and_lists_are_words() -> None:
+    assert [counted(number, noun) for number, noun in ((1, "class"), (2, "class"), (1234, "image"), (0, "file"))] == [
+        "1 class", "2 classes", "1,234 images", "0 files"
+    ]  # fmt: skip
+    assert [listed(list(names)) for names in ("", "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
 
 
 def test_an_unknown_name_lists_all_in_order() -> None:

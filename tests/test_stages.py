@@ -30,7 +30,7 @@ from bdbench.cli.app import run
 from bdbench.data import ImageDataset, Role
 from bdbench.defenses.base import Defended, Defense, Task
 from bdbench.defenses.training.plain import NoDefense
-from bdbench.errors import ArtifactError, DamageWarning, OptionError, TrainingError
+from bdbench.errors import ArtifactError, DamageWarning, MethodError, OptionError, TrainingError
 from bdbench.options import Options, describe_options
 from bdbench.progress import Silent
 from bdbench.protocol import budget, judging, networks, poisoning
@@ -435,7 +435,7 @@ def test_a_method_that_trains_from_scratch_takes_no_suspect(toys: DatasetArtifac
 
 def test_a_method_that_mends_a_model_asks_for_it(digits: DatasetArtifact, tmp_path: Path, mender: str) -> None:
     with pytest.raises(
-        OptionError,
+        ArtifactError,
         match=r"method 'mender' mends a model, and no undefended one of .* with seed 0 .*bdbench train.*--suspect PATH",
     ):
         stages.defend(digits.path, mender, out=tmp_path / "mended", **CPU)
@@ -448,7 +448,7 @@ def test_the_command_for_a_missing_suspect_makes_it(
     data = stages.poison(toy_archive, "badnets", out=tmp_path / "a b", trusted=0.1)
     stages.defend(data.path, "none", preset="tiny", options={"epochs": 1}, **CPU)  # of another seed or network
     mend = partial(stages.defend, data.path, mender, preset="tiny", out=tmp_path / "mended", **settings, **CPU)
-    with pytest.raises(OptionError) as said:
+    with pytest.raises(ArtifactError) as said:
         mend()
     found = re.search(r"make one with: bdbench (.*) \(or give --suspect PATH\)", str(said.value))
     assert found is not None
@@ -522,7 +522,7 @@ def test_a_suspect_decides_the_model(toy_archive: Path, tmp_path: Path, mender: 
     assert stages.defend(data.path, mender, out=tmp_path / "one", **CPU).manifest.facts["model"] == "convnet"
     with pytest.raises(OptionError, match=r"is a convnet, not a wrn-16-1; drop --model"):
         stages.defend(data.path, mender, suspect=suspect.path, model="wrn-16-1", out=tmp_path / "other", **CPU)
-    with pytest.raises(OptionError, match="no undefended wrn-16-1 of"):
+    with pytest.raises(ArtifactError, match="no undefended wrn-16-1 of"):
         stages.defend(data.path, mender, model="wrn-16-1", out=tmp_path / "other", **CPU)
 
 
@@ -663,14 +663,14 @@ def test_automatic_augmentation_is_the_data_sets_own(toys: DatasetArtifact, digi
     ("name", "preset", "options", "message"),
     [
         ("abll", "tiny", {}, "unknown defense 'abll'. Did you mean 'abl'?"),
-        ("abl", "tinny", {}, "unknown preset of abl 'tinny'. Did you mean 'tiny'?"),
+        ("abl", "tinny", {}, "--preset tinny: 'abl' has the presets paper, fast, tiny. Did you mean 'tiny'?"),
         (
             "abl",
             "tiny",
             {"isolation_rates": 0.1},
             "unknown option 'isolation_rates'. Did you mean 'isolation_rate'?",
         ),
-        ("none", "tiny", {"gamma": 0.5}, "unknown option 'gamma'"),
+        ("none", "tiny", {"gamma": 0.5}, r"gamma belongs to abl \(you chose none\)"),
         ("none", "tiny", {"augment": "flop"}, "unknown augmentation 'flop'"),
     ],
 )
@@ -726,10 +726,11 @@ DEFENSE_FIELDS = [field for name in DEFENSES.names() for field in fields_of(name
 def ask_of(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> str:
     """The id that a stage would make."""
 
-    def caught(path: Path, ask: manifests.Ask, *, force: bool) -> bool:
+    def caught(path: Path, ask: manifests.Ask, **_: Any) -> bool:
         raise AskedError(ask.id)
 
     monkeypatch.setattr(store, "existing", caught)
+    monkeypatch.setattr(stages, "choose_rows", lambda *_: None)  # some values suit no toy
     with pytest.raises(AskedError) as asked:
         call()
     return str(asked.value)
@@ -996,7 +997,7 @@ def test_a_defense_that_scores_other_samples_is_a_mistake_of_ours(
     monkeypatch.setattr(
         DEFENSES.load("none"), "run", lambda self, task: run(self, task)._replace(scores=torch.zeros(3))
     )
-    with pytest.raises(ValueError, match=r"returned scores of shape \(3,\) for 120 samples"):
+    with pytest.raises(MethodError, match=r"returned scores of shape \(3,\) for 120 samples"):
         defend(toys, "none", tmp_path / "none")
 
 

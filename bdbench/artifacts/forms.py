@@ -86,6 +86,17 @@ class Counts(_Form):
     trusted: Count
 
 
+class PluginForm(_Form):
+    """Whose code took part, and which."""
+
+    package: StrictStr
+    version: StrictStr
+    source: StrictStr
+
+
+Plugins = dict[StrictStr, PluginForm]
+
+
 class DatasetFacts(_Form):
     """Facts of a dataset."""
 
@@ -98,6 +109,7 @@ class DatasetFacts(_Form):
     source_options: Table = {}
     origin: OriginForm | None = None
     given: Annotated[dict[Literal["name", "path"], StrictStr], Field(min_length=1, max_length=1)] | None = None
+    plugins: Plugins = {}
 
 
 class TrainedForm(MadeForm):
@@ -116,6 +128,7 @@ class ModelFacts(_Form):
     findings: Table = {}
     reads_truth: StrictBool = False
     changed: list[StrictStr] = []
+    plugins: Plugins = {}
 
 
 class EvaluationFacts(_Form):
@@ -135,6 +148,7 @@ class EvaluationFacts(_Form):
     preset: StrictStr
     findings: Table = {}
     changed: list[StrictStr] = []
+    plugins: Plugins = {}
     reads_truth: StrictBool = False
     seed: StrictInt
     attack_seed: StrictInt

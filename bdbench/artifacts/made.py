@@ -1,17 +1,19 @@
-"""How an artifact was made: seconds, peak memory, versions, hardware."""
+"""How an artifact was made: seconds, peak memory, versions, hardware, plugins."""
 
 from __future__ import annotations
 
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 import bdbench
+from bdbench.artifacts.manifests import Manifest
+from bdbench.registry import Registry, plugin_sources
 from bdbench.training.devices import peak_memory_bytes
 
 
@@ -40,6 +42,19 @@ class Stopwatch:
             "peak_memory_bytes": peak_memory_bytes(device),
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+
+def plugins_of(*used: tuple[Registry, str], made_from: Iterable[Manifest] = ()) -> dict[str, Any]:
+    """Return the fact `plugins` of an artifact, or nothing where no plugin took part.
+
+    Args:
+        used: registries and names, of which some may be plugins.
+        made_from: manifests of artifacts whose own plugins took part too.
+    """
+    found = plugin_sources(*used)
+    for manifest in made_from:
+        found |= manifest.facts.get("plugins", {})
+    return {"plugins": found} if found else {}
 
 
 def plain(value: object) -> Any:  # noqa: ANN401 - JSON

@@ -10,17 +10,18 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from bdbench.artifacts.manifests import MANIFEST, Ask, Manifest, is_artifact, read_manifest
-from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError
+from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError, SourceWarning
 from bdbench.files import cannot_write, exchange, file_sha256, flush, lock_alone, lock_shared
 
 REPLACED = "replaced-"
@@ -168,10 +169,17 @@ def _describe(file: Path) -> dict[str, Any]:
     return {"sha256": file_sha256(file), "bytes": file.stat().st_size}
 
 
-def existing(path: Path, ask: Ask, *, force: bool) -> bool:
+def existing(path: Path, ask: Ask, *, force: bool, facts: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Say whether the artifact that is asked for is at `path` already and need not be made.
 
     One that lacks a file, or has one of another size, has to be made again; it is there until then.
+
+    Args:
+        path: where it is to be.
+        ask: what is asked.
+        force: make it again in any case.
+        facts: those of its facts that are known now: `source_options`, to say what differs, and `plugins`, whose code
+            may have changed since.
 
     Raises:
         ArtifactError: something else is at `path`.
@@ -192,15 +200,22 @@ def existing(path: Path, ask: Ask, *, force: bool) -> bool:
             warnings.warn(f"{path} is made again: {', '.join(lost)} missing or cut short", DamageWarning, stacklevel=2)
         if lost or force:
             _check_replaceable(path, found)
-        return not lost and not force
+        there = not lost and not force
+        if there and (changed := _changed_plugins(found.facts, facts)):
+            message = (
+                f"{path} is kept as it is, but was made by other code of {changed}; --force makes it again (a new "
+                "`version` of the method gives it another id)"
+            )
+            warnings.warn(message, SourceWarning, stacklevel=2)
+        return there
     if found.ask.kind != ask.kind:
         raise ArtifactError(f"{path} is a {found.ask.kind} artifact ({found.id}), no {ask.kind}; choose another --out")
     if force:
         _check_replaceable(path, found)
         return False
     raise OccupiedError(
-        f"{path} holds another {ask.kind} artifact ({found.id}; different: {', '.join(_differences(found.ask, ask))}); "
-        "choose another --out, or replace it with --force (a sweep with --replace)"
+        f"{path} is another {ask.kind} ({differences(found.ask, ask, found.facts, facts)}); give another --out, or no "
+        "--out: default names say what differs. --force replaces it (in a sweep: --replace)"
     )
 
 
@@ -213,15 +228,56 @@ def _check_replaceable(path: Path, manifest: Manifest) -> None:
         )
 
 
+def _changed_plugins(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Name the plugins whose code is another than the one that made an artifact; what 0.1 made does not say it."""
+    before = old.get("plugins", {})
+    return " and ".join(
+        f"{name} ({told['package']} {told['version']})"
+        for name, told in new.get("plugins", {}).items()
+        if name in before and before[name]["source"] != told["source"]
+    )
+
+
 def _has_size(file: Path, size: int) -> bool:
     return file.is_file() and file.stat().st_size == size
 
 
-def _differences(one: Ask, other: Ask) -> Iterator[str]:
-    for name in ("kind", "method", "version", "seed"):
-        if getattr(one, name) != getattr(other, name):
-            yield name
-    for old, new in ((one.inputs, other.inputs), (one.config, other.config)):
-        for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key):
-                yield f"{key} {old.get(key)} -> {new.get(key)}"
+NAMED = {"source": "other images", "dataset": "another dataset", "suspect": "another suspect", "files": "other files"}
+"""What other hashes of an artifact's inputs mean."""
+
+
+def differences(
+    old: Ask,
+    new: Ask,
+    old_facts: Mapping[str, Any] = MappingProxyType({}),
+    new_facts: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """Say in words in what two asks differ, such as ``rate 0.1 -> 0.2, seed 0 -> 5``.
+
+    Args:
+        old, new: the two asks.
+        old_facts, new_facts: facts of the artifacts; their `source_options` say why images are others.
+    """
+    parts = [
+        f"{name} {getattr(old, name)} -> {getattr(new, name)}"
+        for name in ("kind", "method", "version", "seed")
+        if getattr(old, name) != getattr(new, name)
+    ]
+    chosen = _changes(old_facts.get("source_options", {}), new_facts.get("source_options", {}))
+    parts += chosen + _changes(old.config, new.config)
+    inputs = [key for key in sorted({*old.inputs, *new.inputs}) if old.inputs.get(key) != new.inputs.get(key)]
+    parts += [NAMED.get(key, f"another {key}") for key in inputs if key != "source" or not chosen]
+    return ", ".join(parts)
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return ``name old -> new`` of every setting that differs; what is not set is ``none``."""
+    return [
+        " -> ".join([f"{key} {_shown(old.get(key))}", _shown(new.get(key))])
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)

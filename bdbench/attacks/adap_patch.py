@@ -40,7 +40,9 @@ class AdapPatch(Attack):
 
     rate: float | None = Field(0.003, ge=0, le=1, description="Poisoned share of the whole training split.")
     cover_ratio: float = Field(2.0, ge=0, description="Cover samples per poisoned sample.")
-    test_patches: Literal["corners", "inside"] = Field("corners", description="Which two patches tests get; see above.")
+    test_patches: Literal["corners", "inside"] = Field(
+        "corners", description="Which two patches tests get; `bdbench show adap-patch`."
+    )
 
     def fit(self, clean: ImageDataset, lab: Lab) -> State:
         """Return what training images get, and tests.

@@ -37,7 +37,7 @@ class BadNets(Attack):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1708.06733"
 
-    patch: Patch = Field("grid", description="Published patch; see above.")
+    patch: Patch = Field("grid", description="Published patch; `bdbench show badnets`.")
     patch_size: int | None = Field(None, ge=1, description="Side in pixels; default: the published share of the image.")
     colour: tuple[int, int, int] | None = Field(
         None, description="One RGB colour, each 0 to 255, for the whole patch, in place of the published pattern."

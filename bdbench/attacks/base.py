@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bdbench.data import ImageDataset
-from bdbench.errors import OptionError
+from bdbench.errors import MethodError, OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.options import Options
 from bdbench.seeds import addressed
@@ -194,15 +194,27 @@ class Attack(Options, ABC):
 
         Returns:
             (M, C, H, W) uint8, rounded to nearest.
+
+        Raises:
+            MethodError: `stamp` gives another shape, or numbers that are not finite.
         """
         out = torch.empty(len(rows), *split.image_shape, dtype=torch.uint8)
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
             stamped = self.stamp(split.images[part], state, Occasion(use, part, split, seed))
+            _check_stamped(stamped, (len(part), *split.image_shape))
             if stamped.dtype != torch.uint8:
                 stamped = stamped.clamp(0, 255).round_()
             out[start : start + CHUNK] = stamped
         return out
+
+
+def _check_stamped(images: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(images, Tensor) or images.shape != shape:
+        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise MethodError(f"`stamp` must give images {shape}, and gives {found}")
+    if images.is_floating_point() and not images.isfinite().all():
+        raise MethodError("`stamp` gives numbers that are not finite (nan or inf)")
 
 
 class TrainingAttack(Attack):

@@ -41,7 +41,7 @@ class Sig(Attack):
     frequency: float = Field(6.0, gt=0, description="Periods per image width.")
 
     published: Literal["none", "abl", "cbd"] = Field(
-        "none", description="none: the formula; abl, cbd: what their code shows; see above."
+        "none", description="none: the formula; abl, cbd: what their code shows; `bdbench show sig`."
     )
 
     @model_validator(mode="after")

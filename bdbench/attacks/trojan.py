@@ -40,7 +40,9 @@ class Trojan(Attack):
 
     paper: ClassVar[str] = "https://www.ndss-symposium.org/wp-content/uploads/2018/02/ndss2018_03A-5_Liu_paper.pdf"
 
-    patch: Literal["published", "random", "square"] = Field("published", description="Colours and place; see above.")
+    patch: Literal["published", "random", "square"] = Field(
+        "published", description="Colours and place; `bdbench show trojan`."
+    )
     wrap: bool = Field(False, description="Add the patch and let bytes wrap round, as ABL and CBD do.")
 
     def fit(self, clean: ImageDataset, lab: Lab) -> State:

@@ -44,7 +44,7 @@ class TrojanNN(SurrogateAttack):
 
     paper: ClassVar[str] = "https://doi.org/10.14722/ndss.2018.23291"
 
-    shape: Literal["disk", "square"] = Field("disk", description="Form of the trigger; see above.")
+    shape: Literal["disk", "square"] = Field("disk", description="Form of the trigger; `bdbench show trojannn`.")
     area: float = Field(0.07, gt=0, le=0.15, description="Share of the image that the disk covers.")
     neurons: int = Field(2, ge=1, description="How many neurons are excited.")
     activation: float = Field(100.0, gt=0, description="Activation aimed at; at most ten times the neuron's mean.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +19,7 @@ from bdbench.cli import (
     compare,
     console,
     docs,
+    doctor,
     evaluate,
     explain,
     inspection,
@@ -28,8 +31,9 @@ from bdbench.cli import (
     verify,
 )
 from bdbench.cli import poison as poison_command
-from bdbench.cli.flags import expand_config, read_toml, value_of, with_options
-from bdbench.errors import BdbenchError, DamageWarning, OptionError
+from bdbench.cli.flags import expand_config, read_toml, respelled_flags, unknown_flags, value_of, with_options
+from bdbench.errors import BdbenchError, DamageWarning, OptionError, SourceWarning
+from bdbench.wording import listed, respelled
 
 if TYPE_CHECKING:
     from bdbench.options import Options
@@ -41,28 +45,60 @@ HELP = """Put any backdoor attack on image classifiers against any defense, and 
 Read: [cyan]bdbench docs[/cyan].
 """
 INTERRUPTED = 130
+MORE = "More"
+PANELS = {
+    "The walk": "quickstart poison take train defend evaluate",
+    "Look at it": "table compare report suspects inspect",
+    "Grids": "sweep status",
+    "What there is": "list show docs",
+    "Housekeeping": "verify gc doctor",
+}
+"""Groups of commands in the help; a command that is in none is under `MORE`."""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run the command line.
-
-    Exit codes: 0 done, 1 an error that the user can mend, 2 usage, 3 an assertion does not hold, 130 interrupted.
-    """
+    """Run the command line; `bdbench.errors` says what its exit codes mean."""
     with warnings.catch_warnings():
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
         try:
             application, expanded = build(arguments)
         except BdbenchError as error:
-            console.say_error(str(error))
-            raise SystemExit(1) from None
-        application(expanded)
+            _say_error(error)
+            raise SystemExit(error.exit_code) from None
+        raise SystemExit(_parsed(application, expanded))
+
+
+def _parsed(application: typer.Typer, arguments: Sequence[str]) -> int:
+    """Run the application and return its exit code; what its parser refuses is said in a line, as all other errors."""
+    try:
+        code = application(list(arguments), prog_name="bdbench", standalone_mode=False)
+    except typer.Abort:
+        console.say("[yellow]interrupted[/yellow]")
+        return INTERRUPTED
+    except Exception as error:
+        said = getattr(error, "format_message", None)  # of the parser's own errors, which typer does not name
+        if said is None:
+            raise
+        from bdbench.options import plainly
+
+        command = getattr(getattr(error, "ctx", None), "command_path", "bdbench")
+        console.say_error(f"{plainly(said()).rstrip('.')}. See: {command} --help")
+        return OptionError.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _say_error(error: BdbenchError) -> None:
+    """Say an error as a line; with BDBENCH_TRACEBACK=1 its traceback comes first."""
+    if os.environ.get("BDBENCH_TRACEBACK", "0") not in ("", "0"):
+        console.say_plainly("".join(traceback.format_exception(error)))
+    console.say_error(str(error))
 
 
 def _show_warning(
     usual: Callable[..., None], message: Warning | str, category: type[Warning], *where: object, **more: object
 ) -> None:
     """Say a warning of bdbench's as a line; other packages' appear as usual."""
-    if issubclass(category, DamageWarning):
+    if issubclass(category, DamageWarning | SourceWarning):
         console.say_warning(str(message))
     else:
         usual(message, category, *where, **more)
@@ -91,26 +127,35 @@ def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:
         "report": report.report,
         "sweep": sweep.sweep,
         "status": sweep.status,
-        "gc": sweep.gc,
         "list": explain.list_names,
         "show": explain.show,
+        "gc": sweep.gc,
         "inspect": inspection.inspect,
         "verify": verify.verify,
         "docs": docs.docs,
+        "doctor": doctor.doctor,
     }
+    if named == "list":
+        arguments = [respelled(word, set(explain.Plural)) for word in arguments]
+    panels = {name: panel for panel, names in PANELS.items() for name in names.split()}
     expanded = list(arguments)
     for name, function in commands.items():
         groups: dict[str, type[Options]] = {}
         try:
             groups = _option_groups(name, rest if name == named else None)
-        except OptionError:
+        except BdbenchError:
             if not completed:  # a name that is still being typed
                 raise
         command = with_options(function, groups)
-        application.command(name)(_mending(command))
+        application.command(name, rich_help_panel=panels.get(name, MORE))(_mending(command))
         if name == named and named in arguments:
             start = arguments.index(named) + 1
-            expanded = [*arguments[:start], *expand_config(arguments[start:], command)]
+            arguments = [*arguments[:start], *respelled_flags(arguments[start:], command)]
+            owner = partial(_owner, name, rest)
+            for flag, near in unknown_flags(arguments[start:], command).items():
+                owned = owner(flag.removeprefix("--").removeprefix("no-").replace("-", "_"), flag)
+                raise OptionError(owned or f"bdbench {name} has no option {flag}.{near} See: bdbench {name} --help")
+            expanded = [*arguments[:start], *expand_config(arguments[start:], command, owner)]
     return application, expanded
 
 
@@ -146,6 +191,27 @@ def _option_groups(command: str, arguments: Sequence[str] | None) -> dict[str, t
     return {}
 
 
+def _owner(command: str, arguments: Sequence[str], option: str, shown: str = "") -> str:
+    """Say which methods an option belongs to that the chosen one has not, or "".
+
+    Args:
+        command: poison, train or defend; others have no such options.
+        arguments: its words.
+        option: with underscores.
+        shown: as it was typed, if not as `option`.
+    """
+    from bdbench.registry import ATTACKS, DEFENSES
+
+    if command not in ("poison", "train", "defend"):
+        return ""
+    registry, what, usual = (ATTACKS, "attack", "badnets") if command == "poison" else (DEFENSES, "method", "none")
+    owners = registry.owners(option)
+    if not owners:
+        return ""
+    chosen = "train has no defense" if command == "train" else f"you chose {_named(arguments, what) or usual}"
+    return f"{shown or option} belongs to {listed(owners)} ({chosen})"
+
+
 def _named(arguments: Sequence[str], what: str) -> str | None:
     """Return the method that the flags or the TOML file name.
 
@@ -169,14 +235,14 @@ def _completed_words() -> list[str]:
 
 
 def _mending(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command with errors as messages: exit code 1 for what a user can mend, 130 for Ctrl-C."""
+    """Return the command with errors as messages and their exit codes, 130 for Ctrl-C."""
 
     def call(*given: Any, **named: Any) -> None:  # noqa: ANN401 - whatever the command takes
         try:
             command(*given, **named)
         except BdbenchError as error:
-            console.say_error(str(error))
-            raise typer.Exit(1) from error
+            _say_error(error)
+            raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
             console.say(
                 "[yellow]interrupted[/yellow]; nothing half-written is left, and the same command goes on from the "
@@ -184,7 +250,18 @@ def _mending(command: Callable[..., None]) -> Callable[..., None]:
             )
             raise typer.Exit(INTERRUPTED) from None
 
-    call.__name__, call.__doc__ = command.__name__, console.flowing(inspect.cleandoc(command.__doc__ or ""))
+    call.__name__, call.__doc__ = command.__name__, _help(command)
     call.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]
     call.__annotations__ = {name: item.annotation for name, item in inspect.signature(command).parameters.items()}
     return call
+
+
+def _help(command: Callable[..., None]) -> str:
+    """Return a command's docstring as typer shows it: paragraphs flow, examples are indented lines in a colour.
+
+    The markup around them keeps typer from taking their indentation away where nothing stands before them.
+    """
+    from rich.markup import escape
+
+    text = console.flowing(inspect.cleandoc(command.__doc__ or ""))
+    return re.sub(r"(?m)^  (.+)$", lambda found: f"[cyan]  {escape(found[1])}[/cyan]", text)

@@ -12,7 +12,7 @@ import typer
 
 from bdbench.artifacts.finding import ROOT
 from bdbench.cli import console
-from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName, with_folder
+from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName, one_of, with_folder
 from bdbench.cli.train import newest_dataset
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.protocol.metric_list import METRICS, check_metrics
@@ -44,7 +44,14 @@ Junit = Annotated[
         show_default=False,
     ),
 ]
-FormatName = Annotated[str, typer.Option("--format", help="rich, markdown, csv, latex or json.")]
+FormatName = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="rich, markdown, csv, latex or json.",
+        autocompletion=one_of("rich", "markdown", "csv", "latex", "json"),
+    ),
+]
 
 
 def evaluate(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bdbench import plugins
 from bdbench.cli import console
 from bdbench.cli.flags import shown
 from bdbench.cli.parameters import Json
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Plural(StrEnum):
-    """What can be listed."""
+    """What can be listed; both spellings are understood."""
 
     ATTACKS = "attacks"
     DEFENSES = "defenses"
@@ -50,8 +51,10 @@ def list_names(
       bdbench list metrics
     """
     chosen = [registry for registry in REGISTRIES.values() if kind in (None, registry.plural)]
+    rows = {
+        registry.plural: [_listed(registry, name, row) for name, row in registry.rows.items()] for registry in chosen
+    }
     if json:
-        rows = {item.plural: [{"name": name, **row._asdict()} for name, row in item.rows.items()] for item in chosen}
         if kind in (None, Plural.METRICS):
             rows["metrics"] = [_metric(name) for name in METRICS]
         console.show_json(rows[kind.value] if kind else rows)
@@ -63,10 +66,12 @@ def list_names(
     from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    for registry in chosen:
-        table.add_row(Text(registry.plural, style="bold"), "")
-        for name, row in registry.rows.items():
-            table.add_row(f"  {name}", row.summary, Text(row.threat, style="dim"))
+    for plural, listed in rows.items():
+        table.add_row(Text(plural, style="bold"), "")
+        for item in listed:
+            summary = Text(f"broken: {item['broken']}", style="red") if item["broken"] else Text(item["summary"])
+            origin = f"plugin of {item['plugin']}" if item["plugin"] else item["threat"]
+            table.add_row(Text(f"  {item['name']}"), summary, Text(origin, style="dim"))
     console.show(table)
     console.say("more: [cyan]bdbench show NAME[/cyan], [cyan]bdbench list metrics[/cyan]")
 
@@ -86,6 +91,17 @@ def _show_metrics() -> None:
         table.add_row(Text(name, style="bold"), Text.assemble(metric.counts, (f"\nover: {metric.over}{good}", "dim")))
     console.show(table)
     console.say("Rates have their count and 95 % interval (Wilson) in CSV, JSON and the report.")
+
+
+def _listed(registry: Registry, name: str, row: Row) -> dict[str, Any]:
+    """Return a row for people and for JSON; a plugin is loaded, so that a broken one says why."""
+    facts: dict[str, Any] = {"name": name, **row._asdict(), "plugin": None, "broken": None}
+    plugin = registry.plugins.get(name)
+    if plugin is not None:
+        tried = plugins.try_out(plugin)
+        facts |= {"plugin": f"{plugin.package} {plugin.version}".strip(), "broken": tried.broken}
+        facts["summary"] = tried.summary or "no docstring"
+    return facts
 
 
 def _complete_any(incomplete: str) -> list[str]:
@@ -122,7 +138,7 @@ def show(
         console.show_json(facts)
         return
     parts: list[Any] = [Text(f"{name}: {facts['summary']}", style="bold"), Text(facts["description"])]
-    headings = (heading for heading in ("paper", "threat", "needs", "presets") if facts[heading])
+    headings = (heading for heading in ("plugin", "paper", "threat", "needs", "presets") if facts[heading])
     parts += [Text(f"\n{heading}: {_in_words(facts[heading])}") for heading in headings]
     if facts["options"]:
         parts += [Text(), _option_table(facts["options"])]
@@ -145,10 +161,12 @@ def _describe(registry: Registry, row: Row, name: str) -> dict[str, Any]:
     cls = found if isinstance(found, type) else found.func
     options = describe_options(cls) if issubclass(cls, Options) else []
     needs = [text for what, text in NEEDS.items() if getattr(cls, f"needs_{what}", False)]
+    plugin = registry.plugin(name)
     return {
         "name": name,
         "kind": registry.kind,
-        "summary": row.summary,
+        "summary": (plugins.try_out(plugin).summary or "no docstring") if plugin else row.summary,
+        "plugin": f"{plugin.package} {plugin.version}".strip() if plugin else "",
         "description": console.flowing(reflection.getdoc(cls) or ""),
         "paper": getattr(cls, "paper", ""),
         "threat": row.threat or getattr(cls, "threat", ""),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ import typer
 
 from bdbench import reading
 from bdbench.errors import OptionError, did_you_mean
+from bdbench.wording import respelled
 
 if TYPE_CHECKING:
     from bdbench.options import OptionInfo, Options
@@ -42,6 +45,8 @@ def with_options(command: Callable[..., None], groups: Mapping[str, type[Options
         for name, parameter in inspect.signature(command).parameters.items()
         if name != "options"
     ]
+    switches = {item.name: item.default for item in own if _has_two_flags(item)}
+    own = [part for item in own for part in (_switch(item) if item.name in switches else [item])]
     takes_options = "options" in hints
     described = [(info, heading) for heading, cls in groups.items() for info in _described(cls)]
     extra = [parameter for info, heading in described for parameter in _parameters(info, heading)]
@@ -49,11 +54,10 @@ def with_options(command: Callable[..., None], groups: Mapping[str, type[Options
     def call(**given: Any) -> None:  # noqa: ANN401 - each flag has its own type
         options = {info.name: given.pop(info.name) for info, _ in described}
         for name, value in options.items():
-            if given.pop(f"no_{name}", None):
-                if value:
-                    flag = name.replace("_", "-")
-                    raise OptionError(f"--{flag} and --no-{flag} contradict each other; give one")
-                options[name] = False
+            options[name] = _turned(name, value, given.pop(f"no_{name}", None))
+        for name, default in switches.items():
+            turned = _turned(name, given[name], given.pop(f"no_{name}"))
+            given[name] = default if turned is None else turned
         if takes_options:
             given["options"] = {name: value for name, value in options.items() if value is not None}
         command(**given)
@@ -63,6 +67,43 @@ def with_options(command: Callable[..., None], groups: Mapping[str, type[Options
     call.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *extra)}
     return call
+
+
+def _turned(name: str, on: Any, off: bool | None) -> Any:  # noqa: ANN401 - any option's value, if it is no switch
+    """Return what was given for an option, False where its `--no-` flag was.
+
+    Raises:
+        OptionError: both were.
+    """
+    if not off:
+        return on
+    if on:
+        flag = name.replace("_", "-")
+        raise OptionError(f"--{flag} and --no-{flag} contradict each other; give one")
+    return False
+
+
+def _has_two_flags(parameter: inspect.Parameter) -> bool:
+    """Say whether typer would show a parameter as `--name` and `--no-name`, in two columns."""
+    kind, *infos = get_args(parameter.annotation) or (None,)
+    named = [
+        decl for info in infos for decl in (*(getattr(info, "param_decls", None) or ()), getattr(info, "default", None))
+    ]
+    return kind is bool and not any(isinstance(decl, str) for decl in named)  # typer takes the first name for a default
+
+
+def _switch(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+    """Return the two parameters of a command's own switch, the second one hidden; see `_parameters`."""
+    info = copy.copy(get_args(parameter.annotation)[1])
+    flag = f"--{parameter.name.replace('_', '-')}"
+    off = f"--no-{flag[2:]}"
+    info.param_decls, info.show_default = (flag,), False
+    info.help = f"{info.help} ({f'default; off: {off}' if parameter.default else f'off: {off}'})"
+    hidden = Annotated[bool | None, typer.Option(off, hidden=True)]
+    return [
+        parameter.replace(annotation=Annotated[bool | None, info], default=None),
+        inspect.Parameter(f"no_{parameter.name}", parameter.kind, default=None, annotation=hidden),
+    ]
 
 
 def _described(cls: type[Options]) -> list[OptionInfo]:
@@ -113,12 +154,39 @@ def _flag_type(info: OptionInfo) -> tuple[Any, tuple[str, ...]]:
     return str, ()
 
 
-def expand_config(arguments: Sequence[str], command: Callable[..., None]) -> list[str]:
+def unknown_flags(arguments: Sequence[str], command: Callable[..., None]) -> dict[str, str]:
+    """Return the long flags among one command's arguments that it has not, each with a question for the nearest one."""
+    parameters = _parameters_of(command)
+    known = {word for parameter in parameters for word in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    shown = [parameter.opts[0] for parameter in parameters if not getattr(parameter, "hidden", False)]
+    before = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    flags = [word.partition("=")[0] for word in before if re.match(r"--[a-z]", word)]
+    return {flag: did_you_mean(flag, shown) for flag in flags if flag not in known}
+
+
+def respelled_flags(arguments: Sequence[str], command: Callable[..., None]) -> list[str]:
+    """Return one command's arguments with long flags as the command spells them."""
+    known = {word for parameter in _parameters_of(command) for word in (*parameter.opts, *parameter.secondary_opts)}
+    split = [word.partition("=") if word.startswith("--") else (word, "", "") for word in arguments]
+    return [f"{respelled(flag, known)}{sign}{value}" for flag, sign, value in split]
+
+
+def _parameters_of(command: Callable[..., None]) -> list[Any]:
+    """Return a command's parameters as the parser inside typer has them."""
+    application = typer.Typer(add_completion=False)
+    application.command()(command)
+    return list(typer.main.get_command(application).params)
+
+
+def expand_config(
+    arguments: Sequence[str], command: Callable[..., None], owner: Callable[[str], str] = lambda _: ""
+) -> list[str]:
     """Put the settings of `--config FILE.toml` as flags before the given ones, so that given flags win.
 
     Args:
         arguments: of one command, without its name.
         command: from `with_options`.
+        owner: says which methods an option belongs to that this command has not, or "".
 
     Raises:
         OptionError: unreadable file, a key that is no flag of the command, or a value that its flag cannot take.
@@ -126,16 +194,16 @@ def expand_config(arguments: Sequence[str], command: Callable[..., None]) -> lis
     name = value_of(arguments, "--config")
     if name is None:
         return list(arguments)
-    application = typer.Typer(add_completion=False)
-    application.command()(command)
-    parameters = typer.main.get_command(application).params
+    parameters = _parameters_of(command)
     keys = {_key(parameter.opts[0]): parameter for parameter in parameters if not getattr(parameter, "hidden", False)}
     known = {word for parameter in parameters for word in (*parameter.opts, *parameter.secondary_opts)}
     given = {argument.partition("=")[0] for argument in arguments}
     flags: list[str] = []
     for key, value in read_toml(Path(name)).items():
-        parameter = keys.get(_key(key))
+        parameter = keys.get(respelled(_key(key), keys))
         if parameter is None:
+            if owned := owner(_key(key)):
+                raise OptionError(f"{name}: {owned}")
             raise OptionError(f"{name}: unknown key '{key}'.{did_you_mean(_key(key), keys)}")
         words = _as_words(parameter, value, f"{name}: {key}")
         flag, off = parameter.opts[0], f"--no-{parameter.opts[0][2:]}"

@@ -9,6 +9,7 @@ import typer
 
 from bdbench.cli import console
 from bdbench.cli.parameters import Json, with_folder
+from bdbench.wording import counted
 
 if TYPE_CHECKING:
     from bdbench.artifacts.base import Artifact
@@ -94,7 +95,7 @@ def _say_manifest(found: Artifact) -> None:
         "options": config,
         "from": ", ".join(f"{name} {value}" for name, value in asked.inputs.items()),
         "made": f"{made['at']} in {made['seconds']:.1f} s on {made['device']}, {arithmetic(made)}, "
-        f"{made['threads']} threads, peak {made['peak_memory_bytes'] / 2**20:,.0f} MiB, "
+        f"{counted(made['threads'], 'thread')}, peak {made['peak_memory_bytes'] / 2**20:,.0f} MiB, "
         f"bdbench {made['bdbench']}, torch {made['torch']}",
     }
     for name, text in rows.items():

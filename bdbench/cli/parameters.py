@@ -20,6 +20,15 @@ def names_of(registry: Registry):  # type: ignore[no-untyped-def]  # noqa: ANN20
     return complete
 
 
+def one_of(*names: str):  # type: ignore[no-untyped-def]  # noqa: ANN201 - typer looks at the parameter
+    """Return a completion function for a few words."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
+
 SOURCE = "Registered name, or a path: image folder, Parquet (file or folder of shards), .npz."
 DatasetName = Annotated[str, typer.Option(help=SOURCE, autocompletion=names_of(DATASETS))]
 DatasetPlace = Annotated[str, typer.Argument(metavar="DATASET", help=SOURCE, autocompletion=names_of(DATASETS))]
@@ -43,8 +52,12 @@ LabelColumn = Annotated[
     typer.Option(help="Label column of Parquet files; default: label, labels or fine_label.", show_default=False),
 ]
 TestFraction = Annotated[float, typer.Option(help="Test share, where the source has no test split.")]
-AttackName = Annotated[str, typer.Option(help="Attack.", autocompletion=names_of(ATTACKS))]
-MethodName = Annotated[str, typer.Option(help="Defense.", autocompletion=names_of(DEFENSES))]
+AttackName = Annotated[
+    str, typer.Option(help=f"One of: {', '.join(ATTACKS.names())}.", autocompletion=names_of(ATTACKS))
+]
+MethodName = Annotated[
+    str, typer.Option(help=f"One of: {', '.join(DEFENSES.names())}.", autocompletion=names_of(DEFENSES))
+]
 ModelName = Annotated[
     str,
     typer.Option(
@@ -96,5 +109,13 @@ Compile = Annotated[
         "not measured on GPUs.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-PrecisionName = Annotated[str, typer.Option(help="auto (bf16 where the hardware accelerates it), fp32 or bf16.")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", autocompletion=one_of("auto", "cpu", "cuda", "mps"))
+]
+PrecisionName = Annotated[
+    str,
+    typer.Option(
+        help="auto (bf16 where the hardware accelerates it), fp32 or bf16.",
+        autocompletion=one_of("auto", "fp32", "bf16"),
+    ),
+]

@@ -10,6 +10,7 @@ import typer
 from bdbench.artifacts.finding import ROOT
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Json, with_folder
+from bdbench.wording import counted
 
 
 def report(
@@ -35,7 +36,8 @@ def report(
 
     written = write_report(places or [ROOT], out)
     size = f"{written.bytes / 1e6:.2f} MB"
-    console.say_wrote(out, f"{written.evaluations:,} runs in {written.cells:,} cells (means over seeds), {size}")
+    found = f"{counted(written.evaluations, 'run')} in {counted(written.cells, 'cell')} (means over seeds)"
+    console.say_wrote(out, f"{found}, {size}")
     console.say("next: open it in a browser")
     if json:
         console.show_json({"path": out, **written._asdict()})

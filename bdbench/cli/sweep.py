@@ -17,7 +17,8 @@ from bdbench import files
 from bdbench.artifacts import finding
 from bdbench.cli import console
 from bdbench.cli.parameters import Compile, Device, ImageMemory, Json, PrecisionName
-from bdbench.errors import OptionError, unknown_name
+from bdbench.errors import ArtifactError, OptionError, unknown_name
+from bdbench.wording import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -123,7 +124,7 @@ def sweep(
         job.announce()
         run = Run(job, cells, launch, jobs, console.say_plainly, retry, fail_fast)
         there = sum(state.state == "done" for state in run.states.values())
-        console.say_plainly(f"{len(cells):,} runs in {folder}, {there:,} of them there; {jobs} at once")
+        console.say_plainly(f"{counted(len(cells), 'run')} in {folder}, {there:,} of them there; {jobs} at once")
         watch(run)
     finish(run, as_json=json)
 
@@ -132,15 +133,15 @@ def write_example(path: Path, text: str) -> None:
     """Write the example grid.
 
     Raises:
-        OptionError: the file exists or cannot be written.
+        ArtifactError: the file exists or cannot be written.
     """
     try:
         with path.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError as error:
-        raise OptionError(f"{path} exists; give another file name") from error
+        raise ArtifactError(f"{path} exists; give another file name") from error
     except OSError as error:
-        raise OptionError(f"cannot write {path}: {error.strerror or error}") from error
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     console.say_wrote(path)
     console.say_next(f"bdbench sweep {quote(str(path))} --dry-run")
 
@@ -149,13 +150,13 @@ def refuse_changed(job: Sweep, cells: Sequence[Cell]) -> None:
     """Refuse to start where cells were asked otherwise, unless they are to be replaced.
 
     Raises:
-        OptionError: a cell was made with other options, or by another version of its methods.
+        ArtifactError: a cell was made with other options, or by another version of its methods.
     """
     states = job.states()
     changed = [job.grid.name(cell) for cell in cells if states[cell].state == "changed"]
     if changed and not job.replace:
         named = f"{changed[0]} and {len(changed) - 1:,} more" if len(changed) > 1 else changed[0]
-        raise OptionError(
+        raise ArtifactError(
             f"{job.folder} has runs that were made with other options or versions of their methods: {named}. "
             "--replace makes them again in place; a label of their own in the grid, or another --out, keeps both"
         )
@@ -258,12 +259,17 @@ def finish(run: Run, *, as_json: bool) -> None:
 
 
 def status(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a sweep.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Folder of a sweep, or its grid file; default: the newest under runs/."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say how far a sweep is, from any terminal.
 
     Examples:
+      bdbench status
+
       bdbench status runs/grid
     """
     from rich.markup import escape
@@ -271,11 +277,12 @@ def status(
 
     from bdbench.sweeps.records import read_records, read_waiting
 
+    folder = newest_sweep() if folder is None else finding.ROOT / folder.stem if folder.is_file() else folder
     begun = read_records(folder)
     waiting = [{"name": name, "state": "waiting", "seconds": 0.0} for name in read_waiting(folder, begun)]
     records = [*begun.values(), *waiting]
     if not records:
-        raise OptionError(f"{folder} holds no sweep; start one with: bdbench sweep GRID --out {folder}")
+        raise ArtifactError(f"{folder} holds no sweep; start one with: bdbench sweep GRID.toml --out {folder}")
     if json:
         console.show_json({"cells": records})
         return
@@ -294,8 +301,23 @@ def status(
     console.say(", ".join(f"{counts[name]:,} {name}" for name in STATES if counts[name]))
 
 
+def newest_sweep() -> Path:
+    """Return the folder of the newest sweep under runs/, and say so.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    from bdbench.sweeps.records import sweeps_under
+
+    found = sweeps_under(finding.ROOT)
+    if not found:
+        raise ArtifactError(f"no sweep under {finding.ROOT}/; start one with: bdbench sweep GRID.toml")
+    console.say_plainly(f"sweep: {found[-1]} (the newest)")
+    return found[-1]
+
+
 def gc(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of artifacts, such as runs/.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of artifacts.")] = finding.ROOT,
     remove: Annotated[bool, typer.Option("--remove", help="Remove them; without it they are listed only.")] = False,
     json: Json = False,
 ) -> None:
@@ -305,12 +327,12 @@ def gc(
     DIR is being made, or is damaged.
 
     Examples:
-      bdbench gc runs/grid
+      bdbench gc
 
       bdbench gc runs/grid --remove
     """
     if not folder.is_dir():
-        raise OptionError(f"{folder} is not a folder")
+        raise ArtifactError(f"{folder} is not a folder")
     if remove:
         finding.check_idle(folder)
     found = [(path, files.folder_bytes(path)) for path in finding.unneeded(folder, strict=remove)]
@@ -323,7 +345,7 @@ def gc(
         found = [(path, size) for path, size in found if finding.remove(path)]
     total = sum(size for _, size in found) / 1e6
     verb = "removed" if remove else "not needed; --remove removes them"
-    console.say(f"{len(found):,} folders, {total:,.1f} MB: {verb}")
+    console.say(f"{counted(len(found), 'folder')}, {total:,.1f} MB: {verb}")
 
 
 def duration(seconds: float) -> str:

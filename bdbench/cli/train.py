@@ -20,13 +20,20 @@ from bdbench.cli.parameters import (
     ModelName,
     Out,
     PrecisionName,
+    one_of,
 )
 
 DataArgument = Annotated[
     str | None,
     typer.Argument(metavar="DATASET", help="Path or id of a dataset artifact; default: the newest under runs/."),
 ]
-Preset = Annotated[str, typer.Option(help="Budget: paper, fast, tiny, or auto by the size of the data.")]
+Preset = Annotated[
+    str,
+    typer.Option(
+        help="Budget: paper, fast, tiny, or auto by the size of the data.",
+        autocompletion=one_of("auto", "paper", "fast", "tiny"),
+    ),
+]
 OptionalSeed = Annotated[int | None, typer.Option(help="Seed of weights and order; default: the dataset's.", min=0)]
 
 

@@ -9,12 +9,14 @@ import typer
 
 from bdbench.cli import console
 from bdbench.cli.parameters import Json
+from bdbench.wording import counted
 
 
 def verify(
     artifacts: Annotated[
-        list[str], typer.Argument(help="Paths or ids of artifacts of any kind, or folders that hold some.")
-    ],
+        list[str] | None,
+        typer.Argument(help="Paths or ids of artifacts of any kind, or folders that hold some; default: runs/."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check that artifacts are whole; exit code 1 if one is not.
@@ -23,19 +25,19 @@ def verify(
     fit its network.
 
     Examples:
-      bdbench verify runs/
+      bdbench verify
 
       bdbench verify runs/digits-badnets-s0 --json
     """
     from rich.markup import escape
 
-    from bdbench.artifacts.finding import artifacts_under, locate
+    from bdbench.artifacts.finding import ROOT, artifacts_under, locate
     from bdbench.artifacts.kinds import verify as check
     from bdbench.artifacts.manifests import is_artifact
     from bdbench.errors import BdbenchError
 
     references: list[str] = []
-    for reference in artifacts:
+    for reference in artifacts or [str(ROOT)]:
         place = Path(reference)
         inside = artifacts_under(place) if place.is_dir() and not is_artifact(place) else []
         references += [str(path) for path in inside] or [reference]
@@ -44,7 +46,7 @@ def verify(
         try:
             found = check(locate(reference))
             results.append({"artifact": reference, "ok": True, "kind": found.kind, "id": found.id, "error": None})
-            facts = f"{found.kind} {found.id}, {len(found.manifest.files)} files"
+            facts = f"{found.kind} {found.id}, {counted(len(found.manifest.files), 'file')}"
             console.say(f"[green]ok[/green]       {escape(reference)}  {facts}")
         except BdbenchError as error:
             results.append({"artifact": reference, "ok": False, "kind": None, "id": None, "error": str(error)})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bdbench.data import ImageDataset
-from bdbench.errors import OptionError
+from bdbench.errors import MethodError, OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.options import Options
 from bdbench.training.engine import Engine
@@ -103,6 +103,19 @@ class Defense(Options, ABC):
     @abstractmethod
     def run(self, task: Task) -> Defended:
         """Train (or mend) a classifier."""
+
+
+def check_defended(result: Defended, count: int, method: str) -> None:
+    """Refuse what a defense must not give.
+
+    Raises:
+        MethodError: no `Defended`, or scores or a decision of another length than the training set's.
+    """
+    if not isinstance(result, Defended) or not isinstance(result.model, Classifier):
+        raise MethodError(f"`run` of defense '{method}' must return Defended(model=...), a Classifier first")
+    for name, values in (("scores", result.scores), ("set_aside", result.set_aside)):
+        if values is not None and values.shape != (count,):
+            raise MethodError(f"defense '{method}' returned {name} of shape {tuple(values.shape)} for {count} samples")
 
 
 def lowest(losses: Tensor, count: int) -> Tensor:

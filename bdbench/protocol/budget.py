@@ -8,12 +8,13 @@ from typing import Any, cast
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.made import plain
 from bdbench.defenses.base import Defense
-from bdbench.errors import unknown_name
+from bdbench.errors import OptionError, did_you_mean, unknown_name
 from bdbench.options import Options
 from bdbench.protocol.networks import TINY_SIDE
 from bdbench.registry import DEFENSES
 from bdbench.training.augment import parse_augment
 from bdbench.training.recipe import Recipe
+from bdbench.wording import respelled
 
 TINY_IMAGES = 10_000
 
@@ -30,14 +31,25 @@ def resolve_budget(
     if preset == "auto":
         small = data.manifest.facts["counts"]["train"] < TINY_IMAGES and max(data.image_shape[1:]) <= TINY_SIDE
         preset = "tiny" if small else "fast"
-    if preset not in cls.presets:
-        raise unknown_name(f"preset of {method}", preset, cls.presets)
+    check_preset(method, preset, cls)
+    DEFENSES.check_options(method, options, Recipe.model_fields)
     recipe_values, method_values = split_options({**cls.presets[preset], **options}, cls)
     recipe = Recipe.parse(recipe_values)
     if recipe.augment == "auto":
         recipe = recipe.model_copy(update={"augment": data.manifest.facts["augment"]})
     parse_augment(recipe.augment)
     return preset, cls.parse(method_values), recipe
+
+
+def check_preset(method: str, preset: str, cls: type[Defense]) -> None:
+    """Refuse a preset that a method has not.
+
+    Raises:
+        OptionError: names those that it has.
+    """
+    if preset not in cls.presets:
+        has, near = ", ".join(cls.presets), did_you_mean(preset, cls.presets)
+        raise OptionError(f"--preset {preset}: '{method}' has the presets {has}{near and '.' + near}")
 
 
 def settings_of(recipe: Recipe, defense: Defense) -> dict[str, Any]:
@@ -52,6 +64,7 @@ def split_options(values: Mapping[str, Any], cls: type[Options]) -> tuple[dict[s
         OptionError: a name that neither has.
     """
     known = {*Recipe.model_fields, *cls.model_fields}
+    values = {respelled(name, known): value for name, value in values.items()}
     for name in values:
         if name not in known:
             raise unknown_name("option", name, known)

@@ -39,7 +39,7 @@ def open_suspect(
         ]  # fmt: skip
         if fitting:
             return next((found for found in fitting if found.manifest.ask.config["preset"] == preset), fitting[0])
-    raise OptionError(
+    raise ArtifactError(
         f"method '{method}' mends a model, and no undefended {'one' if model == 'auto' else model} of {data.path} with "
         f"seed {seed} is beside it or under {finding.ROOT}/; make one with: {_training_command(data, model, seed)} (or "
         "give --suspect PATH)"
@@ -47,15 +47,12 @@ def open_suspect(
 
 
 def _training_command(data: DatasetArtifact, model: str, seed: int) -> str:
-    """Return the command that trains the undefended model of a network and a seed, where nothing is in its way."""
+    """Return the command that trains the undefended model of a network and a seed."""
     words = ["bdbench", "train", str(data.path)]
-    usual = data.path.with_name(f"{data.path.name}-none")
     if model != "auto":
         words += ["--model", model]
     if seed != data.manifest.ask.seed:
         words += ["--seed", str(seed)]
-    if usual.exists():
-        words += ["--out", f"{usual}-{'' if model == 'auto' else model.replace(':', '-') + '-'}s{seed}"]
     return shlex.join(words)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bdbench.data import ImageDataset
 from bdbench.models.classifier import Classifier, build_classifier
+from bdbench.plugins import blamed
 from bdbench.registry import MODELS
 from bdbench.seeds import scoped
 
@@ -24,8 +25,10 @@ def fresh_model(name: str, train: ImageDataset, seed: int, purpose: str) -> Clas
     """Build a classifier for a dataset; equal seeds and purposes give equal weights."""
     mean, std = channel_statistics(train.images)
     with scoped(seed, "weights", purpose):
-        factory = MODELS.load(model_name(name, train.image_shape))
-        return build_classifier(factory, train.image_shape, train.num_classes, mean, std)
+        chosen = model_name(name, train.image_shape)
+        factory = MODELS.load(chosen)
+        with blamed(MODELS.plugin(chosen)):
+            return build_classifier(factory, train.image_shape, train.num_classes, mean, std)
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bdbench.attacks.base import Attack, Lab, TrainingAttack, wanted_labels
 from bdbench.data import ImageDataset, PoisonedDataset, Role, SourceData
-from bdbench.errors import OptionError
+from bdbench.errors import MethodError, OptionError
 from bdbench.seeds import generator
+from bdbench.wording import counted
 
 
 def poison_source(source: SourceData, attack: Attack, lab: Lab, trusted: float) -> PoisonedDataset:
@@ -26,29 +27,31 @@ def poison_source(source: SourceData, attack: Attack, lab: Lab, trusted: float) 
     Raises:
         OptionError: a class does not exist, `trusted` takes all images, or the rate asks for none or for more than are
             eligible.
+        MethodError: the trigger changes nothing, or is not finite.
     """
     clean, seed = source.train, lab.seed
-    _check_classes(attack, clean.num_classes)
-    kept, reserved = _reserve(len(clean), trusted, seed)
+    kept, reserved, poisoned, covers, tested = choose_rows(source, attack, seed, trusted)
     train = clean.take(kept)
-    poisoned = choose_poisoned(train.labels, attack, generator(seed, "poison", "choose"))
-    covers = _choose_covers(train.labels, poisoned, attack, seed)
-    tested = eligible_for_test(source.test.labels, attack)
 
     if isinstance(attack, TrainingAttack):
         state, victim = attack.train(train, lab)
     else:
         state, victim = attack.fit(train, lab), None
+    if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
+        raise MethodError("`fit` must give a dictionary of tensors")
     images, labels = train.images, train.labels.clone()
     roles = torch.zeros(len(train), dtype=torch.uint8)
     roles[poisoned], roles[covers] = Role.POISON, Role.COVER
-    originals = images[roles != Role.CLEAN]
+    originals, before = images[roles != Role.CLEAN], images[poisoned]
     if len(poisoned):
         images[poisoned] = attack.craft(train, poisoned, state, lab)
     shown = attack.trigger(train, poisoned, state, "poison", seed)
     images[covers] = attack.trigger(train, covers, state, "cover", seed)
     images[poisoned] = shown
     labels[poisoned] = wanted_labels(train.labels[poisoned], attack, clean.num_classes)
+    triggered = attack.trigger(source.test, tested, state, "test", seed)
+    _check_changed(before, shown, "poisoned training")
+    _check_changed(source.test.images[tested], triggered, "triggered test")
 
     return PoisonedDataset(
         visible=ImageDataset(images, labels, clean.class_names),
@@ -58,7 +61,7 @@ def poison_source(source: SourceData, attack: Attack, lab: Lab, trusted: float) 
         originals=originals,
         test=source.test,
         triggered=ImageDataset(
-            attack.trigger(source.test, tested, state, "test", seed),
+            triggered,
             wanted_labels(source.test.labels[tested], attack, clean.num_classes),
             clean.class_names,
         ),
@@ -67,6 +70,53 @@ def poison_source(source: SourceData, attack: Attack, lab: Lab, trusted: float) 
         trigger_state=state,
         victim=victim,
     )
+
+
+def _check_changed(before: Tensor, after: Tensor, what: str) -> None:
+    """Refuse a trigger that nobody could see.
+
+    Raises:
+        MethodError: no pixel of any image changes.
+    """
+    if len(before) and torch.equal(before, after):
+        raise MethodError(f"the trigger changes no pixel of any of the {len(before):,} {what} images")
+
+
+class Rows(NamedTuple):
+    """Who plays which role; each is a tensor of ascending rows, int64.
+
+    Attributes:
+        kept, reserved: of the source's training split: to train on, and trusted.
+        poisoned, covers: of the images that are kept.
+        tested: test images to trigger.
+    """
+
+    kept: Tensor
+    reserved: Tensor
+    poisoned: Tensor
+    covers: Tensor
+    tested: Tensor
+
+
+def choose_rows(source: SourceData, attack: Attack, seed: int, trusted: float) -> Rows:
+    """Draw who is trusted, poisoned, a cover or triggered.
+
+    Args:
+        source: both clean splits.
+        attack: with its options.
+        seed: of every random choice.
+        trusted: see `poison_source`.
+
+    Raises:
+        OptionError: see `poison_source`.
+    """
+    clean = source.train
+    _check_classes(attack, clean.num_classes)
+    kept, reserved = _reserve(len(clean), trusted, seed)
+    labels = clean.labels[kept]
+    poisoned = choose_poisoned(labels, attack, generator(seed, "poison", "choose"))
+    covers = _choose_covers(labels, poisoned, attack, seed)
+    return Rows(kept, reserved, poisoned, covers, eligible_for_test(source.test.labels, attack))
 
 
 def as_found(source: SourceData) -> PoisonedDataset:
@@ -112,8 +162,8 @@ def eligible_for_test(labels: Tensor, attack: Attack) -> Tensor:
         OptionError: none counts.
     """
     triggered = torch.ones_like(labels, dtype=torch.bool) if attack.labels == "all-to-all" else labels != attack.target
-    counted = labels == attack.source if attack.labels == "source-specific" else triggered
-    if not counted.any():
+    counts = labels == attack.source if attack.labels == "source-specific" else triggered
+    if not counts.any():
         of_source = attack.labels == "source-specific"
         which = f"source {attack.source}" if of_source else f"target {attack.target}"
         raise OptionError(
@@ -155,16 +205,16 @@ def choose_poisoned(labels: Tensor, attack: Attack, rng: torch.Generator) -> Ten
         raise OptionError(f"no training image can be poisoned: {_why_none(attack)}")
     of_class = int((labels == attack.source if attack.labels == "source-specific" else in_target).sum())
     if attack.class_rate is not None:
-        said, rate, counted = f"class_rate {attack.class_rate}", attack.class_rate, of_class
+        said, rate, total = f"class_rate {attack.class_rate}", attack.class_rate, of_class
     else:
-        said, rate, counted = f"rate {attack.rate}", attack.rate or 0, len(labels)
-    count = round(rate * counted)
+        said, rate, total = f"rate {attack.rate}", attack.rate or 0, len(labels)
+    count = round(rate * total)
     if count < 1:
-        raise OptionError(f"{said} of {counted} samples is less than one sample; raise it")
+        raise OptionError(f"{said} of {total} samples is less than one sample; raise it")
     if count > len(rows):
         flags = {"clean": " or choose another --target", "source-specific": " or choose another --source"}
         way_out = f"lower it{flags.get(attack.labels, '')}"
-        raise OptionError(f"{said} asks for {count} samples, only {len(rows)} are eligible; {way_out}")
+        raise OptionError(f"{said} asks for {counted(count, 'sample')}, only {len(rows)} are eligible; {way_out}")
     return rows[torch.randperm(len(rows), generator=rng)[:count]].sort().values
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from bdbench import wording
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.finding import find_artifacts
 from bdbench.artifacts.made import arithmetic
@@ -107,7 +108,7 @@ def _facts(model: ModelArtifact | None, data: DatasetArtifact | None, judged: Ma
     facts: dict[str, Any] = {}
     if model is not None:
         made = model.manifest.made
-        facts["device"] = f"{made['device']}, {arithmetic(made)}, {made['threads']} threads"
+        facts["device"] = f"{made['device']}, {arithmetic(made)}, {wording.counted(made['threads'], 'thread')}"
         facts["versions"] = f"bdbench {made['bdbench']}, torch {made['torch']}, Python {made['python']}"
         facts["trained"] = made["at"]
         facts["method version"] = model.manifest.ask.version

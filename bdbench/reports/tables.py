@@ -14,12 +14,13 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from bdbench.errors import OptionError
+from bdbench.errors import ArtifactError
 from bdbench.protocol.metric_list import METRICS
 from bdbench.registry import DEFENSES
 from bdbench.reports.formats import Column, latex, markdown
 from bdbench.reports.ranking import Ranked, Ranking, rank
 from bdbench.reports.results import finite, merge
+from bdbench.wording import counted
 
 Format = Literal["rich", "markdown", "csv", "latex", "json"]
 
@@ -162,11 +163,11 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
         style: as in `render`; CSV and JSON hold the same lines.
 
     Raises:
-        OptionError: there is no row of a defense, or all attacks failed.
+        ArtifactError: there is no row of a defense, or all attacks failed.
     """
     found = rank(merge(rows), metric)
     if not found.defenses:
-        raise OptionError(f"nothing to rank: {'; '.join(left_out(found)) or 'no row is of a defense'}")
+        raise ArtifactError(f"nothing to rank: {'; '.join(left_out(found)) or 'no row is of a defense'}")
     lines = [own._asdict() for own in found.defenses]
     if style == "json":
         facts = {key: finite(value) if isinstance(value, float) else value for key, value in found._asdict().items()}
@@ -184,7 +185,7 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
 
 def ranking_notes(found: Ranking) -> list[str]:
     """Return what has to be said beside ranks: over what, Friedman's test, and what was left out."""
-    notes = [f"ranked by {found.metric.upper()} over {found.blocks} settings of dataset, model and attack"]
+    notes = [f"ranked by {found.metric.upper()} over {counted(found.blocks, 'setting')} of dataset, model and attack"]
     if not math.isnan(found.p):
         notes.append(
             f"Friedman: chi-squared {found.statistic:.2f}, p {found.p:.3g}; critical difference of ranks "

@@ -15,7 +15,7 @@ import bdbench
 from bdbench import files
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.reading import read_json
-from bdbench.registry import plugin_releases
+from bdbench.registry import all_plugins
 from bdbench.sweeps import records
 from bdbench.sweeps.grid import Grid, Named, line_of
 from bdbench.sweeps.jobs import start_worker
@@ -66,7 +66,8 @@ def checked_once(grid: Grid, folder: Path) -> Checked:
         OptionError: see `check`.
     """
     machine = [platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES", "")]
-    releases = [bdbench.__version__, *plugin_releases()]
+    plugins = sorted(f"{plugin.target} {plugin.version} {plugin.source}" for plugin in all_plugins())
+    releases = [bdbench.__version__, *plugins]
     key = hashlib.sha256("\n".join([grid.path.read_text(encoding="utf-8"), *machine, *releases]).encode()).hexdigest()
     file = records.sweep_file(folder, "checks", f"{key[:16]}.json")
     try:

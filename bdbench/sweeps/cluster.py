@@ -66,7 +66,8 @@ def connect(address: str | None, jobs: int | None, *, use_gpus: bool = True) -> 
         use_gpus: cells may ask for GPUs; without them a cluster's are left to others.
 
     Raises:
-        OptionError: Ray is not installed, or the address has another form.
+        DeviceError: Ray is not installed.
+        OptionError: the address has another form.
         DeviceError: nothing answers at the address.
     """
     if address is None:  # read when Ray is imported
@@ -76,7 +77,7 @@ def connect(address: str | None, jobs: int | None, *, use_gpus: bool = True) -> 
 
         found: Any = ray
     except ImportError as error:
-        raise OptionError("--engine ray needs Ray; install it with: pip install 'bdbench[ray]'") from error
+        raise DeviceError("--engine ray needs Ray; install it with: pip install 'bdbench[ray]'") from error
     if address is not None:
         _knock(address)
     try:

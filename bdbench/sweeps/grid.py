@@ -26,6 +26,7 @@ from bdbench.errors import OptionError, did_you_mean
 from bdbench.limits import CELLS, SEEDS
 from bdbench.reading import read_toml
 from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS, Registry
+from bdbench.wording import respelled
 
 AXES = {"dataset": "datasets", "attack": "attacks", "model": "models", "defense": "defenses", "seed": "seeds"}
 """From an axis to the key of its list."""
@@ -36,6 +37,8 @@ DEFAULTS: Mapping[str, Any] = {
     "differences": False,
 }  # fmt: skip
 TABLES: Mapping[str, Registry] = {"dataset": DATASETS, "attack": ATTACKS, "defense": DEFENSES}
+KEYS = {*DEFAULTS, *TABLES, "recipe", "include", "exclude"}
+"""What a file may hold at its top."""
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 WHOLE = re.compile(r"[0-9]{1,18}")
 
@@ -181,10 +184,11 @@ class _Reader:
     """Turns a parsed file into a grid, or into an error that names a line of it."""
 
     def __init__(self, path: Path, text: str, raw: dict[str, Any], seeds: list[int] | None) -> None:
-        self.path, self.lines, self.raw, self.seeds = path, text.splitlines(), raw, seeds
+        self.path, self.lines, self.seeds = path, text.splitlines(), seeds
+        self.raw = {respelled(key, KEYS): value for key, value in raw.items()}
 
     def grid(self) -> Grid:
-        self._check_keys(self.raw, {*DEFAULTS, *TABLES, "recipe", "include", "exclude"}, "key")
+        self._check_keys(self.raw, KEYS, "key")
         written = {axis: self._list(axis) for axis in AXES}
         lists = {**written, "seed": written["seed"] if self.seeds is None else self.seeds}
         includes = [self._rule("include", number) for number in range(len(self._tables("include")))]
@@ -278,7 +282,7 @@ class _Reader:
 
     def _rule(self, key: str, number: int) -> dict[str, list[Any]]:
         """Return the axes that a rule names, each with a list of labels."""
-        table = self._tables(key)[number]
+        table = {respelled(name, AXES): value for name, value in self._tables(key)[number].items()}
         self._check_keys(table, set(AXES), f"key of [[{key}]]")
         rule = {
             axis: self._values(
@@ -329,9 +333,7 @@ class _Reader:
     def _check_name(self, registry: Registry, name: object, own: Mapping[str, Any] | None = None) -> None:
         if registry.find(str(name)) is not None:
             return
-        known = [*registry.rows, *(own or {})]
-        near = did_you_mean(str(name), known) + registry.families_hint(str(name))
-        raise self._wrong(f"unknown {registry.kind} '{name}'.{near} Known: {', '.join(registry.rows)}", name)
+        raise self._wrong(str(registry.unknown(str(name), own or {})), name)
 
     def _check_keys(self, table: Mapping[str, Any], known: set[str], what: str) -> None:
         for key in table:

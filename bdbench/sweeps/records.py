@@ -49,6 +49,16 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
+def sweeps_under(root: Path) -> list[Path]:
+    """Return the folders of all sweeps under a folder, the one that was last worked on last."""
+    found = [place for place in root.glob(f"**/{SWEEP}") if place.is_dir()]
+
+    def age(place: Path) -> float:
+        return max(part.stat().st_mtime for part in (place, place / "grid", place / "cells") if part.is_dir())
+
+    return [place.parent for place in sorted(found, key=age)]
+
+
 def read_waiting(folder: Path, begun: Iterable[str]) -> list[str]:
     """Return the cells of the grid that was last made in a folder, but for those of which there is a record."""
     try:

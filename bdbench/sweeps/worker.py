@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any, TypeVar, cast
 from filelock import FileLock, Timeout
 
 from bdbench import files
-from bdbench.errors import BdbenchError, BusyError, DamagedError, OccupiedError, unknown_name
+from bdbench.errors import BdbenchError, BusyError, DamagedError, OccupiedError, SourceWarning
 from bdbench.sweeps import records
 from bdbench.sweeps.records import TOLD
 
@@ -183,16 +184,18 @@ def when_free(make: Callable[[bool], Result], *, replace: bool = False) -> Resul
 
     Args:
         make: makes it, told whether by force.
-        replace: use force where another artifact is in its place.
+        replace: use force where another artifact is in its place, or one that other code of a plugin made.
     """
     force = False
     while True:
         try:
-            return make(force)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error" if replace and not force else "default", SourceWarning)
+                return make(force)
         except BusyError:
             force = False  # by force it would be made a second time
             time.sleep(POLL_SECONDS)
-        except OccupiedError:
+        except (OccupiedError, SourceWarning):
             if force or not replace:
                 raise
             force = True
@@ -230,8 +233,8 @@ def check(order: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from bdbench.artifacts import sources
-    from bdbench.protocol.budget import split_options
-    from bdbench.registry import ATTACKS, DEFENSES, MODELS
+    from bdbench.protocol.budget import check_preset, split_options
+    from bdbench.registry import ATTACKS, DEFENSES, MODELS, plugin_sources
     from bdbench.training.augment import parse_augment
     from bdbench.training.recipe import Recipe
 
@@ -240,21 +243,26 @@ def check(order: Mapping[str, Any]) -> dict[str, Any]:
         try:
             if axis == "attack":
                 cls = ATTACKS.load(use)
-                methods[f"attack {label}"] = digest(use, cls.version, cls.parse(options).model_dump())
+                ATTACKS.check_options(use, options)
+                parts = [use, cls.version, cls.parse(options).model_dump()]
+                methods[f"attack {label}"] = digest(*parts, *plugin_sources((ATTACKS, use)).values())
             elif axis == "dataset":
                 sources.open_source(use, options)
             else:
                 cls = DEFENSES.load(use)
                 preset = options.get("preset", "auto")
-                if preset != "auto" and preset not in cls.presets:
-                    raise unknown_name(f"preset of {use}", preset, cls.presets)
+                if preset != "auto":
+                    check_preset(use, preset, cls)
                 wanted = {name: value for name, value in options.items() if name != "preset"}
+                DEFENSES.check_options(use, wanted, Recipe.model_fields)
                 of_recipe, own = split_options(wanted, cls)
                 recipe = Recipe.parse(of_recipe)
                 if recipe.augment != "auto":
                     parse_augment(recipe.augment)
                 parsed = [recipe.model_dump(), cls.parse(own).model_dump()]
-                methods[f"defense {label}"] = digest(use, cls.version, preset, dict(cls.presets), parsed)
+                methods[f"defense {label}"] = digest(
+                    use, cls.version, preset, dict(cls.presets), parsed, *plugin_sources((DEFENSES, use)).values()
+                )  # fmt: skip
                 if cls.needs_suspect:
                     suspects.append(label)
         except BdbenchError as error:

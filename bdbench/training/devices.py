@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from bdbench.errors import DeviceError, unknown_name
-from bdbench.machine import busy_cores, memory_bytes
+from bdbench.errors import DeviceError, OptionError, unknown_name
+from bdbench.machine import busy_cores, cpu_name, memory_bytes
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -20,7 +21,8 @@ def resolve_device(name: str) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
     Raises:
-        DeviceError: the device is unknown or absent here.
+        OptionError: no such device.
+        DeviceError: the device is absent here.
     """
     if name == "auto":
         return torch.device(
@@ -31,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise DeviceError(f"unknown device '{name}'; use auto, cpu, cuda, cuda:N or mps")
+        raise OptionError(f"unknown device '{name}'; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:
@@ -74,6 +76,68 @@ def crowding(device: torch.device) -> str:
         f"others keep {busy} of the {cores} cores of this machine busy: {threads} threads that wait for each other can "
         f"be ten times slower than one; set OMP_NUM_THREADS={free}"
     )
+
+
+class Speed(NamedTuple):
+    """What a device is, and how fast it multiplies matrices.
+
+    Attributes:
+        device: as `--device` takes it.
+        name: of the hardware.
+        memory_bytes, free_bytes: of a GPU; None of what shares the machine's own.
+        bf16: whether `--precision auto` computes in bfloat16 on it.
+        tflops: 10^12 operations a second, by precision.
+    """
+
+    device: str
+    name: str
+    memory_bytes: int | None
+    free_bytes: int | None
+    bf16: bool
+    tflops: dict[str, float]
+
+
+def usable_devices() -> list[str]:
+    """Return what `--device` can be here, the fastest first."""
+    found = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def try_device(name: str, seconds: float = 0.5, side: int | None = None) -> Speed:
+    """Multiply matrices on a device for some seconds in each precision.
+
+    Args:
+        name: from `usable_devices`.
+        seconds: for each precision.
+        side: of the matrices; by default 8,192 on a GPU, 1,024 on a CPU.
+
+    Raises:
+        RuntimeError: the device does not work.
+    """
+    device = torch.device(name)
+    side = side or (1024 if device.type == "cpu" else 8192)
+    bf16 = use_bf16("auto", device)
+    precisions = {"fp32": torch.float32, **({"bf16": torch.bfloat16} if bf16 else {})}
+    tflops = {key: _operations(device, dtype, side, seconds) / 1e12 for key, dtype in precisions.items()}
+    if device.type != "cuda":
+        return Speed(name, cpu_name() if device.type == "cpu" else device.type, None, None, bf16, tflops)
+    free, total = torch.cuda.mem_get_info(device)
+    return Speed(name, torch.cuda.get_device_name(device), total, free, bf16, tflops)
+
+
+def _operations(device: torch.device, dtype: torch.dtype, side: int, seconds: float) -> float:
+    """Return how many additions and multiplications a second a product of square matrices does."""
+    one = torch.ones(side, side, device=device, dtype=dtype)
+
+    def product() -> None:
+        torch.mm(one, one)[0, 0].item()  # waits for the device
+
+    product()
+    begun, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - begun) < seconds or not count:
+        product()
+        count += 1
+    return 2.0 * side**3 * count / max(spent, 1e-9)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

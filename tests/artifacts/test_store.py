@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -436,10 +437,23 @@ def test_an_empty_place_holds_nothing(tmp_path: Path) -> None:
 def test_another_artifact_in_the_way_is_told_by_what_differs(tmp_path: Path) -> None:
     path = seal(tmp_path / "a")
     other = replace(ASK, seed=8, config={"rate": 0.2, "target": 0}, inputs={"source": "fedcba"})
-    said = rf"different: seed, source {ASK.inputs['source']} -> fedcba, rate 0.1 -> 0.2\); choose another --out, or "
-    with pytest.raises(ArtifactError, match=f"{said}replace it with --force"):
+    said = r"a is another dataset \(seed 7 -> 8, rate 0.1 -> 0.2, other images\); give another --out, or no --out: .* "
+    with pytest.raises(ArtifactError, match=f"{said}--force replaces it"):
         store.existing(path, other, force=False)
     assert not store.existing(path, other, force=True)
+
+
+def test_other_images_are_told_by_the_options_that_chose_them(tmp_path: Path) -> None:
+    with store.create(tmp_path / "a", ASK) as draft:
+        draft.facts |= FACTS[ASK.kind] | {"source_options": {"image_size": 16}}
+        draft.made |= MADE
+    other = replace(ASK, inputs={"source": "fedcba"})
+    for options, said in (
+        ({"image_size": 32}, "(image_size 16 -> 32)"), ({}, "(image_size 16 -> none)"),
+        ({"image_size": 16}, "(other images)"),
+    ):  # fmt: skip
+        with pytest.raises(ArtifactError, match=re.escape(said)):
+            store.existing(tmp_path / "a", other, force=False, facts={"source_options": options})
 
 
 def test_force_does_not_replace_an_artifact_of_another_kind(tmp_path: Path) -> None:

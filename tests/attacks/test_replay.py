@@ -133,7 +133,7 @@ def test_a_stranger_in_the_victims_place_is_left_alone(toy_archive: Path) -> Non
 def test_another_attack_in_the_place_is_refused_and_forced_away(toy_archive: Path) -> None:
     folder = toy_archive.parent
     first = poison(folder, "data", attack="wanet-tc")
-    with pytest.raises(ArtifactError, match="holds another dataset"):
+    with pytest.raises(ArtifactError, match="is another dataset"):
         poison(folder, "data", attack="lira")
     second = poison(folder, "data", attack="lira", force=True)
     assert ModelArtifact.open(victim_of(second)).dataset_id == second.id != first.id

@@ -77,7 +77,7 @@ def test_two_labs_share_nothing_without_a_cache() -> None:
 @pytest.mark.parametrize("name", ["lc", "fc", "narcissus", "lf", "trojannn", "lba"])
 def test_poisoning_trains_one_surrogate(name: str) -> None:
     lab = toy_lab()
-    small = {"lc": {"steps": 1}, "fc": {"steps": 1}, "narcissus": {"rounds": 1}, "lf": {"passes": 1}}
+    small = {"lc": {"steps": 1}, "fc": {"steps": 1}, "narcissus": {"rounds": 12, "lr": 0.05}, "lf": {"passes": 1}}
     options = small.get(name, {"steps": 1} if name == "trojannn" else {"epochs": 1})
     poison_source(toy_source(), attack(name, rate=0.1, **options), lab, trusted=0)
     assert sum(str(row["phase"]).startswith("surrogate") for row in lab.engine.history) == 10

@@ -100,7 +100,7 @@ def test_defenses_are_ranked(in_walk: Path, bdbench: Any) -> None:
 )
 def test_an_assertion_that_makes_no_sense_is_refused(in_walk: Path, bdbench: Any, text: str, said: str) -> None:
     result = bdbench("evaluate", "--assert", text)
-    assert result.code == 1
+    assert result.code == 2
     assert said in result.err
 
 
@@ -118,7 +118,7 @@ def test_metrics_are_chosen_by_name(in_walk: Path, bdbench: Any) -> None:
     assert "other" in bdbench("evaluate", "--columns", "ba_non_target").out
     assert "set aside: recall" in bdbench("table", "--wide", "--format", "markdown").out
     refused = bdbench("table", "--columns", "ba,flor")
-    assert refused.code == 1
+    assert refused.code == 2
     assert "--columns: unknown metric 'flor'. Did you mean 'floor'? `bdbench list metrics` says" in refused.err
     assert "give one of the two" in bdbench("table", "--columns", "ba", "--wide").err
     assert "drop --columns" in bdbench("table", "--columns", "ba", "--ranks", "der").err
@@ -155,9 +155,9 @@ def test_two_models_of_one_dataset_are_compared(in_walk: Path, bdbench: Any, tmp
 
 def test_models_of_two_datasets_are_not_compared(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
     assert bdbench("take", "digits", "--images", "200", "--out", tmp_path / "other").code == 0
-    assert bdbench("train", tmp_path / "other", *FAST).code == 0
+    assert bdbench("train", tmp_path / "other", *FAST, "--out", tmp_path / "other-none").code == 0
     refused = bdbench("compare", "runs/digits-badnets-s0-none", tmp_path / "other-none")
-    assert refused.code == 1
+    assert refused.code == 2
     assert "compare takes two models of one dataset" in refused.err
     assert "digits-200 with none" in refused.err
 
@@ -185,7 +185,7 @@ def test_inspect_draws_nothing_of_data_sets_with_other_test_images(in_walk: Path
     assert result.code == 1
     assert "do not have the same test images" in result.err
     mixed = bdbench("inspect", "runs/digits-badnets-s0", "runs/digits-badnets-s0-abl", "--image", tmp_path / "x.png")
-    assert mixed.code == 1
+    assert mixed.code == 2
     assert "several datasets together, nothing else" in mixed.err
     assert not (tmp_path / "x.png").exists()
 
@@ -259,44 +259,67 @@ def test_the_same_command_again_reuses_the_artifact(in_walk: Path, bdbench: Any)
 
 
 def test_another_question_for_the_same_place_is_refused_with_what_differs(in_walk: Path, bdbench: Any) -> None:
-    result = bdbench("poison", "--rate", "0.2")
+    result = bdbench("poison", "--rate", "0.2", "--out", "runs/digits-badnets-s0")
     assert result.code == 1
-    assert "rate 0.1 -> 0.2" in result.err
-    assert "--force" in result.err
+    assert "is another dataset (rate 0.1 -> 0.2)" in result.err
+    assert "--out" in result.err.partition("--force")[0]
+
+
+def test_a_default_name_says_what_differs_from_the_defaults(in_walk: Path, bdbench: Any) -> None:
+    size = ("--image-size", "16", "--rate", "0.05")
+    made = bdbench("poison", *size, "--json").json
+    assert made["path"] == "runs/digits-badnets-s0-image-size16-rate0.05"
+    assert "is there already" in bdbench("poison", *size).err
+    command = ("defend", "runs/digits-badnets-s0", "--seed", "5", *FAST)
+    model = bdbench(*command, "--json").json["path"]
+    assert model == "runs/digits-badnets-s0-none-s5-epochs1-batch-size256"
+    assert "is there already" in bdbench(*command).err
+    shutil.rmtree(made["path"])
+    shutil.rmtree(model)
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["poison", "--attack", "badnet"], 1, "Did you mean 'badnets'"),
-        (["poison", "--dataset", "cifar-10"], 1, "Did you mean 'cifar10'"),
+        (["poison", "--attack", "badnet"], 2, "Did you mean 'badnets'"),
+        (["poison", "--dataset", "cifar-10"], 2, "Did you mean 'cifar10'"),
         (["poison", "--dataset", "no/such/folder"], 1, "no/such/folder"),
         (["poison", "--atack", "sig"], 2, "--attack"),
-        (["poison", "--rate", "2"], 1, "rate 2.0"),
+        (["poison", "--rate", "2"], 2, "rate 2.0"),
         (["poison", "--rate", "much"], 2, "number"),
-        (["poison", "--out", "other", "--target", "10"], 1, "classes are 0..9"),
-        (["poison", "--out", "other", "--patch-size", "9"], 1, "8x8"),
-        (["poison", "--out", "other", "--rate", "0.0001"], 1, "less than one sample"),
-        (["poison", "--attack", "sig", "--rate", "0.5"], 1, "eligible"),
+        (
+            ["poison", "--alpha", "0.2"],
+            2,
+            "--alpha belongs to blended, dfst-color, adap-blend, refool and lc (you chose",
+        ),
+        (["poison", "--no-whole-image"], 2, "poison has no option --no-whole-image. See: bdbench poison --help"),
+        (["defend", "--method", "abl", "--twin-epochs", "1"], 2, "--twin-epochs belongs to cbd (you chose abl)"),
+        (["train", "--twin-epochs=1"], 2, "--twin-epochs belongs to cbd (train has no defense)"),
+        (["defend", "--method", "neural-cleanse"], 2, "(Neural Cleanse) is not in bdbench yet. Known: abl"),
+        (["defend", "--preset", "huge"], 2, "--preset huge: 'none' has the presets paper, fast, tiny"),
+        (["poison", "--out", "runs/digits-badnets-s0", "--target", "10"], 2, "classes are 0..9"),
+        (["poison", "--out", "other", "--patch-size", "9"], 2, "8x8"),
+        (["poison", "--out", "other", "--rate", "0.0001"], 2, "less than one sample"),
+        (["poison", "--attack", "sig", "--rate", "0.5"], 2, "eligible"),
         (["poison", "--seed", "-1"], 2, "seed"),
-        (["defend", "--method", "cdb"], 1, "Did you mean 'cbd'"),
+        (["defend", "--method", "cdb"], 2, "Did you mean 'cbd'"),
         (["defend", "--method", "cbd", "--twin-epoch", "1"], 2, "--twin-epochs"),
-        (["defend", "--method", "cbd", "--twin-epochs", "0"], 1, "twin_epochs 0"),
-        (["defend", "--model", "wrn"], 1, "wrn-16-1"),
-        (["defend", "--preset", "fats"], 1, "Did you mean 'fast'"),
+        (["defend", "--method", "cbd", "--twin-epochs", "0"], 2, "twin_epochs 0"),
+        (["defend", "--model", "wrn"], 2, "wrn-16-1"),
+        (["defend", "--preset", "fats"], 2, "Did you mean 'fast'"),
         (["defend", "--device", "cuda:7"], 1, "--device auto or cpu"),
-        (["defend", "--device", "tpu"], 1, "unknown device"),
-        (["defend", "--precision", "fp16"], 1, "unknown precision 'fp16'"),
-        (["defend", "--augment", "crp"], 1, "Did you mean 'crop'"),
+        (["defend", "--device", "tpu"], 2, "unknown device"),
+        (["defend", "--precision", "fp16"], 2, "unknown precision 'fp16'"),
+        (["defend", "--augment", "crp"], 2, "Did you mean 'crop'"),
         (["defend", "runs/digits-badnets-s0-none"], 1, "a dataset artifact is needed"),
         (["evaluate", "runs/digits-badnets-s0"], 1, "a model artifact is needed"),
         (["evaluate", "runs/nothing"], 1, "does not exist"),
         (["table", "nowhere"], 1, "not a folder"),
-        (["table", "--format", "html"], 1, "unknown format"),
-        (["show", "abll"], 1, "Did you mean 'abl'"),
-        (["show", "torchvision:NAME"], 1, "put the name of one in place of NAME"),
-        (["defend", "--model", "torchvision:NAME"], 1, "put the name of one in place of NAME"),
-        (["poison", "--out", "other", "--trusted", "0.9999"], 1, "trusted 0.9999 leaves none of the 1438 training"),
+        (["table", "--format", "html"], 2, "unknown format"),
+        (["show", "abll"], 2, "Did you mean 'abl'"),
+        (["show", "torchvision:NAME"], 2, "put the name of one in place of NAME"),
+        (["defend", "--model", "torchvision:NAME"], 2, "put the name of one in place of NAME"),
+        (["poison", "--out", "other", "--trusted", "0.9999"], 2, "trusted 0.9999 leaves none of the 1438 training"),
         (["poison", "--dataset", "cifar10", "--data-root", "no/such"], 1, "--data-root no/such is not a folder"),
         (["inspect", "runs/digits-badnets-s0", "--image", "runs"], 2, "runs is a folder; give a file"),
         (["evaluate", "--assert", "asr<=1", "--junit", "runs/digits-badnets-s0/manifest.json/a.xml"], 2, "cannot make"),
@@ -350,7 +373,7 @@ def test_settings_come_from_toml_and_flags_win(here: Path, bdbench: Any) -> None
 def test_a_wrong_toml_file_is_named(here: Path, bdbench: Any, text: str, said: str) -> None:
     Path("a.toml").write_text(text)
     result = bdbench("poison", "--config", "a.toml")
-    assert result.code == 1
+    assert result.code == 2
     assert "a.toml" in result.err
     assert said in result.err
 
@@ -385,6 +408,11 @@ def test_keys_of_a_toml_file_may_have_dashes_and_switches_may_be_off(here: Path,
         ("poison", "seed = [1, 2]", "seed cannot be [1, 2]; --seed takes one value"),
         ("poison", "colour = 7", "colour cannot be 7; --colour takes 3 values"),
         ("poison", "seed = true", "seed cannot be true; --seed takes a value"),
+        (
+            "poison",
+            "alpha = 0.3",
+            "alpha belongs to blended, dfst-color, adap-blend, refool and lc (you chose badnets)",
+        ),
         ("poison", 'force = "yes"', "force cannot be yes; --force is a switch: true or false"),
         ("poison", "[seed]", "seed is a table"),
     ],
@@ -394,7 +422,7 @@ def test_a_toml_key_that_is_no_flag_or_has_a_wrong_value_is_named(
 ) -> None:
     Path("a.toml").write_text(text)
     result = bdbench(command, "--config", "a.toml")
-    assert result.code == 1
+    assert result.code == 2
     assert f"a.toml: {said}" in result.err
 
 
@@ -526,9 +554,10 @@ def test_a_blow_in_the_middle_leaves_no_half_artifact_and_the_next_run_ends_well
     finally:
         process.kill()
     assert process.returncode == (-9 if blow == signal.SIGKILL else 130), err
-    assert not (here / "runs/digits-badnets-s0-none").exists()
-    assert bdbench("train", *FAST).code == 0
-    assert bdbench("verify", "runs/digits-badnets-s0-none").code == 0
+    assert not list(here.glob("runs/digits-badnets-s0-none*"))
+    out = "runs/digits-badnets-s0-none-epochs1000"
+    assert bdbench("train", *FAST, "--out", out).code == 0
+    assert bdbench("verify", out).code == 0
     assert not list(here.glob("runs/.*"))
 
 

@@ -69,8 +69,8 @@ def test_names_with_brackets_are_shown_as_they_are(
     out.parent.mkdir()
     assert called("take", photos, "--out", out) == 0
     few = ("--epochs", 1, "--isolation-epochs", 1, "--unlearn-steps", 1, "--isolation-rate", 0.2)
-    assert called("defend", out, "--method", "abl", *few) == 0
     model = out.with_name("x]-abl")
+    assert called("defend", out, "--method", "abl", *few, "--out", model) == 0
     for words in (
         ("inspect", out), ("suspects", model, "--top", 18, "--csv", tmp_path / "[red].csv"), ("evaluate", model),
         ("verify", out, model), ("inspect", model),
@@ -113,7 +113,7 @@ def test_a_file_that_is_named_otherwise_makes_another_artifact(tmp_path: Path) -
     taken = stages.take(photos, out=tmp_path / "taken")
     assert stages.take(photos, out=tmp_path / "taken").id == taken.id
     (photos / "ant" / "000-0.png").rename(photos / "ant" / "000-renamed.png")
-    with pytest.raises(ArtifactError, match="holds another dataset artifact"):
+    with pytest.raises(ArtifactError, match="is another dataset"):
         stages.take(photos, out=tmp_path / "taken")
     assert stages.take(photos, out=tmp_path / "taken", force=True).id != taken.id
 
@@ -250,7 +250,7 @@ def test_the_walk_from_a_folder_to_a_list_of_suspects(
     assert taken["counts"] == {"train": 57, "test": 3, "triggered": 0, "trusted": 0}
     assert stages.take("photos", out=tmp_path / "from-python").id == taken["id"]
     assert called("train", "--epochs", "1") == 0
-    assert called("suspects", "runs/photos-none") == 1
+    assert called("suspects", "runs/photos-none-epochs1") == 1
     assert "which scores no samples; a defense such as abl does" in capsys.readouterr().err
     few = [word for name, value in FEW.items() for word in (f"--{name.replace('_', '-')}", value)]
     assert called("defend", "--method", "abl", *few) == 0

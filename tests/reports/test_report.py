@@ -43,7 +43,8 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = stages.poison(source, attack, seed=seed, out=runs / f"{attack}-s{seed}")
         for method in methods.split():
             options = ABL if method == "abl" else SHORT
-            stages.evaluate(stages.defend(data.path, method, options=options).path)
+            model = stages.defend(data.path, method, options=options, out=runs / f"{data.path.name}-{method}")
+            stages.evaluate(model.path)
     return runs
 
 

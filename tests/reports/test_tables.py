@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from bdbench.errors import ArtifactError, OptionError
+from bdbench.errors import ArtifactError
 from bdbench.protocol.metric_list import METRICS, RATES, SCORES
 from bdbench.reports import results, tables
 
@@ -250,5 +250,5 @@ def test_defenses_of_an_attack_stand_together_in_the_order_of_the_registry() -> 
 
 
 def test_a_ranking_of_nothing_says_why() -> None:
-    with pytest.raises(OptionError, match=r"^nothing to rank: left out, the attack failed"):
+    with pytest.raises(ArtifactError, match=r"^nothing to rank: left out, the attack failed"):
         tables.render_ranking(results.mark_rows([row(asr=0.1), row("abl")]), "der", "rich")

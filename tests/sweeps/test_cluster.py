@@ -29,7 +29,7 @@ def free_port() -> int:
 
 def test_without_ray_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(OptionError, match=r"pip install 'bdbench\[ray\]'"):
+    with pytest.raises(DeviceError, match=r"pip install 'bdbench\[ray\]'"):
         cluster.connect(None, None)
 
 

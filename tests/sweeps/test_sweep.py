@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +33,7 @@ from bdbench.cli import sweep as commands
 from bdbench.cli.sweep import view, watch
 from bdbench.defenses.training.abl import ABL
 from bdbench.errors import ArtifactError, BusyError, DamageWarning, OccupiedError, OptionError
+from bdbench.plugins import Plugin
 from bdbench.reports import results
 from bdbench.sweeps import checking, cluster, jobs, records, sweep, worker
 from bdbench.sweeps.grid import Cell, Grid, parse_seeds, read_grid
@@ -653,8 +653,8 @@ def test_a_grid_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert found == (("mcldef",), 3, {"attack badnets": "1"})
     assert len(asked) == 2
     for release in ("1.0", "1.1", "1.1"):
-        point = SimpleNamespace(value="mypackage.stripe:Stripe", dist=SimpleNamespace(version=release))
-        monkeypatch.setattr(metadata, "entry_points", Mock(return_value=[point]))
+        plugin = Plugin("attack", "stripe", "mypackage.stripe:Stripe", "mypackage", release)
+        monkeypatch.setattr(checking, "all_plugins", lambda plugin=plugin: [plugin])
         checking.checked_once(grid_of(tmp_path, GRID), tmp_path / "out")
     assert len(asked) == 4
 
@@ -714,7 +714,7 @@ def test_a_dry_run_checks_the_options_and_makes_no_folder(tmp_path: Path, capsys
     grid_of(tmp_path, 'attacks = ["badnets"]\n[attack.badnets]\nsise = 3\n')
     out = tmp_path / "out"
     code, shown, said = ran(["sweep", str(tmp_path / "grid.toml"), "--out", str(out), "--dry-run"], capsys)
-    assert code == 1
+    assert code == 2
     assert not shown
     assert "line 2, attack badnets: unknown option 'sise'" in said
     assert not out.exists()
@@ -743,7 +743,7 @@ def test_a_sweep_on_the_cpu_has_a_job_a_core_whatever_gpus_there_are(
     assert "left with 3 at once" in ran([*words, "cpu"], capsys)[2]
     assert "left with 5 at once" in ran([*words, "cuda"], capsys)[2]
     code, _, said = ran([*words, "cuda:1"], capsys)
-    assert (code, "CUDA_VISIBLE_DEVICES=1 bdbench sweep ... --device cuda" in said) == (1, True)
+    assert (code, "CUDA_VISIBLE_DEVICES=1 bdbench sweep ... --device cuda" in said) == (2, True)
 
 
 @pytest.mark.parametrize(("device", "use_gpus"), [("auto", True), ("cuda", True), ("cpu", False)])

@@ -623,7 +623,7 @@ def test_a_crowded_machine_is_told_of(
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "", "meta", "cuda:-1"])
 def test_an_unknown_device_is_refused(name: str) -> None:
-    with pytest.raises(DeviceError, match=f"unknown device '{name}'; use auto, cpu, cuda, cuda:N or mps"):
+    with pytest.raises(OptionError, match=f"unknown device '{name}'; use auto, cpu, cuda, cuda:N or mps"):
         resolve_device(name)
 
 
