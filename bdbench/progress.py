@@ -35,3 +35,12 @@ class Silent:
 
     def note(self, message: str) -> None:
         """Do nothing."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 70 s, 4 min 05 s, 2 h 05 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -33,19 +33,20 @@ from bdbench.data import PoisonedDataset, Role, SourceData
 from bdbench.datasets.base import Source
 from bdbench.datasets.cache import cache_folder
 from bdbench.datasets.paths import PathSource
-from bdbench.defenses.base import Task, Truth, check_defended
+from bdbench.defenses.base import check_defended
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.plugins import blamed
 from bdbench.progress import Progress, Silent
 from bdbench.protocol import judging, naming, planting, suspects
-from bdbench.protocol.budget import resolve_budget, settings_of
-from bdbench.protocol.inputs import check_trusted, dataset_of, open_suspect
-from bdbench.protocol.networks import fresh_model, model_name
+from bdbench.protocol.budget import resolve_budget, settings_of, usual_preset, usual_settings
+from bdbench.protocol.inputs import check_trusted, dataset_of, open_suspect, task_for
+from bdbench.protocol.networks import fresh_model, model_name, work_of
+from bdbench.protocol.planning import plan_text, planned_seconds
 from bdbench.protocol.poisoning import as_found, choose_rows, poison_source
 from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
 from bdbench.text import printable
-from bdbench.training.devices import Precision, crowding, resolve_device, use_bf16
+from bdbench.training.devices import Precision, resolve_device, suited_threads, use_bf16
 from bdbench.training.engine import Engine
 from bdbench.wording import counted
 
@@ -125,7 +126,9 @@ def poison(
     if all(there):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
         return DatasetArtifact.open(out)
-    with store.create(out, ask) as draft:
+    network = getattr(method, "victim", getattr(method, "surrogate", "auto"))
+    threads = suited_threads(place, work_of(network, source.train.image_shape), progress.note)
+    with threads, store.create(out, ask) as draft:
         engine = Engine(place, bf16, seed, draft.work, progress)
         lab = Lab(engine, fresh_model, source.augment, cache_folder())
         with blamed(plugin):
@@ -225,6 +228,7 @@ def defend(
     image_memory: float | None = None,
     compile: bool = False,  # noqa: A002
     force: bool = False,
+    estimate: bool = False,
     progress: Progress | None = None,
 ) -> ModelArtifact:
     """Train a model on a dataset artifact with a defense; ``none`` is plain training.
@@ -248,6 +252,7 @@ def defend(
         compile: let torch compile the networks that are trained; where it cannot, say why and go on without. Results
             differ from those of a run without it by rounding.
         force: see `poison`.
+        estimate: take a few steps of every phase first, and say how long all of them will take.
         progress: who is told how far it is.
 
     Raises:
@@ -280,51 +285,63 @@ def defend(
     settings = settings_of(recipe, defense)
     config = {"model": model, "preset": preset, **settings}
     ask = Ask("model", method, defense.version, config, seed, inputs)
-    usual_preset, usual, usual_recipe = resolve_budget(method, "auto", {}, data)
-    if preset != usual_preset:
-        _, usual, usual_recipe = resolve_budget(method, preset, {}, data)
-    usual_settings = settings_of(usual_recipe, usual)
+    usual = usual_settings(method, preset, data)
     if out is None:
         parts = naming.model_parts(
-            data.path, preset=(preset, usual_preset), seed=(seed, data.manifest.ask.seed),
+            data.path, preset=(preset, usual_preset(data)), seed=(seed, data.manifest.ask.seed),
             model=(model, model_name("auto", data.image_shape)), suspect=suspect_model,
-            changed=naming.differing(settings, usual_settings),
+            changed=naming.differing(settings, usual),
         )  # fmt: skip
-        out = naming.place(
-            data.path.with_name(f"{data.path.name}-{method}"), ask, parts, force=force, progress=progress
-        )
+        plain_place = data.path.with_name(f"{data.path.name}-{method}")
+        out = naming.place(plain_place, ask, parts, force=force, progress=progress)
     facts = plugins_of(
         (DEFENSES, method), (MODELS, model), made_from=[item.manifest for item in (data, suspect_model) if item]
     )
     if store.existing(out, ask, force=force, facts=facts):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
         return ModelArtifact.open(out)
-    if crowded := crowding(place):
-        progress.note(crowded)
-
+    threads = suited_threads(place, work_of(model, data.image_shape), progress.note)
     read = [data.path, *([suspect_model.path] if suspect_model else [])]
-    with store.held(*read), store.create(out, ask) as draft:
+    with threads, store.held(*read), store.create(out, ask) as draft:
         limit = None if image_memory is None else int(image_memory * 1e9)
         engine = Engine(place, bf16, seed, draft.work, progress, image_memory=limit, compile=compile)
-        task = Task(
-            train=data.train,
-            new_model=lambda purpose: fresh_model(model, data.train, seed, purpose),
-            recipe=recipe,
-            engine=engine,
-            trusted=data.trusted if defense.needs_trusted else None,
-            suspect=suspect_model.network() if suspect_model else None,
-            truth=Truth(data.is_poison, data.unpoisoned) if defense.needs_truth else None,
-            cache=cache_folder(),
-        )
+        task = task_for(data, defense, recipe, engine, model, suspect_model.network() if suspect_model else None)
         with blamed(plugin):
+            if estimate:
+                progress.note(plan_text(method, planned_seconds(defense, task)))
             result = defense.run(task)
             check_defended(result, len(data.train), method)
         write_model(draft, model, result.model, data.train, engine.history, result.scores, result.set_aside)
         draft.facts |= {**facts, "findings": plain(dict(result.findings)), "reads_truth": defense.needs_truth}
-        draft.facts["changed"] = [name for name, value in settings.items() if value != usual_settings[name]]
+        draft.facts["changed"] = [name for name, value in settings.items() if value != usual[name]]
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
         draft.made["compiled"] = engine.compiled
     return ModelArtifact.open(out, is_new=True)
+
+
+def estimate_seconds(
+    dataset: str | Path,
+    method: str = "none",
+    *,
+    model: str = "auto",
+    preset: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+) -> dict[str, float]:
+    """Return about how many seconds each phase of a training would take, by a few steps of each; see `defend`.
+
+    A phase that depends on what an earlier one finds may be missing.
+    """
+    place = resolve_device(device)
+    data = DatasetArtifact.open(finding.locate(dataset, "dataset"))
+    _, defense, recipe = resolve_budget(method, preset, options or {}, data)
+    check_trusted(defense, method, data)
+    name = model_name(model, data.image_shape)
+    engine = Engine(place, use_bf16(precision, place), data.manifest.ask.seed)
+    suspect = fresh_model(name, data.train, engine.seed, "suspect").eval() if defense.needs_suspect else None
+    with suited_threads(place, work_of(name, data.image_shape), lambda _: None):
+        return planned_seconds(defense, task_for(data, defense, recipe, engine, name, suspect))
 
 
 def _training_seconds(engine: Engine) -> float:
@@ -366,7 +383,8 @@ def evaluate(
     if store.existing(out, ask, force=force, facts=facts):
         return EvaluationArtifact.open(out)
     engine = Engine(place, bf16, ask.seed, progress=progress)
-    with store.held(judged.path, source.path), store.create(out, ask) as draft:
+    threads = suited_threads(place, work_of(judged.manifest.facts["model"], source.image_shape), progress.note)
+    with threads, store.held(judged.path, source.path), store.create(out, ask) as draft:
         frame = judging.predict(engine, judged.network(), source)
         frame.to_parquet(draft.folder / "predictions.parquet", index=False)
         rates, values = judging.measure(frame, source, judged)

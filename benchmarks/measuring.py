@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -82,6 +83,30 @@ QUICK = Sizes(
     decode=2_000, png=500, trigger=1_000, poison=5_000, cifar=10_000, sweeps=1,
     growth=(1_000, 10_000),
 )  # fmt: skip
+QUICK_RATE = 1_150
+"""Images of a training of WRN-16-1 a second where `QUICK` takes its ten minutes."""
+REHEARSAL = Sizes(
+    rounds=1, train=2 * BATCH, train_large=32, data_path=2 * BATCH, epoch=2 * BATCH, inversion=32, forward=2 * BATCH,
+    single=10, decode=100, png=100, trigger=100, poison=200, cifar=500, sweeps=1, growth=(100, 1_000),
+)  # fmt: skip
+"""Enough to see that every row works; its figures mean nothing."""
+
+
+def fitted(sizes: Sizes, factor: float, largest: Sizes) -> Sizes:
+    """Return sizes times a factor, as far as rows that train depend on them: whole batches, at least those of a
+    rehearsal, at most the largest. What commands are given to work on only shrinks.
+    """
+
+    def fit(name: str, whole: int, most: int) -> int:
+        wanted: int = round(getattr(sizes, name) * factor / whole) * whole
+        least: int = getattr(REHEARSAL, name)
+        return max(least, min(wanted, most))
+
+    trained = {name: fit(name, BATCH, getattr(largest, name)) for name in ("train", "epoch", "forward")}
+    trained["train_large"] = fit("train_large", 32, largest.train_large)
+    passed = {name: fit(name, 1, getattr(sizes, name)) for name in ("inversion", "single", "cifar")}
+    few = max(REHEARSAL.growth[0], min(round(sizes.growth[0] * factor), sizes.growth[0]))
+    return replace(sizes, **trained, **passed, growth=(few, 10 * few))
 
 
 class Row(NamedTuple):
@@ -102,13 +127,14 @@ class Row(NamedTuple):
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
-    """What all rows share: sizes, place, precision and data."""
+    """What all rows share: sizes, place, precision and data; and until when a group takes turns (`time.monotonic`)."""
 
     sizes: Sizes
     device: torch.device
     bf16: bool
+    until: float = math.inf
 
     @cached_property
     def ceilings(self) -> Ceilings:
@@ -233,11 +259,19 @@ def seconds_of(work: Callable[[], object]) -> Turn:
     return turn
 
 
-def take_turns(turns: Sequence[Callable[[], Result]], rounds: int) -> list[list[Result]]:
-    """Return what each turn gives, round by round, after one round that does not count."""
+def take_turns(turns: Sequence[Callable[[], Result]], rounds: int, until: float = math.inf) -> list[list[Result]]:
+    """Return what each turn gives, round by round, after one round that does not count.
+
+    Of the rounds that count at least one is taken, the others as long as one more would end by `until`.
+    """
     for turn in turns:
         turn()
-    measured = [[turn() for turn in turns] for _ in range(rounds)]
+    measured: list[list[Result]] = []
+    seconds = 0.0
+    while len(measured) < rounds and (not measured or time.monotonic() + seconds <= until):
+        begun = time.monotonic()
+        measured.append([turn() for turn in turns])
+        seconds = time.monotonic() - begun
     return [list(values) for values in zip(*measured, strict=True)]
 
 
@@ -251,7 +285,7 @@ def compare(
     name: str, turns: tuple[Turn, Turn], unit: str, bench: Bench, *, limit: Limit | None = None, note: str = ""
 ) -> Row:
     """Measure two turns, the baseline's first."""
-    theirs, ours = take_turns(turns, bench.sizes.rounds)
+    theirs, ours = take_turns(turns, bench.sizes.rounds, bench.until)
     return summarise(name, theirs, ours, unit, limit=limit, note=note)
 
 

@@ -77,7 +77,7 @@ def decode_rows(bench: Bench) -> Iterator[Row]:
                 source.load(Silent())
 
         turns = [per_second(len(data), work) for work in (partial(baseline.read_parquet, file), first_time, again)]
-        plainly, decoded, cached = take_turns(turns, bench.sizes.rounds)
+        plainly, decoded, cached = take_turns(turns, bench.sizes.rounds, bench.until)
     yield summarise("decode", plainly, decoded, "images/s", note="with hashing the file and storing a decoded copy")
     note = "baseline: the first opening"
     yield summarise("decode-cached", decoded, cached, "images/s", limit=moved, note=note)
@@ -111,7 +111,7 @@ def poison_rows(bench: Bench) -> Iterator[Row]:
         attack = attack_of(name)
         plainly = plain_poisoning(attack, name, source)
         whole, differing = (poisoning(attack, name, source, differences=chosen) for chosen in (False, True))
-        theirs, ours, fewer = take_turns((plainly, whole, differing), bench.sizes.rounds)
+        theirs, ours, fewer = take_turns((plainly, whole, differing), bench.sizes.rounds, bench.until)
         yield summarise(f"poison-{name}", theirs, ours, "images/s", note="every image written")
         note = "with --differences: the baseline's images written"
         yield summarise(f"poison-{name}-differences", theirs, fewer, "images/s", note=note)
@@ -277,7 +277,7 @@ def table_rows(bench: Bench) -> Iterator[Row]:
             seconds_of(lambda: tables.render(results.read_rows([Path(folder)]), "markdown")),
             seconds_of(lambda: tables.render(rows, "markdown")),
         ]
-        whole, rendering = take_turns(turns, bench.sizes.rounds)
+        whole, rendering = take_turns(turns, bench.sizes.rounds, bench.until)
     alone = statistics.median(rendering)
     yield summarise("table-1000", None, whole, "s", note=f"every file verified; {alone:.2f} s of it without reading")
 

@@ -85,7 +85,7 @@ def epoch_rows(bench: Bench) -> Iterator[Row]:
         name: run_defense(bench, few, defense, CountingEngine(bench.device, bench.bf16, SEED))
         for name, defense in one_epoch_defenses(COUNTED).items()
     }
-    measured = dict(zip(runs, take_turns(list(runs.values()), bench.sizes.rounds), strict=True))
+    measured = dict(zip(runs, take_turns(list(runs.values()), bench.sizes.rounds, bench.until), strict=True))
     plain = [speeds["train"] for speeds in measured["none"]]
     for row, (name, phase) in PHASES.items():
         own = [speeds[phase] for speeds in measured[name]]
@@ -157,7 +157,7 @@ def inversion_rows(bench: Bench) -> Iterator[Row]:
         together = inverting(bench, data, suspect, method, [None])
         turns = [inverting(bench, data, suspect, method, range(CLASSES)), together]
         limit = bench.computing(inversion_flops(bench, suspect, method))
-        measured = take_turns([*turns, by_hand] if form == "mask" else turns, bench.sizes.rounds)
+        measured = take_turns([*turns, by_hand] if form == "mask" else turns, bench.sizes.rounds, bench.until)
         note = "baseline: the same, one class after another"
         yield summarise(f"mcldef-inversion-{form}", measured[0], measured[1], "images/s", limit=limit, note=note)
         if form == "mask":

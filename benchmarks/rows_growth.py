@@ -61,7 +61,7 @@ def growth_row(name: str, bench: Bench, sizes: tuple[Size, Size], turns: tuple[T
         turns[0]()
         before, after = [turns[0]()], [turns[1]()]
     else:
-        before, after = take_turns(turns, bench.sizes.rounds)
+        before, after = take_turns(turns, bench.sizes.rounds, bench.until)
     grown = large.images / small.images * statistics.median(before) / statistics.median(after)
     linear = large.images * large.side**2 / (small.images * small.side**2)
     note = f"{small} against {large}: {grown:.1f} times the seconds; linear: {linear:g}"

@@ -75,6 +75,14 @@ def train_epoch(bench: Bench, model: Classifier, data: ImageDataset, image_memor
     engine.fit(model, data, mean_cross_entropy, recipe, phase="train")
 
 
+def training_rate(bench: Bench) -> float:
+    """Return the images/s of a training of WRN-16-1, by a few steps after the first ones."""
+    model, data = bench.model("first look"), first(bench.train, 2 * BATCH)
+    turn = per_second(len(data), lambda: train_epoch(bench, model, data))  # an epoch ends with a look at its loss
+    turn()
+    return turn()
+
+
 def streaming_rows(bench: Bench) -> Iterator[Row]:
     """An epoch on images that lie in a file and may not stay on the device, beside one on images that do."""
     held = first(bench.train, bench.sizes.train)
@@ -119,7 +127,7 @@ def data_path_rows(bench: Bench) -> Iterator[Row]:
     workers = fastest(plain)
     training = per_second(len(trained), lambda: train_epoch(bench, model, trained))
     turns = [plain[workers], per_second(len(data), batches), training]
-    theirs, ours, steps = take_turns(turns, bench.sizes.rounds)
+    theirs, ours, steps = take_turns(turns, bench.sizes.rounds, bench.until)
     share = statistics.median(step / own for step, own in zip(steps, ours, strict=True))
     note = f"{share:.1%} of a WRN-16-1 training step; {workers_note(workers)}"
     # A byte read and a float written for every value.

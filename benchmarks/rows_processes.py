@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import baseline
 import numpy as np
 import torch
-from measuring import Bench, Row, Rows, pixels_last, summarise, synthetic_images
+from measuring import Bench, Row, Rows, pixels_last, summarise, synthetic_images, take_turns
 
 PYTHON = [sys.executable]
 BDBENCH = [*PYTHON, "-m", "bdbench"]
@@ -65,12 +67,17 @@ class Ran(NamedTuple):
     said: str
 
 
-def run_command(command: Sequence[str], folder: Path | None = None) -> Ran:
-    """Run a command in a folder, else in an empty one, with as many threads as torch has here; it may fail."""
+def run_command(command: Sequence[str], folder: Path | None = None, threads: int | None = 0) -> Ran:
+    """Run a command in a folder, else in an empty one; it may fail.
+
+    `threads` are those that it is told to take: 0 for as many as torch has here, None for what it chooses itself.
+    """
     if folder is None:
         with tempfile.TemporaryDirectory() as empty:
-            return run_command(command, Path(empty))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+            return run_command(command, Path(empty), threads)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads or torch.get_num_threads())
     launched = [sys.executable, "-c", LAUNCHER, *command]
     done = subprocess.run(launched, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     return Ran(**json.loads(done.stdout))
@@ -81,8 +88,8 @@ def compare_commands(
 ) -> Iterator[Row]:
     """Measure commands, by the names of their rows, against one that all of them take turns with."""
     every = [plainly, *commands.values()]
-    rounds = [[run_command(command) for command in every] for _ in range(1 + bench.sizes.rounds)][1:]
-    theirs, *own = zip(*rounds, strict=True)
+    turns: list[Callable[[], Ran]] = [partial(run_command, command) for command in every]
+    theirs, *own = take_turns(turns, bench.sizes.rounds, bench.until)
     for name, ours in zip(commands, own, strict=True):
         yield command_row(name, theirs, ours, note)
 
@@ -160,6 +167,37 @@ def memory_row(name: str, imports: Ran, ran: Ran, note: str) -> Row:
     return Row(name, imports.peak_mb, ran.peak_mb, None, "MB", None, spread, sides, note)
 
 
+def neighbour_rows(bench: Bench) -> Iterator[Row]:
+    """A training on the digits with the threads that bdbench chooses, beside one with a thread a core: alone on the
+    machine, and with a neighbour that keeps two cores busy.
+    """
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "data")
+        run_command([*BDBENCH, "poison", "--out", str(data)])
+        train = [*BDBENCH, "train", str(data), "--epochs", "5", "--device", "cpu", "--force", "--out"]
+        turns: list[Callable[[], Ran]] = [
+            partial(run_command, [*train, str(Path(folder, "model"))], None, threads) for threads in (cores, None)
+        ]
+        for name, busy in (("train-digits-seconds", 0), ("train-digits-crowded-seconds", 2)):
+            with neighbours(busy):
+                theirs, ours = take_turns(turns, bench.sizes.rounds, bench.until)
+            note = f"beside {busy} busy loops; baseline: {cores} threads"
+            yield command_row(name, theirs, ours, note)
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Keep so many cores busy, while the block runs."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
 def sweep_rows(bench: Bench) -> Iterator[Row]:
     """Cells of one epoch as a sweep, one at a time, beside the same stages called by hand, one after another."""
     place = ["--device", str(bench.device), "--precision", "bf16" if bench.bf16 else "fp32"]
@@ -209,4 +247,9 @@ def write_archive(folder: Path, count: int) -> Path:
     return file
 
 
-ROWS: dict[str, Rows] = {"commands": command_rows, "memory": memory_rows, "sweep": sweep_rows}
+ROWS: dict[str, Rows] = {
+    "commands": command_rows,
+    "memory": memory_rows,
+    "sweep": sweep_rows,
+    "neighbour": neighbour_rows,
+}

@@ -50,7 +50,7 @@ def sharing_rows(bench: Bench) -> Iterator[Row]:
     for jobs in numbers:
         alone, shared = Jobs(bench, 1, cores), Jobs(bench, jobs, max(1, cores // jobs))
         try:
-            theirs, ours = take_turns((alone.rate, shared.rate), bench.sizes.rounds)
+            theirs, ours = take_turns((alone.rate, shared.rate), bench.sizes.rounds, bench.until)
         finally:
             alone.end()
             shared.end()

@@ -1,6 +1,7 @@
 """Measure bdbench against the pipeline people write by hand, both in one run, turn by turn.
 
     python benchmarks/speed.py --quick
+    python benchmarks/speed.py --quick --seconds 300
     python benchmarks/speed.py --json speed.json
     python benchmarks/speed.py --only train-wrn-16-1 --only data-path
 
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import rows_data
@@ -27,7 +30,7 @@ import rows_processes
 import rows_sharing
 import torch
 from limits import machine_facts
-from measuring import FULL, GPU, QUICK, Bench, Row, Rows, cache_in
+from measuring import FULL, GPU, QUICK, QUICK_RATE, REHEARSAL, Bench, Row, Rows, cache_in, fitted
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +46,9 @@ GROUPS: Mapping[str, Rows] = {
     **rows_data.ROWS,
     **rows_growth.ROWS,
 }
+QUICK_SECONDS = 600
+"""What `--quick` may take. Setting a group up and the first, uncounted round are not shortened."""
+
 RIGHT = ("baseline", "bdbench", "times faster", "of the limit", "peak MB")
 
 
@@ -84,13 +90,20 @@ def as_json(rows: Sequence[Row]) -> str:
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; `device` comes back as torch's."""
     parser = argparse.ArgumentParser(description="Measure bdbench against the pipeline people write by hand.")
-    parser.add_argument("--quick", action="store_true", help="fewer images and turns")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="fewer images and turns, as many as a first look says")
+    size.add_argument("--rehearsal", action="store_true", help="see that every row works; its figures mean nothing")
+    parser.add_argument(
+        "--seconds", type=float, help="about how long, by fewer turns (default: 600 with --quick, else no limit)"
+    )
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:N or mps (default: cpu)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of bdbench")
     parser.add_argument("--threads", type=int, metavar="N", help="of torch, for both sides; 1 where others compute too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, as a list, after every group")
     parser.add_argument("--only", action="append", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
     arguments = parser.parse_args(given)
+    if arguments.seconds is None:
+        arguments.seconds = QUICK_SECONDS if arguments.quick else math.inf
     if arguments.threads is not None and arguments.threads < 1:
         parser.error(f"--threads {arguments.threads} must be at least 1")
     if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
@@ -111,14 +124,23 @@ def main(given: Sequence[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     bf16 = use_bf16(arguments.precision, arguments.device)
-    whole = GPU if arguments.device.type == "cuda" else FULL
-    bench = Bench(QUICK if arguments.quick else whole, arguments.device, bf16)
+    bench = Bench(GPU if arguments.device.type == "cuda" else FULL, arguments.device, bf16)
+    if arguments.rehearsal:
+        bench = replace(bench, sizes=REHEARSAL)
+    elif arguments.quick:
+        rate = rows_networks.training_rate(replace(bench, sizes=REHEARSAL))
+        share = arguments.seconds / QUICK_SECONDS * len(GROUPS) / len(arguments.only or GROUPS)
+        bench = replace(bench, sizes=fitted(QUICK, rate / QUICK_RATE * min(1, share), FULL))
+        console.print(f"at {rate:,.0f} images/s an epoch has {bench.sizes.train:,} images", highlight=False)
     precision = f"{'bf16' if bf16 else 'fp32'} ({arguments.precision})"
     facts = machine_facts(bench.device, precision, bench.ceilings)
     rows: list[Row] = []
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, cache_in(Path(folder)):
-        for name in dict.fromkeys(arguments.only or GROUPS):
+        names = list(dict.fromkeys(arguments.only or GROUPS))
+        for index, name in enumerate(names):
+            left = begun + arguments.seconds - time.perf_counter()
+            bench.until = time.monotonic() + left / (len(names) - index)
             try:
                 with console.status(name):
                     rows += GROUPS[name](bench)

@@ -1013,3 +1013,45 @@ def test_images_of_one_colour_have_a_deviation_that_can_be_divided_by() -> None:
     assert networks.channel_statistics(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))[1].tolist() == pytest.approx(
         [1e-3] * 3
     )
+
+
+def test_seconds_are_estimated_by_phase(toys: DatasetArtifact) -> None:
+    usual = stages.estimate_seconds(toys.path, "cbd", options={"epochs": 1000, "twin_epochs": 1})
+    assert usual["clean"] > 20 * usual["twin"] > 0
+    assert "invert" in stages.estimate_seconds(toys.path, "mcldef")
+
+
+def test_a_training_records_the_threads_that_its_work_was_worth(
+    toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        small = stages.defend(toys.path, "none", options={"epochs": 1}, out=tmp_path / "small")
+        monkeypatch.setattr("bdbench.training.devices.SMALL_WORK", 0)
+        large = stages.defend(toys.path, "none", options={"epochs": 1}, out=tmp_path / "large")
+    finally:
+        torch.set_num_threads(before)
+    assert [made.manifest.made["threads"] for made in (small, large)] == [1, 2]
+
+
+class Told(Silent):
+    """A progress that keeps what it is told of."""
+
+    def __init__(self) -> None:
+        self.bars: dict[str, list[int]] = {}
+
+    def start(self, label: str, total: int, unit: str = "images") -> None:  # noqa: ARG002
+        self.bars[label] = self.now = [0, total]
+
+    def advance(self, amount: int, status: str = "") -> None:  # noqa: ARG002
+        self.now[0] += amount
+
+
+def test_an_evaluation_says_how_far_it_is(toys: DatasetArtifact, tmp_path: Path) -> None:
+    made = stages.defend(toys.path, "none", options={"epochs": 1}, out=tmp_path / "none")
+    told = Told()
+    stages.evaluate(made.path, data=toys.path, progress=told)
+    counts = toys.manifest.facts["counts"]
+    assert told.bars == {name: [counts[name], counts[name]] for name in ("test", "triggered")}

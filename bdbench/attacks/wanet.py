@@ -12,6 +12,7 @@ from torch import Tensor
 from bdbench.attacks.base import Attack, Lab, Occasion, State
 from bdbench.data import ImageDataset
 from bdbench.seeds import generator
+from bdbench.training.devices import sent
 
 LARGEST_SIDE = 32
 """Pixels of the side that the published strength is for."""
@@ -67,7 +68,7 @@ def warp_grid(points: Tensor, strength: float, height: int, width: int) -> Tenso
 def shaken(grid: Tensor, drawn: Tensor) -> Tensor:
     """Shift every point of grids (B, H, W, 2) on its own, up to half a pixel of 32; `drawn` is as large, in [0, 1)."""
     _, height, width, _ = grid.shape
-    return (grid + (drawn * 2 - 1) / counted_sides(height, width).to(grid.device)).clamp(-1, 1)
+    return (grid + (drawn * 2 - 1) / sent(counted_sides(height, width), grid.device)).clamp(-1, 1)
 
 
 def counted_sides(height: int, width: int) -> Tensor:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bdbench.artifacts.base import Artifact
-    from bdbench.cli.live import LiveProgress
+    from bdbench.cli.live import LineProgress, LiveProgress
 
 PLAIN_WIDTH = 150
 
@@ -101,11 +101,16 @@ def say_next(*commands: str) -> None:
 
 
 @contextmanager
-def live_progress() -> Iterator[LiveProgress]:
-    """Draw progress while the block runs."""
+def live_progress(task: str = "") -> Iterator[LiveProgress | LineProgress]:
+    """Draw progress while the block runs: bars on a terminal, else a line now and then that names the task."""
     from bdbench.cli import live
 
+    if not sys.stderr.isatty():
+        lines = live.LineProgress(say_plainly, task)
+        with lines.interruptible():
+            yield lines
+        return
     with live.bars(_console(stderr=True)) as bars:
-        progress = live.LiveProgress(bars)
+        progress = live.LiveProgress(bars, task)
         with progress.interruptible():
             yield progress

@@ -1,10 +1,11 @@
-"""Progress bars on standard error."""
+"""Progress on standard error: bars on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -15,6 +16,8 @@ from rich.progress import Task as Bar
 from rich.table import Column
 from rich.text import Text
 
+from bdbench.progress import duration
+
 
 class _Speed(ProgressColumn):
     """Units a second."""
@@ -24,12 +27,15 @@ class _Speed(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s", style="progress.data.speed")
 
 
-class LiveProgress:
-    """Draws one bar at a time on standard error: label, bar, count, speed, time left."""
+SECONDS = 20.0
+"""Between two lines."""
 
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._bar: Any = None
+
+class _Interruptible:
+    """Does not lose a Ctrl-C; `task` is what the work is for, such as the name of a defense."""
+
+    def __init__(self, task: str = "") -> None:
+        self.task = task
         self._interrupted = False
 
     @contextmanager
@@ -53,6 +59,19 @@ class LiveProgress:
         finally:
             signal.signal(signal.SIGINT, before)
 
+    def _raise_what_was_lost(self) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+
+class LiveProgress(_Interruptible):
+    """Draws one bar at a time: label, bar, count, speed, time left."""
+
+    def __init__(self, bars: Progress, task: str = "") -> None:
+        super().__init__(task)
+        self._bars = bars
+        self._bar: Any = None
+
     def start(self, label: str, total: int, unit: str = "images") -> None:
         """Begin a bar."""
         self._bar = self._bars.add_task(label, total=total, unit=unit, status="")
@@ -63,8 +82,7 @@ class LiveProgress:
         Raises:
             KeyboardInterrupt: it was asked for, and got lost; see `interruptible`.
         """
-        if self._interrupted:
-            raise KeyboardInterrupt
+        self._raise_what_was_lost()
         self._bars.update(self._bar, advance=amount)
         if status:
             self._bars.update(self._bar, status=status)
@@ -77,6 +95,45 @@ class LiveProgress:
     def note(self, message: str) -> None:
         """Say one line above the bar."""
         self._bars.console.print(message, markup=False)
+
+
+class LineProgress(_Interruptible):
+    """Says every 20 s how far the work is, such as ``cbd: clean 41 %, about 70 s left``."""
+
+    def __init__(self, say: Callable[[str], None], task: str = "") -> None:
+        super().__init__(task)
+        self.note = say
+        self._said = time.monotonic()
+
+    def start(self, label: str, total: int, unit: str = "images") -> None:  # noqa: ARG002
+        """Begin to count."""
+        self._label, self._total, self._done = label, total, 0
+        self._from: tuple[float, int] | None = None
+
+    def advance(self, amount: int, status: str = "") -> None:  # noqa: ARG002
+        """Count, and say a line when it is due.
+
+        Raises:
+            KeyboardInterrupt: see `LiveProgress.advance`.
+        """
+        self._raise_what_was_lost()
+        self._done += amount
+        now = time.monotonic()
+        if self._from is None:  # what a resumed phase had done before tells nothing of the speed
+            self._from = now, self._done
+        if now - self._said < SECONDS:
+            return
+        begun, before = self._from
+        text = f"{self.task}: {self._label}" if self.task else self._label
+        text += f" {100 * self._done // max(1, self._total)} %"
+        if self._done > before:
+            left = (now - begun) * (self._total - self._done) / (self._done - before)
+            text += f", about {duration(left)} left"
+        self.note(text)
+        self._said = now
+
+    def finish(self) -> None:
+        """Say nothing: the next line is of what comes next."""
 
 
 def bars(console: Console) -> Progress:

@@ -85,7 +85,7 @@ def poison(
         test_images=test_images, skip_unreadable=skip_unreadable or None, image_column=image_column,
         label_column=label_column,
     )  # fmt: skip
-    with console.live_progress() as progress:
+    with console.live_progress(attack) as progress:
         made = stages.poison(
             dataset, attack, options=options, source_options=given, trusted=trusted, seed=seed, out=out, device=device,
             precision=cast("Precision", precision), differences=differences, force=force, progress=progress,

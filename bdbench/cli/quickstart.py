@@ -11,6 +11,7 @@ import typer
 
 from bdbench.cli import console
 from bdbench.cli.parameters import Device, Force, Json, Seed
+from bdbench.progress import duration
 
 METHODS = ("none", "oracle", "cbd", "abl", "dbd", "mcldef")
 """`none` comes first: mcldef mends it."""
@@ -46,8 +47,13 @@ def quickstart(
             force=force,
             progress=progress,
         )
+        waiting = [method for method in METHODS if force or not (out / f"{data.path.name}-{method}").exists()]
+        seconds = [sum(stages.estimate_seconds(data.path, method, device=device).values()) for method in waiting]
+        if waiting:
+            progress.note(f"{len(waiting)} trainings: about {duration(sum(seconds))} on this machine")
         rows = []
         for method in METHODS:
+            progress.task = method
             progress.note(f"{method} ...")
             model = stages.defend(data.path, method, device=device, force=force, progress=progress)
             rows.append(

@@ -18,6 +18,7 @@ from bdbench.artifacts import finding
 from bdbench.cli import console
 from bdbench.cli.parameters import Compile, Device, ImageMemory, Json, PrecisionName
 from bdbench.errors import ArtifactError, OptionError, unknown_name
+from bdbench.progress import duration
 from bdbench.wording import counted
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 STATES = ("done", "running", "failed", "interrupted", "waiting", "changed")
 REFRESH_SECONDS = 0.5
+LINE_SECONDS = 20.0
+"""Between two lines where no terminal shows the live view."""
 SHOWN = 20
 ENGINES = ("local", "ray")
 
@@ -164,6 +167,7 @@ def refuse_changed(job: Sweep, cells: Sequence[Cell]) -> None:
 
 def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int, *, as_json: bool) -> None:
     """Print the cells and their states, and estimate the time; nothing is written."""
+    from bdbench.sweeps.checking import expected_seconds
     from bdbench.sweeps.sweep import seconds_left
 
     found = job.states()
@@ -172,6 +176,10 @@ def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int, *, as_json: bool) ->
         for cell, state in states.items():
             console.show(f"{state.state:<12}{job.grid.name(cell)}")
     left = seconds_left(states, jobs)
+    if left is None and cells:
+        console.say("no cell is done yet: timing a few steps of each defense ...")
+        expected = [seconds for seconds in expected_seconds(job.grid, cells, job.device, job.precision) if seconds]
+        left = sum(expected) / len(expected) * len(cells) / jobs if expected else None
     if as_json:
         rows = [{**cell._asdict(), "name": job.grid.name(cell), "state": state.state} for cell, state in states.items()]
         console.show_json({"cells": rows, "seconds_left": left})
@@ -182,12 +190,16 @@ def show_plan(job: Sweep, cells: Sequence[Cell], jobs: int, *, as_json: bool) ->
 
 
 def watch(run: Run) -> None:
-    """Make the cells, with a live view on a terminal, else a line per cell."""
+    """Make the cells, with a live view on a terminal, else a line per cell, and every 20 s how far all of it is."""
     import sys
 
     if not sys.stderr.isatty():
+        said = time.monotonic()
         for _ in run.steps():
-            pass
+            if time.monotonic() - said >= LINE_SECONDS:
+                run.refresh()
+                run.say(line(run))
+                said = time.monotonic()
         return
     from rich.console import Console
     from rich.live import Live
@@ -201,6 +213,22 @@ def watch(run: Run) -> None:
                 live.update(view(run.sweep.grid, run.states, run.jobs, run.paused))
                 shown = time.monotonic()
         live.update(view(run.sweep.grid, run.states, run.jobs, run.paused))
+
+
+def line(run: Run) -> str:
+    """Say in a line what a sweep is doing: how many cells are where, and how far those are that are being made."""
+    from bdbench.sweeps.sweep import seconds_left
+
+    counts = Counter(state.state for state in run.states.values())
+    parts = [f"{counts['done']:,} of {len(run.states):,} cells done"]
+    for cell, state in run.states.items():
+        if state.state == "running":
+            record = state.record
+            share = f" {100 * record['done'] // max(1, record['total'])} %" if record.get("total") else ""
+            parts.append(f"{run.sweep.grid.name(cell)}: {record.get('phase', 'starting')}{share}")
+    left = seconds_left(run.states, run.jobs)
+    parts += [run.paused] if run.paused else []
+    return "; ".join([*parts, *([f"about {duration(left)} left"] if left else [])])
 
 
 def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") -> Table:
@@ -346,10 +374,3 @@ def gc(
     total = sum(size for _, size in found) / 1e6
     verb = "removed" if remove else "not needed; --remove removes them"
     console.say(f"{counted(len(found), 'folder')}, {total:,.1f} MB: {verb}")
-
-
-def duration(seconds: float) -> str:
-    """Say a time for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

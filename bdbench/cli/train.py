@@ -99,11 +99,11 @@ def defend(
     from bdbench.training.devices import Precision
 
     place = Path(dataset) if dataset is not None else newest_dataset()
-    with console.live_progress() as progress:
+    with console.live_progress(method) as progress:
         made = stages.defend(
             place, method, model=model, preset=preset, options=options, suspect=suspect, seed=seed, out=out,
             device=device, precision=cast("Precision", precision), image_memory=image_memory,
-            compile=compile, force=force, progress=progress,
+            compile=compile, force=force, estimate=True, progress=progress,
         )  # fmt: skip
     asked = made.manifest.ask.config
     console.say(f"{asked['model']} by {method}, preset {asked['preset']}, {arithmetic(made.manifest.made)}")

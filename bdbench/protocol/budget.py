@@ -29,8 +29,7 @@ def resolve_budget(
     """
     cls = cast("type[Defense]", DEFENSES.load(method))
     if preset == "auto":
-        small = data.manifest.facts["counts"]["train"] < TINY_IMAGES and max(data.image_shape[1:]) <= TINY_SIDE
-        preset = "tiny" if small else "fast"
+        preset = usual_preset(data)
     check_preset(method, preset, cls)
     DEFENSES.check_options(method, options, Recipe.model_fields)
     recipe_values, method_values = split_options({**cls.presets[preset], **options}, cls)
@@ -39,6 +38,18 @@ def resolve_budget(
         recipe = recipe.model_copy(update={"augment": data.manifest.facts["augment"]})
     parse_augment(recipe.augment)
     return preset, cls.parse(method_values), recipe
+
+
+def usual_preset(data: DatasetArtifact) -> str:
+    """Return the budget that suits a dataset: tiny for small sets of tiny images, else fast."""
+    small = data.manifest.facts["counts"]["train"] < TINY_IMAGES and max(data.image_shape[1:]) <= TINY_SIDE
+    return "tiny" if small else "fast"
+
+
+def usual_settings(method: str, preset: str, data: DatasetArtifact) -> dict[str, Any]:
+    """Return all options of a preset as they are where the user gives none, as JSON values."""
+    _, defense, recipe = resolve_budget(method, preset, {}, data)
+    return settings_of(recipe, defense)
 
 
 def check_preset(method: str, preset: str, cls: type[Defense]) -> None:

@@ -8,8 +8,13 @@ from pathlib import Path
 from bdbench.artifacts import finding
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.model import ModelArtifact
-from bdbench.defenses.base import Defense
+from bdbench.datasets.cache import cache_folder
+from bdbench.defenses.base import Defense, Task, Truth
 from bdbench.errors import ArtifactError, OptionError
+from bdbench.models.classifier import Classifier
+from bdbench.protocol.networks import fresh_model
+from bdbench.training.engine import Engine
+from bdbench.training.recipe import Recipe
 
 
 def open_suspect(
@@ -105,3 +110,19 @@ def find_dataset(wanted: str, folder: Path, data: str | Path | None = None) -> D
             if manifest.id == wanted:
                 return DatasetArtifact(path, manifest)
     return None
+
+
+def task_for(
+    data: DatasetArtifact, defense: Defense, recipe: Recipe, engine: Engine, model: str, suspect: Classifier | None
+) -> Task:
+    """Return what a defense may use, and nothing else."""
+    return Task(
+        train=data.train,
+        new_model=lambda purpose: fresh_model(model, data.train, engine.seed, purpose),
+        recipe=recipe,
+        engine=engine,
+        trusted=data.trusted if defense.needs_trusted else None,
+        suspect=suspect,
+        truth=Truth(data.is_poison, data.unpoisoned) if defense.needs_truth else None,
+        cache=cache_folder(),
+    )

@@ -35,7 +35,7 @@ def predict(engine: Engine, model: Classifier, source: DatasetArtifact) -> pd.Da
     if source.is_attacked:
         splits.append(("triggered", source.triggered, source.triggered_rows))
     for name, split, rows in splits:
-        confidence, prediction = engine.logits(model, split.images).softmax(1).max(1)
+        confidence, prediction = engine.logits(model, split.images, name).softmax(1).max(1)
         frames.append(
             pd.DataFrame(
                 {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bdbench.data import ImageDataset
@@ -19,6 +20,14 @@ def model_name(model: str, image_shape: tuple[int, int, int]) -> str:
         return "convnet" if max(image_shape[1:]) <= TINY_SIDE else "wrn-16-1"
     MODELS.load(model)
     return model
+
+
+def work_of(name: str, image_shape: tuple[int, int, int]) -> int:
+    """Return the weights of a network times the pixels of an image: how much there is to do for an image, roughly."""
+    with torch.device("meta"):
+        features = MODELS.load(model_name(name, image_shape))(image_shape)
+    weights: int = sum(weight.numel() for weight in features.parameters())
+    return weights * image_shape[1] * image_shape[2]
 
 
 def fresh_model(name: str, train: ImageDataset, seed: int, purpose: str) -> Classifier:

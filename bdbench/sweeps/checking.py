@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from bdbench.errors import ArtifactError, OptionError
 from bdbench.reading import read_json
 from bdbench.registry import all_plugins
 from bdbench.sweeps import records
-from bdbench.sweeps.grid import Grid, Named, line_of
+from bdbench.sweeps.grid import Cell, Grid, Named, line_of
 from bdbench.sweeps.jobs import start_worker
 
 
@@ -47,16 +47,39 @@ def check(grid: Grid) -> Checked:
         "named": [[axis, label, *_checked_named(grid, axis, named)] for (axis, label), named in grid.named.items()],
         "models": sorted({cell.model for cell in grid.cells} - {"auto"}),
     }
-    process = start_worker(json.dumps(order), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    said, complaint = process.communicate()
-    if process.returncode:
-        raise ArtifactError(f"the check of {grid.path} ended with {process.returncode}: {complaint.strip()[-400:]}")
-    found = json.loads(said.splitlines()[-1])
+    found = _asked(order, f"check of {grid.path}")
     lines = grid.path.read_text(encoding="utf-8").splitlines()
     for axis, label, message in found["errors"]:
         place = line_of(lines, f"{axis}.{label}") or line_of(lines, "recipe" if axis == "defense" else label)
         raise OptionError(f"{grid.path}{place}, {axis} {label}: {message}")
     return Checked(tuple(found["suspects"]), found["gpus"], found["methods"])
+
+
+def expected_seconds(grid: Grid, cells: Sequence[Cell], device: str, precision: str) -> list[float | None]:
+    """Return about how many seconds the trainings of cells would take, by a few steps of each, in another process.
+
+    What attacks train, and the model that a cell mends, do not count. None where it cannot be tried.
+
+    Raises:
+        ArtifactError: the process ended with an error.
+    """
+    settings = [grid.settings(cell) for cell in cells]
+    order = {"kind": "plan", "settings": settings, "device": device, "precision": precision}
+    found: list[float | None] = _asked(order, f"estimate of {grid.path}")
+    return found
+
+
+def _asked(order: Mapping[str, Any], what: str) -> Any:  # noqa: ANN401 - JSON
+    """Return what a worker answers.
+
+    Raises:
+        ArtifactError: it ended with an error.
+    """
+    process = start_worker(json.dumps(order), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said, complaint = process.communicate()
+    if process.returncode:
+        raise ArtifactError(f"the {what} ended with {process.returncode}: {complaint.strip()[-400:]}")
+    return json.loads(said.splitlines()[-1])
 
 
 def checked_once(grid: Grid, folder: Path) -> Checked:

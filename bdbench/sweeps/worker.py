@@ -83,8 +83,9 @@ class Record:
 def main() -> int:
     """Read the order, make the cell, and return the exit code."""
     order = json.loads(sys.stdin.readline())
-    if order["kind"] == "check":
-        sys.stdout.write(json.dumps(check(order)) + "\n")
+    if order["kind"] in ("check", "plan"):
+        answer = check(order) if order["kind"] == "check" else plan(order)
+        sys.stdout.write(json.dumps(answer) + "\n")
         return DONE
     threading.Thread(target=_end_with_the_giver, daemon=True).start()
     folder = Path(order["folder"])
@@ -273,6 +274,37 @@ def check(order: Mapping[str, Any]) -> dict[str, Any]:
         except BdbenchError as error:
             errors.append(["model", model, str(error)])
     return {"errors": errors, "suspects": suspects, "gpus": torch.cuda.device_count(), "methods": methods}
+
+
+def plan(order: Mapping[str, Any]) -> list[float | None]:
+    """Return about how many seconds the trainings of some cells would take, by a few steps of each; None if one cannot
+    be tried.
+
+    Args:
+        order: `settings`, those of `bdbench.sweeps.grid.Grid.settings`, `device` and `precision`.
+    """
+    from bdbench import stages
+
+    found: dict[str, float | None] = {}
+    answers = []
+    with tempfile.TemporaryDirectory() as folder:
+        for settings in order["settings"]:
+            source = digest(settings["dataset"], settings["source_options"])
+            data = Path(folder, source)
+            training = {name: settings[name] for name in ("method", "model", "preset", "options")}
+            key = digest(source, training)
+            if key not in found:
+                try:
+                    if not data.exists():  # what poisons it plays no part in the time
+                        stages.poison(settings["dataset"], source_options=settings["source_options"], out=data)
+                    seconds = stages.estimate_seconds(
+                        data, **training, device=order["device"], precision=order["precision"]
+                    )
+                    found[key] = sum(seconds.values())
+                except BdbenchError:
+                    found[key] = None
+            answers.append(found[key])
+    return answers
 
 
 def digest(*parts: object) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdbench.errors import OptionError, unknown_name
+from bdbench.training.devices import sent
 
 OPERATIONS = ("crop", "crop-reflect", "flip", "cutout", "affine")
 
@@ -93,14 +94,9 @@ def _windows_by_numpy(windows: Tensor, places: Tensor) -> Tensor:
 
 def _windows(windows: Tensor, places: Tensor) -> Tensor:
     """Take windows (B, C, y, x, H, W) at places (4, B): image, top, left, and 1 where it is mirrored."""
-    image, top, left, turned = _drawn_on(windows.device, places)
+    image, top, left, turned = sent(places, windows.device)
     taken = windows[image, :, top, left]
     return torch.where(turned.view(-1, 1, 1, 1) > 0, taken.flip(3), taken)
-
-
-def _drawn_on(device: torch.device, drawn: Tensor) -> Tensor:
-    """Return on a device what was drawn on the CPU, without waiting for the device."""
-    return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
 
 
 def _reflected(length: int, pad: int, device: torch.device) -> Tensor:
@@ -120,7 +116,7 @@ def _cutout(batch: Tensor, rng: torch.Generator) -> Tensor:
         shape = [count, 1, 1, 1]
         shape[axis] = side
         keep = keep & ~covered.view(shape) if axis == 2 else keep | ~covered.view(shape)
-    return batch * _drawn_on(batch.device, keep)
+    return batch * sent(keep, batch.device)
 
 
 def _affine(batch: Tensor, rng: torch.Generator) -> Tensor:
@@ -135,5 +131,5 @@ def _affine(batch: Tensor, rng: torch.Generator) -> Tensor:
     matrix = torch.stack(
         [torch.stack([cos, -sin + shear, uniform(0.2)], 1), torch.stack([sin, cos, uniform(0.2)], 1)], 1
     )
-    grid = F.affine_grid(_drawn_on(batch.device, matrix), list(batch.shape), align_corners=False)
+    grid = F.affine_grid(sent(matrix, batch.device), list(batch.shape), align_corners=False)
     return F.grid_sample(batch, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

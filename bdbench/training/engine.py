@@ -23,6 +23,7 @@ from bdbench.training.feeding import Feed
 from bdbench.training.loop import CHECKPOINT_SECONDS, Batch, Phase, Stateful, Unit, eager
 from bdbench.training.recipe import Recipe
 
+SILENT = Silent()
 PIXELS_AT_ONCE = {"cpu": 64 * 32 * 32}
 """Pixels in a batch of a pass over the images: on a CPU few, whose memory the allocator keeps for the next batch."""
 MANY_PIXELS = 1024 * 32 * 32
@@ -188,9 +189,16 @@ class Engine:
         finally:
             lock.release()
 
-    def logits(self, model: Classifier, images: Tensor) -> Tensor:
-        """Return the logits (N, K) float32, on the CPU, of uint8 images (N, C, H, W), unaugmented."""
-        return self._map(model, model, images)
+    def logits(self, model: Classifier, images: Tensor, label: str = "") -> Tensor:
+        """Return the logits (N, K) float32, on the CPU, of uint8 images (N, C, H, W), unaugmented.
+
+        `label` names a bar of progress; without one nobody is told.
+        """
+        progress = self.progress if label else SILENT
+        progress.start(label, len(images))
+        found = self._map(model, model, images, progress)
+        progress.finish()
+        return found
 
     def embeddings(self, model: Classifier, images: Tensor) -> Tensor:
         """Return the embeddings (N, D) float32, on the CPU, of uint8 images (N, C, H, W); see `logits`."""
@@ -206,7 +214,13 @@ class Engine:
             data.file.check()
         return F.cross_entropy(self.logits(model, data.images), data.labels, reduction="none")
 
-    def _map(self, model: Classifier, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def _map(
+        self,
+        model: Classifier,
+        function: Callable[[Tensor], Tensor],
+        images: Tensor,
+        progress: Progress = SILENT,
+    ) -> Tensor:
         pixels = PIXELS_AT_ONCE.get(self.device.type, MANY_PIXELS)
         size = max(1, pixels // (images.shape[2] * images.shape[3]))
         answers = torch.empty(0)
@@ -219,6 +233,7 @@ class Engine:
                     if not index:  # one piece of memory: small ones between a batch's large ones would scatter them
                         answers = found.new_empty((len(images), *found.shape[1:]))
                     answers[index * size :][: len(found)] = found
+                    progress.advance(len(found))
         return answers.cpu()
 
     @contextmanager

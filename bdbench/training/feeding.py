@@ -13,6 +13,7 @@ from torch import Tensor
 from bdbench.data import ImageDataset
 from bdbench.errors import OptionError
 from bdbench.training.augment import augmented
+from bdbench.training.devices import sent
 
 AHEAD = 2
 """Batches that are read while the device works on another."""
@@ -44,7 +45,7 @@ class Feed:
         if self.streamed:
             return self._read(rows.cpu()).to(self.device, non_blocking=True)
         self._check_file()
-        return self.images.index_select(0, rows.to(self.images.device))
+        return self.images.index_select(0, sent(rows, self.images.device))
 
     def batch(self, rows: Tensor, operations: tuple[str, ...], rng: torch.Generator) -> Tensor:
         """Return the images at rows (B,), augmented anew: (B, C, H, W) float in [0, 1]. See `training.augment`."""

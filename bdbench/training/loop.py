@@ -109,7 +109,7 @@ class Phase(Generic[Module]):
         if epoch_steps is None:
             self.epoch_images = min(self.epoch_images, len(self.rows_seen))
 
-    def _images(self, steps: int) -> int:
+    def images(self, steps: int) -> int:
         """Return how many images so many steps see."""
         epochs, rest = divmod(steps, self.steps_per_epoch)
         return epochs * self.epoch_images + rest * self.recipe.batch_size
@@ -119,8 +119,8 @@ class Phase(Generic[Module]):
         self._resume()
         progress = self.engine.progress
         if not self._is_finished():
-            progress.start(self.name, self._images(self.total_steps))
-            progress.advance(self._images(self.step))
+            progress.start(self.name, self.images(self.total_steps))
+            progress.advance(self.images(self.step))
             while not self._is_finished():
                 epoch = self.step // self.steps_per_epoch
                 self._epoch(epoch, before_epoch(epoch) if before_epoch else None)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from bdbench.training.devices import sent
+
 CROP_AREA = (0.2, 1.0)
 CROP_TRIES = 10
 BLUR_SIGMA = (0.1, 2.0)
@@ -29,7 +31,8 @@ def contrastive_view(images: Tensor) -> Tensor:
     pixel and approximates with boxes.
 
     Args:
-        images: (B, C, H, W) float32 in [0, 1], C of 1 or 3; their device's default generator is drawn from.
+        images: (B, C, H, W) float32 in [0, 1], C of 1 or 3; the default generator of the CPU says which images are
+            changed, in which order, that of their device by how much.
 
     Returns:
         (B, C, H, W) float32 in [0, 1], also under autocast, without gradient.
@@ -52,8 +55,8 @@ def _uniform(samples: Tensor, low: float, high: float) -> Tensor:
 
 
 def _chosen(images: Tensor, share: float) -> Tensor:
-    """Draw the rows of the images that an operation changes, each with the same chance."""
-    return (_uniform(images, 0, 1) < share).nonzero().squeeze(1)
+    """Draw on the CPU, so that nobody waits for their number, the rows of the images that an operation changes."""
+    return sent((torch.rand(len(images)) < share).nonzero().squeeze(1), images.device)
 
 
 def _crop_and_flip(images: Tensor) -> Tensor:
@@ -75,7 +78,7 @@ def _boxes(count: int, height: int, width: int, device: torch.device) -> tuple[T
     area_share, log_ratio = torch.rand(2, CROP_TRIES, count, device=device)
     side = (height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area_share)).sqrt()
     stretch = torch.exp(math.log(4 / 3) * (log_ratio - 0.5))
-    limit = torch.tensor([[height], [width]], device=device)
+    limit = sent(torch.tensor([[height], [width]]), device)
     largest = torch.minimum(limit, (limit.flip(0) * 4 / 3).round()).expand(1, 2, count)
     tries = torch.cat([torch.stack([side / stretch, side * stretch], 1).round(), largest])
     first = (tries <= limit).all(1).int().argmax(0)
@@ -111,7 +114,7 @@ def _separable(view_CBHW: Tensor, rows_BHH: Tensor, columns_BWW: Tensor) -> Tens
 def _jitter(view_CBHW: Tensor) -> Tensor:
     changes = ((_brightness, 0.6, 1.4), (_contrast, 0.6, 1.4), (_saturation, 0.6, 1.4), (_hue, -0.1, 0.1))
     usable = len(changes) if len(view_CBHW) == 3 else 2
-    for index in torch.randperm(usable, device=view_CBHW.device).tolist():
+    for index in torch.randperm(usable).tolist():
         change, low, high = changes[index]
         view_CBHW = change(view_CBHW, _uniform(view_CBHW[0], low, high)[:, None, None])
     return view_CBHW

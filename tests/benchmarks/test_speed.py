@@ -108,6 +108,39 @@ def test_a_command_that_fails_leaves_its_row_empty_and_says_why() -> None:
     assert len(speed.cells(row)) == 8
 
 
+def test_turns_end_when_the_time_is_up_but_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
+
+    def turn() -> float:
+        now[0] += 2
+        return now[0]
+
+    assert measuring.take_turns([turn], 5, until=7) == [[4, 6]]
+    assert measuring.take_turns([turn], 5, until=7) == [[10]]
+
+
+def test_sizes_follow_the_first_look_within_bounds() -> None:
+    half, tiny, huge = (measuring.fitted(measuring.QUICK, factor, measuring.FULL) for factor in (0.5, 0.0, 100.0))
+    assert (half.train, half.epoch, half.inversion, half.growth) == (512, 512, 32, (500, 5_000))
+    assert tiny.train == measuring.REHEARSAL.train
+    assert (huge.train, huge.cifar) == (measuring.FULL.train, measuring.QUICK.cifar)
+
+
+def test_a_training_is_told_its_threads_or_chooses_them(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int | None] = []
+
+    def run(command: Any, folder: Any = None, threads: int | None = 0) -> rows_processes.Ran:
+        told.append(threads)
+        return rows_processes.Ran(0, 2.0 if threads else 1.0, 100.0, "")
+
+    monkeypatch.setattr(rows_processes, "run_command", run)
+    monkeypatch.setattr(rows_processes.os, "cpu_count", lambda: 4)
+    rows = list(rows_processes.neighbour_rows(bench))
+    assert [row.ratio for row in rows] == [2, 2]
+    assert told == [0, *[4, None] * 4]
+
+
 def test_the_fastest_baseline_is_the_one_that_counts() -> None:
     assert measuring.fastest({0: lambda: 1.0, 2: lambda: 3.0, 4: lambda: 2.0}) == 2
 

@@ -18,6 +18,7 @@ from bdbench.artifacts import manifests
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.model import ModelArtifact
 from bdbench.cli.app import run
+from bdbench.cli.live import LineProgress
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.protocol import planting, suspects
 from bdbench.reports import commands, results, tables
@@ -269,12 +270,17 @@ def test_the_walk_from_a_folder_to_a_list_of_suspects(
     assert [item["place"] for item in facts["suspects"]] == ranked["place"][:10].tolist()
     assert "a clean one too" in facts["caveat"]
     assert "self_test" not in facts
+    begun: list[str] = []
+    begin = LineProgress.start
+    monkeypatch.setattr(
+        LineProgress, "start", lambda bar, label, total, *_: (begun.append(label), begin(bar, label, total))
+    )
     made = [called("suspects", "--self-test", "--self-test-rate", "0.1", *more) for more in ((), ("--json",))]
     assert made == [0, 0]
     shown = capsys.readouterr()
     assert shown.out.count("A defense ranks every dataset, a clean one too.") == 2
     assert "self-test: a patch on 6 of 57 images, labelled " in shown.out
-    assert shown.err.count("isolate") == 1  # the second call takes what the first one made
+    assert begun.count("isolate") == 1  # the second call takes what the first one made
     tested = json.loads(shown.out[shown.out.index("{") :])["self_test"]
     assert (tested["planted"], tested["images"], tested["others"]) == (6, 57, 1)
     assert stages.latest("dataset").path == Path("runs/photos")  # the copy is nobody's newest

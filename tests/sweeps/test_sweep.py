@@ -44,6 +44,14 @@ from bdbench.sweeps.sweep import Run, State, Sweep, seconds_left, shard
 GRID = 'seeds = [0, 1]\ndefenses = ["none", "abl", "mcldef"]\n'
 
 
+@pytest.fixture(autouse=True)
+def expected(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """What a dry run is told of every cell's time, in place of what a process of its own would measure."""
+    told: list[float | None] = []
+    monkeypatch.setattr(checking, "expected_seconds", lambda *_: told)
+    return told
+
+
 def grid_of(folder: Path, text: str = GRID) -> Grid:
     path = folder / "grid.toml"
     path.write_text(text, encoding="utf-8")
@@ -708,6 +716,35 @@ def test_init_writes_a_grid_that_dry_run_reads(
     assert "no run" in said
     assert ran(["sweep", "--dry-run", "--seeds", "5"], capsys)[1].split()[:2] == ["waiting", "digits-badnets-s5-none"]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_a_fresh_grid_says_how_long_a_few_steps_lead_to_expect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, expected: list[float | None]
+) -> None:
+    monkeypatch.setattr(checking, "check", lambda _: checking.Checked(("mcldef",), 0, {}))
+    expected += [60.0, 90.0, None, 60.0, 90.0, None]
+    grid_of(tmp_path)
+    words = ["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--dry-run", "--jobs", "2"]
+    assert "about 3 min 45 s left with 2 at once" in ran(words, capsys)[2]  # 6 cells of 75 s, 2 at once
+    assert json.loads(ran([*words, "--json"], capsys)[1])["seconds_left"] == 225
+
+
+def test_cells_that_differ_in_seed_and_attack_are_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = grid_of(tmp_path, 'seeds = [0, 1]\nattacks = ["badnets", "sig"]\ndefenses = ["none", "cbd"]\n')
+    poisoned, timed = [], []
+    monkeypatch.setattr(stages, "poison", lambda dataset, out, **_: (poisoned.append(dataset), out.mkdir()))
+
+    def seconds(data: Path, method: str, **_: Any) -> dict[str, float]:
+        if method == "cbd":
+            raise OptionError("no")
+        timed.append(method)
+        return {"train": 3.0, "passes": 1.0}
+
+    monkeypatch.setattr(stages, "estimate_seconds", seconds)
+    settings = [grid.settings(cell) for cell in grid.cells]
+    answers = worker.plan({"settings": settings, "device": "cpu", "precision": "fp32"})
+    assert answers == [4.0 if wanted["method"] == "none" else None for wanted in settings]
+    assert (poisoned, timed) == (["digits"], ["none"])
 
 
 def test_a_dry_run_checks_the_options_and_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

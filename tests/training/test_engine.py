@@ -590,6 +590,34 @@ def test_a_frozen_module_has_no_gradients_and_is_in_evaluation_mode() -> None:
 # devices
 
 
+@pytest.mark.parametrize(
+    ("work", "device", "told", "threads"),
+    [
+        (devices.SMALL_WORK - 1, "cpu", None, 1),
+        (devices.SMALL_WORK, "cpu", None, 3),
+        (devices.SMALL_WORK - 1, "cpu", "3", 3),
+        (devices.SMALL_WORK - 1, "cuda", None, 3),
+    ],
+)
+def test_small_work_takes_one_thread_unless_told_otherwise(
+    work: int, device: str, told: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(devices, "crowding", lambda _: f"crowded with {torch.get_num_threads()}")
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    said: list[str] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with devices.suited_threads(torch.device(device), work, said.append):
+            assert torch.get_num_threads() == threads
+            assert said == [f"crowded with {threads}"]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_auto_finds_a_device() -> None:
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
     assert resolve_device("cpu") == torch.device("cpu")

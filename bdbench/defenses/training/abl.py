@@ -19,6 +19,7 @@ from bdbench.models.classifier import Classifier
 from bdbench.models.structure import norms_of
 from bdbench.seeds import generator
 from bdbench.training.augment import parse_augment
+from bdbench.training.devices import sent
 from bdbench.training.loop import Batch, LossFunction, mean_cross_entropy
 
 Trap = Literal["batch", "sample", "flooding"]
@@ -253,4 +254,4 @@ class _Descent:
         """Return images (B, C, H, W) in [0, 1] and labels (B,)."""
         rng = generator(self.seed, "unlearn", "descent", step)
         rows = self.rest[torch.randint(len(self.rest), (size,), generator=rng)]
-        return self.feed.batch(rows, self.operations, rng), self.labels[rows].to(self.feed.device)
+        return self.feed.batch(rows, self.operations, rng), sent(self.labels[rows], self.feed.device)
