@@ -96,6 +96,8 @@ def is_locked(lock: Path) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:  # nobody can hold it where it cannot be made
+        return False
 
 
 def folder_bytes(path: Path) -> int:

@@ -23,6 +23,13 @@ def printable(text: str) -> str:
     return "".join(_shown(character) for character in text)
 
 
+def printable_lines(text: str) -> str:
+    """Return text likewise, with its ends of lines and its tabs."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
 def _shown(character: str) -> str:
     if character not in DIRECTIONS and unicodedata.category(character) not in HIDDEN:
         return character

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -45,6 +47,16 @@ HELP = """Put any backdoor attack on image classifiers against any defense, and 
 Read: [cyan]bdbench docs[/cyan].
 """
 INTERRUPTED = 130
+ADVICE = {
+    errno.ENAMETOOLONG: "give a shorter --out",
+    errno.ENOSPC: "make room, or choose another place",
+    errno.EDQUOT: "make room in your quota, or choose another place",
+    errno.EROFS: "the disk is read-only; choose another place",
+    errno.EACCES: "you may not read, enter or write it; change its permissions, or choose another place",
+    errno.ENOTDIR: "a part of the path is a file; choose another place",
+    errno.EMFILE: "too many files are open; raise the limit with ulimit -n",
+}
+"""What mends an error of the operating system."""
 MORE = "More"
 PANELS = {
     "The walk": "quickstart poison take train defend evaluate",
@@ -65,7 +77,14 @@ def run(arguments: Sequence[str]) -> None:
         except BdbenchError as error:
             _say_error(error)
             raise SystemExit(error.exit_code) from None
-        raise SystemExit(_parsed(application, expanded))
+        code = _parsed(application, expanded)
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError as error:
+            code = _say_system_error(error)
+            sys.stdout = None
+        raise SystemExit(code)
 
 
 def _parsed(application: typer.Typer, arguments: Sequence[str]) -> int:
@@ -92,6 +111,17 @@ def _say_error(error: BdbenchError) -> None:
     if os.environ.get("BDBENCH_TRACEBACK", "0") not in ("", "0"):
         console.say_plainly("".join(traceback.format_exception(error)))
     console.say_error(str(error))
+
+
+def _say_system_error(error: OSError) -> int:
+    """Say an error of the operating system with the path, the reason and the way out; return the exit code."""
+    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+        sys.stdout = None
+        return BdbenchError.exit_code
+    place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    advice = ADVICE.get(error.errno or 0, "look at the path, its permissions and its disk")
+    console.say_error(f"{place or 'the output'}: {error.strerror or error}; {advice}")
+    return BdbenchError.exit_code
 
 
 def _show_warning(
@@ -243,6 +273,8 @@ def _mending(command: Callable[..., None]) -> Callable[..., None]:
         except BdbenchError as error:
             _say_error(error)
             raise typer.Exit(error.exit_code) from error
+        except OSError as error:
+            raise typer.Exit(_say_system_error(error)) from error
         except KeyboardInterrupt:
             console.say(
                 "[yellow]interrupted[/yellow]; nothing half-written is left, and the same command goes on from the "

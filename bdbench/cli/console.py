@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from bdbench.text import printable_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,12 +23,21 @@ PLAIN_WIDTH = 150
 
 
 def _console(*, stderr: bool) -> Console:
-    """Return a console as wide as the terminal; a file or pipe gets room for a whole table."""
-    from rich.console import Console
+    """Return a console as wide as the terminal; a file or pipe gets room for a whole table.
+
+    Whatever text comes from outside, a terminal obeys nothing of it.
+    """
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Safe(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=printable_lines(segment.text))
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
-    return Console(stderr=stderr, width=width, highlight=False)
+    return Safe(stderr=stderr, width=width, highlight=False)
 
 
 def flowing(text: str) -> str:
@@ -36,7 +48,7 @@ def flowing(text: str) -> str:
 def show(item: object) -> None:
     """Print a table or text to standard output; what is wider than the terminal is not cut."""
     if isinstance(item, str):
-        sys.stdout.write(item if item.endswith("\n") else item + "\n")
+        sys.stdout.write(printable_lines(item.removesuffix("\n")) + "\n")
     else:
         _console(stderr=False).print(item, crop=False)
 
@@ -47,8 +59,17 @@ def show_wrapped(text: str) -> None:
 
 
 def show_json(value: object) -> None:
-    """Print JSON to standard output."""
-    show(json.dumps(value, indent=1, default=str))
+    """Print JSON to standard output; numbers that JSON does not know are null."""
+    show(json.dumps(finite(json.loads(json.dumps(value, default=str))), indent=1))
+
+
+def finite(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """Return JSON with null in place of nan and infinity."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say(message: str) -> None:
