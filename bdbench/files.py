@@ -15,13 +15,25 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from bdbench.errors import ArtifactError
+from bdbench.errors import ArtifactError, OptionError
 
 PLACE_ERRORS = frozenset({errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.ENOTDIR, errno.EROFS})
 """What another place, or room, mends."""
 
 AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
 """Constants of the system calls that swap two names."""
+
+
+def expanded(path: Path) -> Path:
+    """Return a path with its ``~`` replaced.
+
+    Raises:
+        OptionError: this machine has no such user, or the user no home.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise OptionError(f"{path}: this machine has no such user; write ./{path} for a folder of that name") from None
 
 
 def flush(file: Path) -> None:

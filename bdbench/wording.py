@@ -11,6 +11,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{ending}"
 
 
+def were(count: int, noun: str) -> str:
+    """Return "1 image was", "2 images were"."""
+    return f"{counted(count, noun)} {'was' if count == 1 else 'were'}"
+
+
 def listed(names: Sequence[str]) -> str:
     """Return "a", "a and b", "a, b and c"."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

@@ -11,6 +11,7 @@ from bdbench.artifacts.manifests import is_artifact
 from bdbench.datasets.base import Source
 from bdbench.datasets.paths import PathSource
 from bdbench.errors import OptionError, did_you_mean
+from bdbench.files import expanded
 from bdbench.registry import DATASETS
 
 
@@ -29,7 +30,7 @@ def open_source(dataset: str | Path, options: Mapping[str, Any]) -> Source:
                     f"--{flag} is for images of your own, named by a path; '{dataset}' is a registered set"
                 )
         return registered.parse(options)
-    path = Path(dataset).expanduser()
+    path = expanded(Path(dataset))
     if is_artifact(path):
         raise OptionError(f"{path} is an artifact already; go on with: bdbench defend {path} --method abl")
     if not path.exists() and not re.search(r"[/\\.]", str(dataset)):
@@ -44,7 +45,7 @@ def as_given(dataset: str | Path, source: Source) -> dict[str, str]:
     """Return `name` of a registered source, or `path` as it was given; the user's own folder is written ``~``."""
     if not isinstance(source, PathSource):
         return {"name": str(dataset)}
-    place = Path(dataset).expanduser()
+    place = expanded(Path(dataset))
     home = Path.home()
     return {"path": f"~/{place.relative_to(home)}" if place.is_relative_to(home) else str(dataset)}
 
@@ -52,6 +53,6 @@ def as_given(dataset: str | Path, source: Source) -> dict[str, str]:
 def address_of(dataset: str | Path, source: Source) -> dict[str, Any]:
     """Return `dataset` and `options` that open a source again from any folder: places are absolute."""
     options = source.model_dump(exclude_defaults=True)
-    places = {name: str(value.expanduser().resolve()) for name, value in options.items() if isinstance(value, Path)}
+    places = {name: str(expanded(value).resolve()) for name, value in options.items() if isinstance(value, Path)}
     options |= places
     return {"dataset": options.pop("path", str(dataset)), "options": options}

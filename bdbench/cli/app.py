@@ -91,6 +91,8 @@ def _parsed(application: typer.Typer, arguments: Sequence[str]) -> int:
     """Run the application and return its exit code; what its parser refuses is said in a line, as all other errors."""
     try:
         code = application(list(arguments), prog_name="bdbench", standalone_mode=False)
+    except OSError as error:  # of a flag that looks at its value
+        return _say_system_error(error)
     except typer.Abort:
         console.say("[yellow]interrupted[/yellow]")
         return INTERRUPTED

@@ -11,7 +11,7 @@ import typer
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Json, with_folder
 from bdbench.errors import ArtifactError, OptionError
-from bdbench.text import csv_cell, printable
+from bdbench.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,8 +76,10 @@ def compare(
         _show_rates(rates)
         _show_images(named, top)
     if csv is not None:
+        from bdbench.reports.formats import safe_cells
+
         try:
-            named.map(lambda value: csv_cell(value) if isinstance(value, str) else value).to_csv(csv, index=False)
+            safe_cells(named).to_csv(csv, index=False)
         except OSError as error:
             raise ArtifactError(f"cannot write {csv}: {error.strerror or error}") from error
         console.say_wrote(csv)

@@ -16,6 +16,7 @@ from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName, o
 from bdbench.cli.train import newest_dataset
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.protocol.metric_list import METRICS, check_metrics
+from bdbench.text import printable
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 Assertions = Annotated[
@@ -228,9 +229,9 @@ def _write_junit(outcomes: list[tuple[str, str, str]], path: Path) -> None:
     failures = sum(bool(reason) for _, _, reason in outcomes)
     suite = ET.Element("testsuite", name="bdbench", tests=str(len(outcomes)), failures=str(failures))
     for place, name, reason in outcomes:
-        case = ET.SubElement(suite, "testcase", classname=place, name=name)
+        case = ET.SubElement(suite, "testcase", classname=printable(place), name=printable(name))
         if reason:
-            ET.SubElement(case, "failure", message=reason)
+            ET.SubElement(case, "failure", message=printable(reason))
     try:
         ET.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
     except OSError as error:

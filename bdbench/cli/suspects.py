@@ -113,8 +113,10 @@ def suspects(
         for line in in_words(tested, method):
             console.show_wrapped(line)
     if csv is not None:
+        from bdbench.reports.formats import safe_cells
+
         try:
-            ranked.to_csv(csv, index=False)
+            safe_cells(ranked).to_csv(csv, index=False)
         except OSError as error:
             raise ArtifactError(f"cannot write {csv}: {error.strerror or error}") from error
         console.say_wrote(csv)

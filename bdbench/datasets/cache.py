@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from bdbench.data import ImageDataset, SourceData
 from bdbench.datasets.splits import Splits
 from bdbench.errors import DataError
+from bdbench.files import expanded
 from bdbench.machine import cores
 from bdbench.progress import Progress, Silent
 
@@ -54,7 +55,7 @@ class Plan:
 def cache_folder() -> Path:
     """Return the folder for downloads and decoded sources: `BDBENCH_CACHE`, else the user's cache folder."""
     chosen = os.environ.get("BDBENCH_CACHE")
-    return Path(chosen).expanduser() if chosen else user_cache_path("bdbench")
+    return expanded(Path(chosen)) if chosen else user_cache_path("bdbench")
 
 
 def load_cached(plan: Plan, progress: Progress) -> SourceData:

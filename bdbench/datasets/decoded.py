@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bdbench.data import MIN_SIDE
 from bdbench.datasets.fit import Fit
-from bdbench.datasets.wording import counted, were
 from bdbench.errors import DataError
+from bdbench.wording import counted, were
 
 LISTED = 10
 """Unreadable images that an error names."""

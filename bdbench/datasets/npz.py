@@ -18,9 +18,9 @@ from bdbench.datasets.fit import Fit
 from bdbench.datasets.images import match_channels, resize_images
 from bdbench.datasets.labels import class_names_of, integer_labels, numbered_names, remark_on
 from bdbench.datasets.splits import Splits, split_dataset
-from bdbench.datasets.wording import were
 from bdbench.errors import DataError
 from bdbench.progress import Progress
+from bdbench.wording import were
 
 WHOLE = ("images", "labels")
 DIVIDED = ("x_train", "y_train", "x_test", "y_test")

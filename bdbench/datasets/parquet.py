@@ -23,10 +23,10 @@ from bdbench.datasets.fit import Fit
 from bdbench.datasets.images import CHUNK, Encoded, decode_readable, match_channels
 from bdbench.datasets.labels import class_names_of, integer_labels, numbered_names, remark_on
 from bdbench.datasets.splits import Splits, split_dataset
-from bdbench.datasets.wording import were
 from bdbench.errors import DataError
 from bdbench.progress import Progress
 from bdbench.text import printable
+from bdbench.wording import were
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")

@@ -15,6 +15,7 @@ from bdbench.datasets.base import Source
 from bdbench.datasets.cache import load_cached
 from bdbench.datasets.fit import Fit
 from bdbench.errors import DataError, OptionError
+from bdbench.files import expanded
 from bdbench.progress import Progress
 from bdbench.text import printable
 
@@ -47,7 +48,7 @@ class PathSource(Source):
 
     def load(self, progress: Progress) -> SourceData:
         """Return both splits; the name is the path's (see `display_name`)."""
-        path = self.path.expanduser()
+        path = expanded(self.path)
         layout = _layout(path)
         self._check_choices(layout)
         fit = None if self.image_size is None else Fit(self.image_size)
@@ -82,7 +83,7 @@ class PathSource(Source):
 
     def files(self, source: SourceData) -> list[str] | None:
         """See `Source.files`: an image folder has them, relative to it."""
-        path = self.path.expanduser()
+        path = expanded(self.path)
         if _layout(path) != "folder":
             return None
         from bdbench.datasets.folder import training_files

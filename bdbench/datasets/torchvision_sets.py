@@ -30,6 +30,7 @@ from bdbench.datasets.parquet import plan_parquet, shard_folder
 from bdbench.datasets.splits import Splits
 from bdbench.datasets.tree import class_folders, list_images
 from bdbench.errors import DataError
+from bdbench.files import expanded
 from bdbench.progress import Progress
 
 DIGIT_NAMES = tuple("0123456789")
@@ -57,7 +58,7 @@ class TorchvisionSource(Source):
         Raises:
             DataError: it is not there and cannot be downloaded, or what is there is damaged or incomplete.
         """
-        root = (self.data_root or cache_folder() / "data").expanduser()
+        root = expanded(self.data_root or cache_folder() / "data")
         shards = self._shards(root)
         if shards is not None:
             plan = plan_parquet(shards, self.name, self.augment, self._fit(), self.test_fraction)

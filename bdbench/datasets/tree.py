@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bdbench.datasets.wording import counted, were
 from bdbench.errors import DataError
 from bdbench.text import printable
+from bdbench.wording import counted, were
 
 SUFFIXES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".gif"}

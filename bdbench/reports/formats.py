@@ -1,4 +1,4 @@
-"""A table as Markdown or LaTeX."""
+"""A table as Markdown, LaTeX, or cells that a spreadsheet does not compute."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
-from bdbench.text import latex_text
+import pandas as pd
+
+from bdbench.text import csv_cell, latex_text, markdown_cell
 
 
 class Column(NamedTuple):
@@ -17,12 +19,18 @@ class Column(NamedTuple):
     is_number: bool = True
 
 
+def safe_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose texts are safe in a spreadsheet; numbers stay as they are."""
+    return frame.map(lambda value: csv_cell(value) if isinstance(value, str) else value)
+
+
 def markdown(columns: Sequence[Column], cells: list[list[str]], notes: list[str]) -> str:
     """Return a table in Markdown, its notes below."""
     lines = ["| " + " | ".join(column.heading for column in columns) + " |"]
+    cells = [[markdown_cell(text) for text in line] for line in cells]
     lines.append("|" + "|".join("---:" if column.is_number else "---" for column in columns) + "|")
     lines += ["| " + " | ".join(line) + " |" for line in cells]
-    return "\n".join([*lines, "", *(f"{note}  " for note in notes)]).rstrip()
+    return "\n".join([*lines, "", *(f"{markdown_cell(note)}  " for note in notes)]).rstrip()
 
 
 def latex(
