@@ -294,6 +294,7 @@ MODELS = Registry(
     "models",
     {
         "convnet": ("bdbench.models.convnet:ConvNet", "three convolutions, for images of 8 to 16 pixels"),
+        "convnet-16": ("bdbench.models.convnet:HalvingConvNet", "the same for images of 16 pixels, as fast as at 8"),
         "wrn-16-1": ("bdbench.models.wide_resnet:WideResNet", "Wide ResNet 16-1, the model of ABL and CBD"),
         "preact-resnet-18": ("bdbench.models.resnet:PreActResNet18", "pre-activation ResNet-18, 3x3 stem"),
         "resnet-18": ("bdbench.models.resnet:ResNet18", "ResNet-18 with the 3x3 stem for small images"),

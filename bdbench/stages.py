@@ -239,7 +239,8 @@ def defend(
         dataset: path or id of a dataset artifact.
         method: a registered defense.
         model: a registered model, ``torchvision:NAME``, or ``auto``: convnet up to 16 pixels, wrn-16-1 above.
-        preset: budget: paper, fast, tiny, or ``auto``: tiny for small sets of tiny images, else fast.
+        preset: budget: paper, fast, tiny, ``code`` where a method has it, or ``auto``: tiny for small sets of tiny
+            images, else fast.
         options: of the method and of the recipe (epochs, lr, batch_size, ...); they win over the preset.
         suspect: path or id of the undefended model, for methods that mend one.
         seed: of weights, order and augmentation; default: the dataset's.

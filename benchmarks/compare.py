@@ -19,7 +19,7 @@ from bdbench.reports.results import KEYS, over_seeds
 PAPER = Path(__file__).with_name("paper.toml")
 PAGE = Path(__file__).with_name("RESULTS.md")
 MARKER = "compare"
-PRESETS = ("paper", "fast", "tiny")
+PRESETS = ("paper", "code", "fast", "tiny")
 HEADINGS = (
     "reported by", "attack", "defense", "reported setting", "measured setting", "BA over",
     "BA reported", "BA measured", "difference", "ASR reported", "ASR measured", "difference",

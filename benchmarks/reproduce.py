@@ -37,7 +37,7 @@ from bdbench.artifacts import manifests
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.model import ModelArtifact
 from bdbench.attacks.parts.victims import VictimAttack
-from bdbench.cli.quickstart import ATTACK_OPTIONS, METHODS
+from bdbench.cli.quickstart import ATTACK_OPTIONS, METHODS, MODEL, SOURCE_OPTIONS
 from bdbench.errors import BdbenchError
 from bdbench.registry import ATTACKS, DEFENSES
 from bdbench.reports import results, tables
@@ -51,7 +51,8 @@ PROVENANCE = ("processor", "cores", "command")
 class Cell(NamedTuple):
     """One model: data, attack, network, defense, budget and seed; `variant` names what is not the preset's.
 
-    `precision` is None where `--precision` decides.
+    `precision` is None where `--precision` decides; `source` are options of the dataset's source beside those of the
+    command.
     """
 
     dataset: str
@@ -64,6 +65,7 @@ class Cell(NamedTuple):
     variant: str = ""
     options: Mapping[str, Any] = NO_OPTIONS
     precision: Precision | None = None
+    source: Mapping[str, Any] = NO_OPTIONS
 
     @property
     def data_name(self) -> str:
@@ -71,12 +73,13 @@ class Cell(NamedTuple):
         usual = {"target": 0, "rate": 0.1}
         options = usual | {name: value for name, value in self.attack_options.items() if not name.endswith("_epochs")}
         special = [f"{name}{value}" for name, value in options.items() if value not in (usual.get(name), None)]
-        return "-".join((self.dataset, self.attack, *special, f"s{self.seed}"))
+        shown = [f"{name}{value}" for name, value in self.source.items()]
+        return "-".join((self.dataset, *shown, self.attack, *special, f"s{self.seed}"))
 
     @property
     def name(self) -> str:
         """The folder of its model; what `bdbench train` would choose by itself has no place in it."""
-        model = "" if self.model in ("convnet", "wrn-16-1") else self.model
+        model = "" if self.model in ("convnet", "convnet-16", "wrn-16-1") else self.model
         budget = "" if self.preset in ("fast", "tiny") else self.preset
         return "-".join(filter(None, (self.data_name, model, budget, self.method, self.variant)))
 
@@ -192,12 +195,12 @@ def suites() -> dict[str, list[Cell]]:
     """Return the cells of every suite."""
     return {
         "quickstart": [
-            Cell("digits", "badnets", ATTACK_OPTIONS, "convnet", method, "tiny", seed)
+            Cell("digits", "badnets", ATTACK_OPTIONS, MODEL, method, "tiny", seed, source=SOURCE_OPTIONS)
             for seed in range(5)
             for method in METHODS
         ],
         "control": [
-            Cell("digits", "badnets", {**ATTACK_OPTIONS, "rate": CONTROL_RATE}, "convnet", method, "tiny", seed)
+            Cell("digits", "badnets", {"margin": 1, "rate": CONTROL_RATE}, "convnet", method, "tiny", seed)
             for seed in range(3)
             for method in METHODS
         ],
@@ -277,8 +280,8 @@ def run(cell: Cell, settings: Settings) -> dict[str, Any]:
     """Run or reuse a cell and return its row."""
     runs, device, precision = settings.runs, settings.device, cell.precision or settings.precision
     data = stages.poison(
-        cell.dataset, cell.attack, options=cell.attack_options, source_options=settings.source, seed=cell.seed,
-        out=runs / cell.data_name, device=device, precision=precision,
+        cell.dataset, cell.attack, options=cell.attack_options, source_options={**settings.source, **cell.source},
+        seed=cell.seed, out=runs / cell.data_name, device=device, precision=precision,
     )  # fmt: skip
     if cell.method == "victim":
         model = ModelArtifact.open(data.path.with_name(f"{data.path.name}-victim"))

@@ -18,6 +18,9 @@ from bdbench.progress import Progress
 
 CLASS_NAMES = tuple("0123456789")
 
+AUGMENT = "crop"
+"""A mirrored digit is no digit."""
+
 
 class Digits(Source):
     """Handwritten digits in 8x8 gray pixels, bundled with scikit-learn."""
@@ -29,7 +32,7 @@ class Digits(Source):
             images = resize_images(images, Fit(self.image_size), progress)
         data = ImageDataset(images, labels, CLASS_NAMES)
         train, test = split_dataset(data, self.test_fraction)
-        return SourceData("digits", train, test, augment="crop,flip")
+        return SourceData("digits", train, test, augment=AUGMENT)
 
 
 def read_scans() -> tuple[Tensor, Tensor]:

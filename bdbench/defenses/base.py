@@ -119,7 +119,10 @@ def check_defended(result: Defended, count: int, method: str) -> None:
 
 
 def lowest(losses: Tensor, count: int) -> Tensor:
-    """Return a mask (N,) of the `count` lowest losses; among equal ones the first rows win."""
+    """Return a mask (N,) of the `count` lowest losses; among equal ones the first rows win.
+
+    Of samples that a model is sure of, cross entropies are equal: rank by `Engine.margins`.
+    """
     mask = torch.zeros(len(losses), dtype=torch.bool)
     mask[torch.argsort(losses, stable=True)[:count]] = True
     return mask

@@ -22,6 +22,10 @@ SOURCE = ("source", "source_options")
 """What tells datasets of one name apart; rows from before it was kept have None."""
 
 
+PUBLISHED = ("paper", "code")
+"""Presets whose budget is the paper's own, or that of its published code."""
+
+
 WEAK_ATTACK = 0.5
 
 
@@ -88,12 +92,13 @@ def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if base is not None and attacked and row["defense"] != "none" and not row.get("reads_truth"):
             der = defense_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
         marks = "n" if not attacked else "?" if base is None else "w" if failed else ""
-        marks += "" if row["preset"] == "paper" else "b"
+        marks += "" if row["preset"] in PUBLISHED else "b"
         marks += "c" if row.get("changed") else ""
         marks += "o" if row["defense_options"].get("oracle_target") is not None else ""
         marks += "r" if row.get("reads_truth") else ""
         marks += "p" if row.get("replay") else ""
         marks += "u" if row.get("findings", {}).get("unchanged") else ""
+        marks += "a" if row.get("findings", {}).get("took") is False else ""
         marked.append({**row, "der": der, "attack_failed": failed, "marks": marks})
     return marked
 

@@ -66,6 +66,7 @@ MARKS = {
     "r": "a reference that reads the truth, no defense",
     "p": "the attack's generator was trained with a victim of its own, then frozen and replayed as data",
     "u": "the defense found no backdoor and returned the model as it was",
+    "a": "ABL's unlearning did not take: the isolated samples are still known; its findings say how far it came",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -210,9 +211,23 @@ class Engine:
         Raises:
             ArtifactError: the file of the images changed since it was opened.
         """
+        return F.cross_entropy(self._checked_logits(model, data), data.labels, reduction="none")
+
+    def margins(self, model: Classifier, data: ImageDataset) -> Tensor:
+        """Return for every sample by how much the other classes exceed its label, (N,) float32 on the CPU.
+
+        The log-sum-exp of the other classes' logits minus the label's. The cross entropy is its softplus, so both rank
+        alike; but wherever a model is sure the cross entropy is exactly 0, and this still tells such samples apart.
+
+        Raises:
+            ArtifactError: see `losses`.
+        """
+        return others_over_own(self._checked_logits(model, data), data.labels)
+
+    def _checked_logits(self, model: Classifier, data: ImageDataset) -> Tensor:
         if data.file is not None:
             data.file.check()
-        return F.cross_entropy(self.logits(model, data.images), data.labels, reduction="none")
+        return self.logits(model, data.images)
 
     def _map(
         self,
@@ -241,3 +256,9 @@ class Engine:
         """Compute in the engine's precision."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             yield
+
+
+def others_over_own(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-sum-exp of the other classes' logits minus the label's, (N,), of logits (N, K)."""
+    own = labels[:, None]
+    return logits.scatter(1, own, -math.inf).logsumexp(1) - logits.gather(1, own).squeeze(1)

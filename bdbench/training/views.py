@@ -9,20 +9,20 @@ from torch import Tensor
 
 from bdbench.training.devices import sent
 
-CROP_AREA = (0.2, 1.0)
+CROP_AREA = 0.2
 CROP_TRIES = 10
 BLUR_SIGMA = (0.1, 2.0)
 JITTERED, GRAYED, BLURRED = 0.8, 0.2, 0.5
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 
 
-def contrastive_view(images: Tensor) -> Tensor:
+def contrastive_view(images: Tensor, *, least_area: float = CROP_AREA, mirror: bool = True) -> Tensor:
     """Draw one random view of every image.
 
-    In this order, drawn for each sample: a crop of 0.2 to 1 of the area and an aspect ratio of 3/4 to 4/3, resized to
-    the whole (bicubic); a horizontal flip (half of them); colour jitter (8 of 10: brightness, contrast and saturation
-    times 0.6 to 1.4, hue by up to 0.1 of the circle); grey (2 of 10); Gaussian blur of 0.1 to 2 pixels (half). Images
-    of one channel have no saturation, hue or grey to change.
+    In this order, drawn for each sample: a crop of `least_area` to 1 of the area and an aspect ratio of 3/4 to 4/3,
+    resized to the whole (bicubic); a horizontal flip (half of them, none without `mirror`); colour jitter (8 of 10:
+    brightness, contrast and saturation times 0.6 to 1.4, hue by up to 0.1 of the circle); grey (2 of 10); Gaussian blur
+    of 0.1 to 2 pixels (half). Images of one channel have no saturation, hue or grey to change.
 
     Paper: https://arxiv.org/abs/2002.05709, appendix A (SimCLR); https://arxiv.org/abs/2202.03423 (DBD).
     Code: SCLBD/DBD config/defense/simclr/badnets/cifar10_resnet18/example.yaml:14-31, data/utils.py:13-24 (4acfdc3).
@@ -33,12 +33,14 @@ def contrastive_view(images: Tensor) -> Tensor:
     Args:
         images: (B, C, H, W) float32 in [0, 1], C of 1 or 3; the default generator of the CPU says which images are
             changed, in which order, that of their device by how much.
+        least_area: share of the image that the smallest crop shows.
+        mirror: flip half of the views; off where a mirrored image is another thing, such as a digit.
 
     Returns:
         (B, C, H, W) float32 in [0, 1], also under autocast, without gradient.
     """
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        view_CBHW = _crop_and_flip(images)
+        view_CBHW = _crop_and_flip(images, least_area, 0.5 if mirror else 0.0)
         rows = _chosen(images, JITTERED)
         view_CBHW.index_copy_(1, rows, _jitter(view_CBHW.index_select(1, rows)))
         if len(view_CBHW) == 3:
@@ -59,24 +61,26 @@ def _chosen(images: Tensor, share: float) -> Tensor:
     return sent((torch.rand(len(images)) < share).nonzero().squeeze(1), images.device)
 
 
-def _crop_and_flip(images: Tensor) -> Tensor:
+def _crop_and_flip(images: Tensor, least_area: float = CROP_AREA, mirrored_share: float = 0.5) -> Tensor:
     """Return (C, B, H, W): colours outermost, so that formulas of red, green and blue read adjacent memory."""
     _, _, height, width = images.shape
-    (top, left), (box_height, box_width) = _boxes(len(images), height, width, images.device)
-    mirrored = _uniform(images, 0, 1) < 0.5
+    (top, left), (box_height, box_width) = _boxes(len(images), height, width, images.device, least_area)
+    mirrored = _uniform(images, 0, 1) < mirrored_share
     left, box_width = torch.where(mirrored, left + box_width, left), torch.where(mirrored, -box_width, box_width)
     rows, columns = _resize_matrix(top, box_height, height), _resize_matrix(left, box_width, width)
     return _separable(images.transpose(0, 1).contiguous(), rows, columns).clamp_(0, 1)
 
 
-def _boxes(count: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _boxes(
+    count: int, height: int, width: int, device: torch.device, least_area: float = CROP_AREA
+) -> tuple[Tensor, Tensor]:
     """Draw boxes to crop to: corners (2, B) and sides (2, B), vertical first, in whole pixels.
 
     The area is uniform and the aspect ratio log-uniform. A box larger than the image is drawn again, up to `CROP_TRIES`
     in all, as in torchvision; then it is the largest of an allowed ratio, anywhere (in torchvision: at the centre).
     """
     area_share, log_ratio = torch.rand(2, CROP_TRIES, count, device=device)
-    side = (height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area_share)).sqrt()
+    side = (height * width * (least_area + (1 - least_area) * area_share)).sqrt()
     stretch = torch.exp(math.log(4 / 3) * (log_ratio - 0.5))
     limit = sent(torch.tensor([[height], [width]]), device)
     largest = torch.minimum(limit, (limit.flip(0) * 4 / 3).round()).expand(1, 2, count)

@@ -10,6 +10,7 @@ import pytest
 from bdbench import stages
 from bdbench.artifacts.kinds import verify
 from bdbench.artifacts.model import ModelArtifact, counted
+from bdbench.datasets import digits
 from bdbench.progress import Silent
 
 STORED = Path(__file__).with_name("made-by-0.1.tar.gz")
@@ -64,14 +65,20 @@ def test_the_same_questions_have_the_ids_of_0_1(stored: Path, notes: Notes) -> N
     runs = stored / "runs"
     poison_again(runs / "d", notes)
     stages.defend(runs / "d", "none", options={"epochs": 1}, out=runs / "m", progress=notes, **CPU)
+    assert [line.split(" is there already")[0] for line in notes.lines] == [str(runs / n) for n in ("d", "m")]
+
+
+def test_the_key_of_cached_features_is_that_of_0_1(stored: Path, tmp_path: Path, notes: Notes) -> None:
+    """DBD's version is another, but not that of its first stage; what 0.1 kept there has no checksum."""
     short = {"epochs": 1, "ssl_epochs": 1, "head_epochs": 1, "steps_per_epoch": 2}
-    stages.defend(runs / "d", "dbd", options=short, out=runs / "dbd", progress=notes, **CPU)
-    assert [line.split(" is there already")[0] for line in notes.lines] == [str(runs / n) for n in ("d", "m", "dbd")]
+    stages.defend(stored / "runs" / "d", "dbd", options=short, out=tmp_path / "dbd", progress=notes, **CPU)
+    assert any("encoders" in line and "is damaged and made again" in line for line in notes.lines)
 
 
 def test_a_surrogate_that_0_1_cached_without_a_checksum_is_trained_again(
-    stored: Path, tmp_path: Path, notes: Notes
+    stored: Path, tmp_path: Path, notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(digits, "AUGMENT", "crop,flip")  # as it was then
     again = poison_again(tmp_path / "d", notes)
     assert any("is damaged and made again (its checksum is another)" in line for line in notes.lines)
     assert again.id == stages.DatasetArtifact.open(stored / "runs" / "d").id

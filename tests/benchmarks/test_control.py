@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mcldef": {"inversion_epochs": 30},
 }
 RECIPE: dict[str, dict[str, Any]] = {
-    "dbd": {"epochs": 4, "lr": 0.01},
+    "dbd": {"epochs": 4, "lr": 0.01, "augment": "flip"},
     "mcldef": {"epochs": 10, "lr": 0.01, "schedule": "constant"},
 }
 

@@ -64,7 +64,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["defend", "--method", "cbd", "--twin-epochs", "1", *FAST, "--out", "runs/digits-badnets-s0-cbd"],
             [
                 *("defend", "--method", "abl", "--isolation-epochs", "1", "--unlearn-steps", "2", *FAST),
-                *("--out", "runs/digits-badnets-s0-abl"),
+                *("--unlearn-step-limit", "0", "--out", "runs/digits-badnets-s0-abl"),
             ],
             ["evaluate"],
         ):

@@ -32,7 +32,7 @@ from bdbench.models.classifier import Classifier
 from bdbench.protocol import networks
 from bdbench.seeds import generator
 from bdbench.training import engine as engine_module
-from bdbench.training.engine import Engine
+from bdbench.training.engine import Engine, others_over_own
 from bdbench.training.loop import mean_cross_entropy
 
 TRAPS: tuple[Trap, ...] = ("batch", "sample", "flooding")
@@ -135,6 +135,29 @@ def test_exactly_as_many_are_taken_as_asked(count: int) -> None:
     assert int(lowest(torch.zeros(4), count).sum()) == count
 
 
+def test_samples_that_the_model_is_sure_of_are_still_told_apart() -> None:
+    """Their cross entropies are all exactly 0, and the first rows would win."""
+    logits, labels = torch.tensor([[200.0, 0.0], [300.0, 0.0], [0.0, 400.0]]), torch.tensor([0, 0, 1])
+    assert not F.cross_entropy(logits, labels, reduction="none").any()
+    margins = others_over_own(logits, labels)
+    assert margins.tolist() == [-200, -300, -400]
+    assert lowest(margins, 1).tolist() == [False, False, True]
+
+
+def test_a_margin_is_a_cross_entropy_by_its_softplus() -> None:
+    logits, labels = torch.randn(20, 4, generator=generator(0, "logits")), torch.arange(20) % 4
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(F.softplus(others_over_own(logits, labels)), expected)
+
+
+def test_the_mean_loss_is_that_of_all_epochs_of_isolating() -> None:
+    by_epoch = [defend(isolation_epochs=epochs)[0].scores for epochs in (1, 2)]
+    losses = [F.softplus(-scores.double()) for scores in by_epoch if scores is not None]
+    found = defend(isolation_epochs=2, isolate_by="mean")[0].scores
+    assert found is not None
+    torch.testing.assert_close(-found, torch.stack(losses).mean(0))
+
+
 def test_poison_without_loss_is_isolated_purely() -> None:
     is_poison = torch.arange(20) % 5 == 0
     assert torch.equal(lowest((~is_poison).float(), 4), is_poison)
@@ -176,6 +199,7 @@ def defend(count: int = 80, **options: Any) -> tuple[Defended, Watched]:
     engine, data = Watched(), toy_data(count)
     task = Task(train=data, new_model=lambda purpose: toy_model(data, purpose), recipe=toy_recipe(), engine=engine)
     quick = {"isolation_epochs": 1, "isolation_rate": 0.1, "unlearn_steps": 4, "unlearn_stop": 100.0}
+    quick |= {"unlearn_step_limit": 0}
     return ABL.parse(quick | options).run(task), engine
 
 
@@ -337,7 +361,14 @@ def test_the_dose_is_counted_in_steps_whatever_the_batches(rate: float, batch: i
 
     data = toy_data(80)
     task = Task(train=data, new_model=lambda purpose: toy_model(data, purpose), recipe=toy_recipe(), engine=Counting())
-    ABL(isolation_epochs=1, isolation_rate=rate, unlearn_steps=9, unlearn_stop=100, unlearn_batch_size=batch).run(task)
+    ABL(
+        isolation_epochs=1,
+        isolation_rate=rate,
+        unlearn_steps=9,
+        unlearn_stop=100,
+        unlearn_batch_size=batch,
+        unlearn_step_limit=0,
+    ).run(task)
     assert seen.count("unlearn") == 9
 
 
@@ -352,6 +383,44 @@ def test_a_lower_stop_ends_sooner() -> None:
         defend(objective="ascent", unlearn_steps=500, unlearn_lr=0.02, unlearn_stop=stop)[1] for stop in (1.0, 1.5)
     )
     assert early.steps("unlearn") < late.steps("unlearn")
+
+
+def test_where_the_dose_is_too_small_it_goes_on_until_the_loss_is_at_the_cap() -> None:
+    dose = {"unlearn_steps": 2, "unlearn_lr": 0.05, "unlearn_stop": 1.0}
+    short, long = defend(**dose)[0], defend(**dose, unlearn_step_limit=300)
+    assert (short.findings["took"], long[0].findings["took"]) == (False, True)
+    assert isolated_losses(long[1], long[1].after["unlearn-on"]) >= 0.85 * math.log(4)
+    assert 0 < long[1].steps("unlearn-on") < 298
+
+
+def test_a_dose_that_is_enough_is_not_exceeded() -> None:
+    enough = {"unlearn_steps": 200, "unlearn_lr": 0.05, "unlearn_stop": 1.0}
+    plain, more = (defend(**enough, unlearn_step_limit=limit) for limit in (0, 1000))
+    assert "unlearn-on" not in more[1].after
+    assert are_equal(weights_of(plain[0].model), weights_of(more[0].model))
+
+
+def test_an_ascent_that_did_not_take_says_so() -> None:
+    result, engine = defend(unlearn_steps=1, unlearn_lr=1e-6, unlearn_stop=1.0, unlearn_step_limit=2)
+    assert engine.steps("unlearn-on") == 1
+    assert not result.findings["took"]
+    assert result.findings["said"].startswith("unlearning did not take: the samples set aside have a loss of ")
+    assert result.findings["isolated_loss"] == pytest.approx(
+        isolated_losses(engine, engine.after["unlearn-on"]), abs=1e-3
+    )
+
+
+def test_the_dose_may_be_counted_in_passes_over_the_rest() -> None:
+    """72 of 80 samples are the rest: two batches of 64 a pass."""
+    steps, passes = defend(unlearn_steps=6), defend(unlearn_epochs=3)
+    assert are_equal(weights_of(steps[0].model), weights_of(passes[0].model))
+
+
+def test_the_paper_and_its_code_are_presets_that_unlearn_without_a_cap() -> None:
+    paper, code = ABL.presets["paper"], ABL.presets["code"]
+    assert (paper["finetune"], paper["objective"]) == (False, "joint")
+    assert (code["objective"], code["unlearn_steps"], code["unlearn_momentum"]) == ("ascent", 32, "kept")
+    assert paper["unlearn_stop"] == code["unlearn_stop"] == 1000
 
 
 def test_the_cap_holds_for_the_mean_or_for_each_sample() -> None:
@@ -511,6 +580,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(finetune: bool, momentu
     options = {
         "isolation_epochs": 2, "isolation_rate": 0.1, "unlearn_steps": 12, "unlearn_batch_size": 4,
         "unlearn_weight_decay": 0.1, "unlearn_norms": "untracked", "finetune": finetune, "unlearn_momentum": momentum,
+        "isolate_by": "mean", "unlearn_step_limit": 16,
     }  # fmt: skip
 
     def run(engine: Engine) -> dict[str, Tensor]:
@@ -545,11 +615,13 @@ def test_unlearning_decays_no_weights_and_augments_nothing_it_ascends() -> None:
         {"gamma": 5.0}, {"trap": "sample", "gamma": 1.4}, {"finetune": False}, {"objective": "ascent"},
         {"unlearn_steps": 2}, {"unlearn_batch_size": 3}, {"unlearn_lr": 0.01}, {"unlearn_stop": 1e-6},
         {"unlearn_momentum": "kept"}, {"unlearn_weight_decay": 0.1}, {"unlearn_norms": "frozen"},
-        {"unlearn_norms": "untracked"},
+        {"unlearn_norms": "untracked"}, {"unlearn_norms": "apart"}, {"unlearn_epochs": 3}, {"unlearn_step_limit": 9},
+        {"isolate_by": "mean", "isolation_epochs": 3},
     ],
 )  # fmt: skip
 def test_every_option_changes_the_model(options: dict[str, Any]) -> None:
     base = {"trap": "batch", "gamma": options["gamma"]} if "trap" in options else {}
+    base = {"isolation_epochs": 3} if "isolate_by" in options else base
     if "unlearn_stop" in options:
         base = {"unlearn_batch_size": 4}
         options = options | base
@@ -572,7 +644,14 @@ class Backdoored(NamedTuple):
     def unlearned(self, isolated: Tensor, steps: int, lr: float) -> tuple[float, float]:
         """BA and ASR after ascent on the isolated samples (N,) bool alone, without a cap."""
         train = self.data.train
-        options = ABL(objective="ascent", unlearn_steps=steps, unlearn_lr=lr, unlearn_stop=1000, unlearn_batch_size=16)
+        options = ABL(
+            objective="ascent",
+            unlearn_steps=steps,
+            unlearn_lr=lr,
+            unlearn_stop=1000,
+            unlearn_batch_size=16,
+            unlearn_step_limit=0,
+        )
         model = copy.deepcopy(self.model)
         if steps:
             options._unlearn(self.task(), model, train.take(isolated), train.take(~isolated), None)

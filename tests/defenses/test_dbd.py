@@ -57,7 +57,7 @@ QUICK: dict[str, Any] = {
 
 EARLY: dict[str, Any] = {
     "ssl_epochs": 3, "ssl_horizon": 9, "ssl_batch_size": 16, "ssl_lr": 0.1, "ssl_weight_decay": 0.1, "ssl_warmup": 1.0,
-    "temperature": 0.1, "symmetric": False,
+    "temperature": 0.1, "symmetric": False, "ssl_crop": 0.6,
 }  # fmt: skip
 """Another value for every option of the features."""
 
@@ -381,7 +381,7 @@ def test_features_read_no_labels(features: dict[str, Tensor]) -> None:
     "changes",
     [
         {"lr": 0.3}, {"epochs": 7}, {"batch_size": 8}, {"momentum": 0.0}, {"nesterov": False}, {"weight_decay": 0.1},
-        {"schedule": "step"}, {"milestones": (0.1, 0.2)}, {"warmup": 2.0}, {"augment": "none"},
+        {"schedule": "step"}, {"milestones": (0.1, 0.2)}, {"warmup": 2.0}, {"augment": "flip"},
     ],
 )  # fmt: skip
 def test_features_do_not_depend_on_the_recipe_of_the_third_stage(
@@ -461,6 +461,13 @@ def test_every_option_of_the_features_is_part_of_the_key_and_changes_them(
     assert not are_equal(learned(**{option: EARLY[option]})[0], features)
 
 
+def test_views_are_mirrored_only_where_the_recipe_flips(tmp_path: Path, features: dict[str, Tensor]) -> None:
+    upright = cached(tmp_path, recipe=SETTING.recipe.model_copy(update={"augment": "crop"}))
+    assert not are_equal(learned(upright)[0], features)
+    learned(cached(tmp_path))
+    assert len(files_of(tmp_path)) == 2
+
+
 def test_every_option_belongs_to_the_features_or_to_later_stages() -> None:
     assert EARLY.keys() | LATER.keys() == DBD.model_fields.keys()
 
@@ -496,7 +503,7 @@ def test_seed_first_weights_and_arithmetic_are_part_of_the_key(monkeypatch: pyte
         key_of(engine=toy_engine(bf16=True)),
         key_of(engine=toy_engine(compile=True)),
     ]
-    monkeypatch.setattr(DBD, "version", 99)
+    monkeypatch.setattr(dbd, "ENCODERS", 99)
     assert len({*keys, key_of()}) == 6
 
 
@@ -811,9 +818,9 @@ def test_only_if_asked_the_split_ranks_augmented_images(monkeypatch: pytest.Monk
 
         def watched(model: Classifier, data: ImageDataset, ranked: list[ImageDataset] = ranked) -> Tensor:
             ranked.append(data)
-            return toy_engine().losses(model, data)
+            return toy_engine().margins(model, data)
 
-        monkeypatch.setattr(task.engine, "losses", watched)
+        monkeypatch.setattr(task.engine, "margins", watched)
         for epoch in (0, 0, 1):
             mixing.split(epoch)
         prints = [data.fingerprint for data in ranked]
@@ -1017,12 +1024,12 @@ def test_crops_reflect_in_the_later_stages_unless_told_otherwise() -> None:
             assert used == {"simclr": "none", "head": expected, "mixmatch": expected}
 
 
-def test_scores_are_the_losses_of_the_delivered_model(plain: tuple[Defended, Watched]) -> None:
+def test_scores_are_the_margins_of_the_delivered_model(plain: tuple[Defended, Watched]) -> None:
     result, _ = plain
     assert result.scores is not None
     assert result.scores.shape == (80,)
     assert result.scores.isfinite().all()
-    assert torch.equal(result.scores, toy_engine().losses(result.model, SETTING.data))
+    assert torch.equal(result.scores, toy_engine().margins(result.model, SETTING.data))
     assert result.set_aside is None
     assert not result.model.training
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bdbench.defenses.parts.inversion import FORMS, MaskTriggers, PixelTriggers, Stamp, Triggers, anomaly
+from bdbench.defenses.parts.inversion import FORMS, MaskTriggers, PixelTriggers, Stamp, Triggers, anomaly, smallest_p
 from bdbench.seeds import generator, scoped
 
 SHAPE = (3, 8, 8)
@@ -87,6 +88,32 @@ def test_where_the_others_are_equal_a_smaller_size_is_infinitely_anomalous() -> 
 @pytest.mark.parametrize("sizes", [[0.0], [5.0], [5.0, 5.0], [0.0, 0.0, 0.0], [64.0, 64.0, 64.0, 64.0]])
 def test_equal_sizes_are_no_anomaly(sizes: list[float]) -> None:
     assert anomaly(torch.tensor(sizes)).tolist() == [0] * len(sizes)
+
+
+def test_the_p_value_by_hand() -> None:
+    # logs 0, 2, 3, 4: the others' mean 3, deviation 1; 3 / sqrt(1 + 1/3) = 2.598 of t with 2 degrees of freedom,
+    # whose upper tail is (1 - 2.598 / sqrt(2 + 2.598^2)) / 2 = 0.0608; four classes might have been it
+    tail = (1 - 2.598076 / math.sqrt(2 + 2.598076**2)) / 2
+    assert smallest_p(torch.tensor([2.0, 0.0, 4.0, 3.0]).exp()) == pytest.approx(4 * tail, rel=1e-5)
+
+
+def test_the_p_value_of_chance_is_uniform() -> None:
+    """Of sizes with nothing special a twentieth is at or under 0.05, for few classes and for many."""
+    for classes in (3, 10, 43):
+        draws = torch.randn(600, classes, generator=generator(0, "sizes", classes)).exp()
+        assert sum(smallest_p(sizes) <= 0.05 for sizes in draws) / 600 == pytest.approx(0.05, abs=0.025)
+
+
+def test_equal_sizes_have_a_p_value_of_1_and_one_below_equal_ones_of_0() -> None:
+    assert smallest_p(torch.full((6,), 0.3)) == 1
+    assert smallest_p(torch.tensor([64.0, 5.0, 64.0, 64.0])) == 0
+    assert smallest_p(torch.tensor([1.0, 9.0])) == 1
+
+
+def test_the_p_value_does_not_depend_on_order_or_unit() -> None:
+    sizes = torch.tensor([3.0, 9.0, 11.0, 13.0, 8.0])
+    assert smallest_p(sizes.flip(0)) == pytest.approx(smallest_p(sizes))
+    assert smallest_p(sizes * 7) == pytest.approx(smallest_p(sizes), rel=1e-4)
 
 
 def test_the_anomaly_is_never_nan_nor_negative() -> None:

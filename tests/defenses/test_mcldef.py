@@ -17,7 +17,7 @@ from toys import Fuse, are_equal, toy_batch, toy_data, toy_engine, toy_model, to
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Task
 from bdbench.defenses.parts import inversion
-from bdbench.defenses.parts.inversion import Stamp, Triggers
+from bdbench.defenses.parts.inversion import Stamp, Triggers, smallest_p
 from bdbench.defenses.repair import mcldef
 from bdbench.defenses.repair.mcldef import Found, MCLDef, contrast
 from bdbench.errors import OptionError
@@ -127,7 +127,7 @@ def task_of(
 def defend(task: Task | None = None, **options: Any) -> Defended:
     """Run the method for a tenth of a second."""
     task = task or task_of(epochs=1)
-    return MCLDef.parse({"inversion_batch_size": 32, "anomaly_threshold": 1.0} | options).run(task)
+    return MCLDef.parse({"inversion_batch_size": 32, "significance": 1.0} | options).run(task)
 
 
 # the contrast
@@ -220,27 +220,27 @@ def test_the_smallest_trigger_is_the_targets() -> None:
     # the median is 12, distances 8, 2, 0, 1, 2, their median 2: 8 / (1.4826 * 2) = 2.698
     target, findings = decide(found_of([14.0, 10.0, 12.0, 4.0, 13.0]))
     assert target == 3
+    assert findings.pop("p") == pytest.approx(smallest_p(torch.tensor([14.0, 10.0, 12.0, 4.0, 13.0])))
     assert findings == {
-        "said": "target class 3 inferred, anomaly 2.7", "unchanged": False, "target": 3, "classes": [0, 1, 2, 3, 4],
+        "said": "target class 3 inferred, p-value 0.016", "unchanged": False, "target": 3, "classes": [0, 1, 2, 3, 4],
         "sizes": [14, 10, 12, 4, 13], "success": [1, 1, 1, 1, 1], "anomaly": [0, 0.6745, 0, 2.698, 0],
     }  # fmt: skip
 
 
-def test_a_threshold_must_be_passed_not_reached() -> None:
-    found = found_of([64.0, 64.0, 64.0])
-    assert decide(found, anomaly_threshold=0)[0] is None
-    score = decide(found_of([14.0, 10.0, 12.0, 4.0, 13.0]))[1]["anomaly"][3]
-    assert decide(found_of([14.0, 10.0, 12.0, 4.0, 13.0]), anomaly_threshold=score - 0.01)[0] == 3
-    assert decide(found_of([14.0, 10.0, 12.0, 4.0, 13.0]), anomaly_threshold=score + 0.01)[0] is None
+def test_the_p_value_of_the_target_may_be_the_limit_but_not_above() -> None:
+    found = found_of([14.0, 10.0, 12.0, 4.0, 13.0])
+    p = decide(found)[1]["p"]
+    assert decide(found, significance=p)[0] == 3
+    assert decide(found, significance=0.999 * p)[0] is None
+    assert decide(found_of([64.0, 64.0, 64.0]), significance=0.999)[0] is None
 
 
 def test_when_no_class_stands_out_the_reason_is_told() -> None:
-    target, findings = decide(found_of([14.0, 10.0, 12.0, 4.0, 13.0]), anomaly_threshold=3)
+    target, findings = decide(found_of([14.0, 10.0, 12.0, 4.0, 13.0]), significance=0.01)
     assert target is None
     assert (findings["target"], findings["unchanged"]) == (None, True)
     assert findings["said"] == (
-        "no class stands out: the smallest trigger, of class 3, is 2.7 deviations below the median "
-        "(threshold 3.0); model unchanged"
+        "no class stands out: the smallest trigger, of class 3, has a p-value of 0.016 (limit 0.01); model unchanged"
     )
 
 
@@ -249,17 +249,21 @@ def test_a_small_trigger_that_does_not_work_is_not_the_targets() -> None:
     assert decide(found_of(sizes, success))[0] == 3
 
 
-def test_a_trigger_that_does_not_work_counts_as_the_whole_image() -> None:
+def test_where_one_trigger_works_the_others_count_as_the_whole_image() -> None:
+    assert decide(found_of([4.0, 9.0, 1.0, 2.0, 3.0], [1.0, 0.5, 0.5, 0.5, 0.5]))[0] == 0
+
+
+def test_a_trigger_that_does_not_work_counts_as_the_largest_that_does() -> None:
     # 64 pixels thrice: all distances but two are 0
     target, findings = decide(found_of([4.0, 64.0, 1.0, 2.0, 3.0], [1.0, 1.0, 0.5, 0.5, 0.5]))
     assert target == 0
     assert findings["sizes"] == [4, 64, 1, 2, 3]
     assert findings["anomaly"] == [None, 0, 0, 0, 0]  # infinite
-    assert "anomaly inf" in findings["said"]
+    assert findings["p"] == 0
 
 
 def test_when_no_trigger_works_the_inversion_has_failed() -> None:
-    for options in ({}, {"oracle_target": 1}, {"anomaly_threshold": 0}):
+    for options in ({}, {"oracle_target": 1}, {"significance": 1}):
         target, findings = decide(found_of([4.0, 64.0], [0.89, 0.0]), **options)
         assert target is None
         assert (findings["target"], findings["unchanged"]) == (None, True)
@@ -269,7 +273,7 @@ def test_when_no_trigger_works_the_inversion_has_failed() -> None:
 
 
 def test_a_target_that_is_told_needs_no_anomaly() -> None:
-    place, findings = decide(found_of([60.0], classes=[2]), oracle_target=2, anomaly_threshold=1e9)
+    place, findings = decide(found_of([60.0], classes=[2]), oracle_target=2, significance=1e-9)
     assert place == 0
     assert (findings["said"], findings["target"]) == ("target class 2 as told", 2)
 
@@ -314,7 +318,7 @@ def test_the_targets_trigger_is_the_smallest_and_works(form: str) -> None:
     assert findings["anomaly"][TARGET] > 1
     assert findings["classes"] == [0, 1, 2, 3]
     assert not findings["unchanged"]
-    assert findings["said"].startswith("target class 1 inferred, anomaly ")
+    assert findings["said"].startswith("target class 1 inferred, p-value ")
 
 
 @every_form
@@ -433,9 +437,9 @@ def test_a_failed_inversion_of_a_target_that_was_told_leaves_the_model_as_it_was
 
 
 def test_a_threshold_that_nothing_reaches_leaves_the_model_as_it_was() -> None:
-    said = unchanged(**FORMS["mask"] | {"anomaly_threshold": 1e9})
-    assert said.startswith("no class stands out: the smallest trigger, of class 1, is ")
-    assert "threshold 1000000000.0" in said
+    said = unchanged(**FORMS["mask"] | {"significance": 1e-12})
+    assert said.startswith("no class stands out: the smallest trigger, of class 1, has a p-value of ")
+    assert "(limit 1e-12)" in said
 
 
 # purification
@@ -713,7 +717,7 @@ def test_a_negative_target_is_refused() -> None:
 def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(form: str, steps: int, tmp_path: Path) -> None:
     """Two steps and a word an epoch: 6 epochs of inversion, then 3 of purification."""
     # a patience of one: costs and streaks change all the time
-    options = FORMS[form] | {"inversion_batch_size": 16, "inversion_epochs": 6, "anomaly_threshold": 0.0}
+    options = FORMS[form] | {"inversion_batch_size": 16, "inversion_epochs": 6, "significance": 1.0}
 
     def run(folder: Path | None, progress: Silent) -> Defended:
         engine = toy_engine(folder, progress=progress)

@@ -31,7 +31,7 @@ from bdbench.reports.runs import FALSE_POSITIVE, Shelf, describe_runs
 LIMIT = 2_000_000
 NOTHING = Shelf({}, {}, {})
 SHORT = {"epochs": 1, "batch_size": 32, "lr": 0.05}
-ABL = {**SHORT, "isolation_epochs": 1, "unlearn_steps": 2, "unlearn_batch_size": 16}
+ABL = {**SHORT, "isolation_epochs": 1, "unlearn_steps": 2, "unlearn_step_limit": 0, "unlearn_batch_size": 16}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from bdbench.cli.quickstart import COLUMNS, METHODS, MODEL
 from bdbench.errors import ArtifactError
 from bdbench.protocol.metric_list import METRICS, RATES, SCORES
 from bdbench.reports import results, tables
@@ -29,6 +30,25 @@ def row(defense: str = "none", seed: int = 0, ba: float = 0.9, asr: float = 1.0,
     for name in RATES:
         full |= {name: metrics.get(name), f"{name}_n": 100, f"{name}_low": None, f"{name}_high": None}
     return {**full, **dict.fromkeys(SCORES), **other}
+
+
+def test_a_table_shows_the_columns_that_are_asked_for() -> None:
+    rows = results.mark_rows([row(), row("cbd")])
+    heading = str(tables.render(rows, "markdown", ("asr", "floor"))).splitlines()[0]
+    assert "| ASR | floor |" in heading
+    assert "BA" not in heading
+
+
+def test_the_quickstarts_table_fits_80_columns() -> None:
+    named = {"dataset": "digits", "model": MODEL, "preset": "tiny", "detection_precision": 1.0, "auroc": 0.99}
+    rows = results.mark_rows([row(method, **named) for method in METHODS])
+    stream = io.StringIO()
+    Console(width=80, file=stream).print(tables.render(rows, "rich", COLUMNS))
+    printed = stream.getvalue()
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "no room" not in printed
+    for heading in ("BA", "ASR", "floor", "recall", "seconds"):
+        assert heading in printed
 
 
 def test_a_place_without_evaluations_is_said(tmp_path: Path) -> None:
@@ -75,6 +95,7 @@ def test_a_budget_that_is_not_the_papers_is_marked() -> None:
     [
         ({"defense_options": {"oracle_target": 0}}, "o"), ({"defense_options": {"oracle_target": None}}, ""),
         ({"reads_truth": True}, "r"), ({"replay": True}, "p"), ({"changed": ["epochs"]}, "c"),
+        ({"findings": {"took": False}}, "a"), ({"findings": {"took": True}}, ""), ({"preset": "code"}, ""),
         ({"findings": {"unchanged": True}}, "u"), ({"findings": {"unchanged": False}}, ""), ({"asr": None}, "n"),
     ],
 )  # fmt: skip

@@ -161,9 +161,10 @@ def test_a_run_goes_on_when_its_file_is_put_back(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("method", ["oracle", "abl", "cbd", "dbd"])
 def test_every_training_defense_takes_streamed_images(tmp_path: Path, method: str) -> None:
     data = stages.poison("digits", out=tmp_path / "data")
-    small = {"epochs": 1} | {"abl": {"isolation_epochs": 1, "unlearn_steps": 2}, "cbd": {"twin_epochs": 1}}.get(
-        method, {}
-    )
+    small = {"epochs": 1} | {
+        "abl": {"isolation_epochs": 1, "unlearn_steps": 2, "unlearn_step_limit": 0},
+        "cbd": {"twin_epochs": 1},
+    }.get(method, {})
     small |= {"ssl_epochs": 1, "head_epochs": 1, "steps_per_epoch": 4} if method == "dbd" else {}
     models = [
         stages.defend(data.path, method, options=small, out=tmp_path / name, image_memory=memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import ClassVar, Literal, NamedTuple
 
@@ -21,6 +22,36 @@ def anomaly(sizes: Tensor) -> Tensor:
     below = (median - sizes).clamp_min(0)
     spread = 1.4826 * (sizes - median).abs().quantile(0.5)
     return torch.where(below > 0, below / spread, torch.zeros_like(below))
+
+
+def smallest_p(sizes: Tensor) -> float:
+    """Return how often the smallest of K sizes would lie so far below the others if nothing were special about it.
+
+    The null: logarithms of all sizes are draws from one normal distribution, of unknown mean and width. The statistic
+    is the smallest one's distance from the mean of the others in units of their own spread (Student's t, K - 2 degrees
+    of freedom), times K, since any class might have been the smallest. So one number means the same for 10 classes and
+    for 200, unlike the index of `anomaly`, which is over 2 for a third of such draws of ten. It rises where several
+    classes are small together.
+
+    Source: Grubbs, Sample Criteria for Testing Outlying Observations, 1950.
+
+    Args:
+        sizes: (K,), positive.
+
+    Returns:
+        In [0, 1]; 1 where the smallest is no smaller than the others, or K is under 3.
+    """
+    from scipy.stats import t
+
+    logs = sizes.double().clamp_min(1e-9).log().sort().values
+    smallest, others = logs[0], logs[1:]
+    below = float(others.mean() - smallest)
+    if len(others) < 2 or below <= 1e-6:
+        return 1.0
+    spread = float(others.std()) * math.sqrt(1 + 1 / len(others))
+    if spread == 0:
+        return 0.0
+    return min(1.0, len(logs) * float(t.sf(below / spread, len(logs) - 2)))
 
 
 class Stamp(NamedTuple):

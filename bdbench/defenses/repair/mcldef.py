@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Defense, Task
-from bdbench.defenses.parts.inversion import FORMS, SUCCESS, Stamp, Triggers, anomaly
+from bdbench.defenses.parts.inversion import FORMS, SUCCESS, Stamp, Triggers, anomaly, smallest_p
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.models.structure import frozen
@@ -35,9 +35,9 @@ class MCLDef(Defense):
     """Reconstructs the trigger of a backdoored model and tunes the features until stamped images look like clean ones.
 
     1. `invert`: for every class, all together, the trigger that turns trusted images into it, as small as it gets. The
-    target is the class whose trigger is so much smaller than the others' that its distance from their median is
-    over `anomaly_threshold` median absolute deviations. 2. `purify`: with z the embedding of a stamped image by the
-    model that is tuned, and z+ and z- those of the clean and the stamped image by the model as it was,
+    target is the class whose trigger is smaller than the others' by more than chance makes it: `significance` bounds
+    the p-value of its size among theirs (Grubbs' test on logarithms). 2. `purify`: with z the embedding of a stamped
+    image by the model that is tuned, and z+ and z- those of the clean and the stamped image by the model as it was,
     -log(e^(cos(z, z+) / tau) / (e^(cos(z, z+) / tau) + e^(cos(z, z-) / tau))) falls. The head is left alone. Labels of
     the trusted images are not used, unless `clean_weight` asks for it. If no class stands out, or no trigger works,
     the model is returned as it was, and the row is marked.
@@ -62,6 +62,7 @@ class MCLDef(Defense):
     threat: ClassVar[str] = "the defender has the backdoored model and a few trusted clean images, no training set"
     needs_trusted: ClassVar[bool] = True
     needs_suspect: ClassVar[bool] = True
+    version: ClassVar[int] = 2
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
             "epochs": 20, "batch_size": 64, "lr": 0.1, "schedule": "step", "milestones": (0.05, 0.5), "nesterov": False,
@@ -71,8 +72,8 @@ class MCLDef(Defense):
             "milestones": (0.05, 0.5), "nesterov": False,
         },
         "tiny": {
-            "form": "mask", "inversion_epochs": 40, "inversion_batch_size": 36, "inversion_lr": 0.1,
-            "inversion_cost": 0.2, "anomaly_threshold": 1.5, "epochs": 20, "batch_size": 16, "lr": 0.1,
+            "form": "mask", "inversion_epochs": 50, "inversion_batch_size": 36, "inversion_lr": 0.1,
+            "inversion_cost": 0.05, "epochs": 20, "batch_size": 16, "lr": 0.1,
             "schedule": "step", "milestones": (0.05, 0.5), "nesterov": False,
         },
     }  # fmt: skip
@@ -81,8 +82,11 @@ class MCLDef(Defense):
         "pixel", description="What is reconstructed: mask and pattern, or pixels added."
     )
     oracle_target: int | None = Field(None, ge=0, description="Tell it the target class; marked in every table.")
-    anomaly_threshold: float = Field(
-        2.0, ge=0, description="How far below the others' sizes, in median absolute deviations, the target's must lie."
+    significance: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="The largest p-value at which the smallest trigger is the target's; 1: it always is.",
     )
     inversion_epochs: int = Field(100, ge=1, description="Passes over the trusted images for the inversion.")
     inversion_batch_size: int = Field(64, ge=2, description="Trusted images in a step of it.")
@@ -169,26 +173,27 @@ class MCLDef(Defense):
     def _decide(self, found: Found) -> tuple[int | None, dict[str, Any]]:
         """Return the place of the target's trigger, or None, and what to tell of it."""
         works = found.success >= SUCCESS
-        whole_image = float(found.stamps[0].add[0].numel())
-        scores = anomaly(torch.where(works, found.sizes, whole_image))
         place = int(torch.where(works, found.sizes, math.inf).argmin())
+        sizes = with_failures(found.sizes, works, place, float(found.stamps[0].add[0].numel()))
+        scores = anomaly(sizes)
         target = int(found.classes[place])
         told = self.oracle_target is not None
-        stands_out = told or bool(scores[place] > self.anomaly_threshold)
+        p = smallest_p(sizes)
+        stands_out = told or p <= self.significance
         unchanged = not (works[place] and stands_out)
         if not works[place]:
             said = f"inversion failed: no trigger turns {SUCCESS:.0%} of the trusted images to a class; model unchanged"
         elif not stands_out:
             said = (
-                f"no class stands out: the smallest trigger, of class {target}, is {scores[place]:.1f} deviations "
-                f"below the median (threshold {self.anomaly_threshold}); model unchanged"
+                f"no class stands out: the smallest trigger, of class {target}, has a p-value of {p:.2g} "
+                f"(limit {self.significance:g}); model unchanged"
             )
         else:
-            said = f"target class {target} {'as told' if told else f'inferred, anomaly {scores[place]:.1f}'}"
+            said = f"target class {target} {'as told' if told else f'inferred, p-value {p:.2g}'}"
         findings = {
             "said": said, "unchanged": unchanged, "target": None if unchanged else target,
             "classes": found.classes.tolist(), "sizes": _rounded(found.sizes), "success": _rounded(found.success),
-            "anomaly": _rounded(scores),
+            "anomaly": _rounded(scores), "p": None if told else p,
         }  # fmt: skip
         return None if unchanged else place, findings
 
@@ -211,6 +216,20 @@ class MCLDef(Defense):
             return total
 
         return task.engine.fit(model, trusted, loss, task.recipe, phase="purify")
+
+
+def with_failures(sizes: Tensor, works: Tensor, place: int, whole_image: float) -> Tensor:
+    """Return trigger sizes (K,) in which those that do not work are as large as the largest that does.
+
+    At least that large is what they are; the whole image would spread the sizes so far that none stands out.
+
+    Args:
+        sizes, works: (K,).
+        place: of the smallest that works, which has no part in it.
+        whole_image: pixels, for where no other one works.
+    """
+    others = sizes[works & (torch.arange(len(sizes)) != place)]
+    return torch.where(works, sizes, others.max() if len(others) else torch.tensor(whole_image))
 
 
 def pulled(suspect: Classifier, stamped: Tensor, classes: Tensor, at_once: int) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,7 @@ class CBD(Defense):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.06818"
     threat: ClassVar[str] = "the defender controls training; has the poisoned set only, no clean data"
+    version: ClassVar[int] = 2
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"twin_epochs": 5, "epochs": 100, "batch_size": 64, "schedule": "step"},
         "fast": {
@@ -66,7 +67,7 @@ class CBD(Defense):
             "twin_judges": "once", "epochs": 12, "batch_size": 64,
         },
         "tiny": {
-            "twin_epochs": 3, "twin_lr": 0.05, "twin_schedule": "cosine", "epochs": 60, "batch_size": 32, "lr": 0.05,
+            "twin_epochs": 2, "twin_lr": 0.05, "twin_schedule": "cosine", "epochs": 25, "batch_size": 32, "lr": 0.05,
         },
     }  # fmt: skip
 
@@ -111,7 +112,7 @@ class CBD(Defense):
     critic_judges_with_dropout: bool = Field(False, description="Dropout of the critic also while it judges.")
 
     def run(self, task: Task) -> Defended:
-        """Train the twin, freeze it, train the clean model; the scores are the twin's negated losses."""
+        """Train the twin, freeze it, train the clean model; the scores rank the twin's losses, lowest first."""
         engine = task.engine
         twin_recipe = task.recipe.model_copy(
             update={
@@ -141,7 +142,7 @@ class CBD(Defense):
             before_epoch=before_epoch if self.information_weight else None,
             companions={"critic": critic, "learner": tutor.learner},
         )  # fmt: skip
-        return Defended(model, scores=-engine.losses(trained, task.train))
+        return Defended(model, scores=-engine.margins(trained, task.train))
 
     def epochs_of_twin(self, epoch_steps: float) -> int:
         """Return the twin's epochs, where one has so many steps: as many as come closest to the limit, at least 1."""

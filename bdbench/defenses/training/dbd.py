@@ -24,9 +24,11 @@ from bdbench.training.augment import parse_augment
 from bdbench.training.engine import Engine
 from bdbench.training.loop import Batch
 from bdbench.training.recipe import Recipe
-from bdbench.training.views import contrastive_view
+from bdbench.training.views import CROP_AREA, contrastive_view
 
 PROJECTION = 128
+ENCODERS = 1
+"""Version of the first stage: raised where equal settings give other features."""
 CHUNK = 4096
 
 
@@ -56,11 +58,13 @@ class DBD(Defense):
     the first stage falls with every step, there with every epoch. Ranking by symmetric cross entropy is ranking by
     plain cross entropy, which is what is computed. `--split-by class` is ours: with features of few epochs the joint
     ranking soon keeps labels of some classes only, and the others are forgotten; the presets `fast` and `tiny` use it.
-    How many epochs the paper gives the first stage is not verified: 100 is what its code loads.
+    Views are mirrored only where `--augment` flips, so digits are not. How many epochs the paper gives the first stage
+    is not verified: 100 is what its code loads.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2202.03423"
     threat: ClassVar[str] = "the defender controls training; has the poisoned set only, no clean data"
+    version: ClassVar[int] = 2
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"epochs": 190, "batch_size": 64, "lr": 0.002, "schedule": "constant", "weight_decay": 0.0},
         "fast": {
@@ -68,7 +72,7 @@ class DBD(Defense):
             "split_by": "class", "epochs": 8, "batch_size": 64, "lr": 0.002, "schedule": "cosine", "weight_decay": 0.0,
         },
         "tiny": {
-            "ssl_epochs": 40, "ssl_batch_size": 128, "ssl_warmup": 2.0, "head_epochs": 20, "head_batch_size": 64,
+            "ssl_epochs": 30, "ssl_batch_size": 128, "ssl_warmup": 2.0, "head_epochs": 10, "head_batch_size": 64,
             "split_by": "class", "unlabelled_weight": 5.0, "steps_per_epoch": 40, "epochs": 8, "batch_size": 32,
             "lr": 0.002, "schedule": "cosine", "weight_decay": 0.0,
         },
@@ -82,6 +86,9 @@ class DBD(Defense):
     ssl_lr: float = Field(0.4, gt=0, description="Its peak learning rate (stochastic gradient descent).")
     ssl_weight_decay: float = Field(1e-4, ge=0, description="Its weight decay, on all weights.")
     ssl_warmup: float = Field(0.0, ge=0, description="Epochs of linear warm-up of it.")
+    ssl_crop: float = Field(
+        CROP_AREA, gt=0, le=1, description="Share of the image that the smallest crop of a view shows."
+    )
     temperature: float = Field(0.5, gt=0, description="Temperature of the contrastive loss.")
     symmetric: bool = Field(
         True, description="Both views are anchors of the contrastive loss; off: the first one only."
@@ -128,7 +135,7 @@ class DBD(Defense):
             model, task.train, mixing.loss, recipe, phase="mixmatch", optimizer=optimizer,
             epoch_steps=self.steps_per_epoch, before_epoch=mixing.split,
         )  # fmt: skip
-        return Defended(model, scores=task.engine.losses(model, task.train))
+        return Defended(model, scores=task.engine.margins(model, task.train))
 
     def _learn_features(self, task: Task, model: Classifier) -> None:
         """Train the features by contrast, or take them from the cache."""
@@ -144,16 +151,22 @@ class DBD(Defense):
                 "warmup": self.ssl_warmup, "augment": "none",  # the views are made in the loss
             }
         )  # fmt: skip
+        mirror = "flip" in parse_augment(task.recipe.augment)
+        contrast = partial(self._contrast, mirror=mirror)
         train = partial(
-            engine.fit, net, task.train, self._contrast, recipe, phase="simclr", epoch_steps=steps,
+            engine.fit, net, task.train, contrast, recipe, phase="simclr", epoch_steps=steps,
             max_steps=self.ssl_epochs * steps, lr_flag="--ssl-lr",
         )  # fmt: skip
-        engine.reuse_or_train(folder, self._encoder_key(task.train, net, engine), state, "features", train)
+        engine.reuse_or_train(folder, self._encoder_key(task.train, net, engine, mirror), state, "features", train)
 
-    def _encoder_key(self, data: ImageDataset, net: Contrastive, engine: Engine) -> str:
+    def _encoder_key(self, data: ImageDataset, net: Contrastive, engine: Engine, mirror: bool = True) -> str:
         """Hash what determines the features: images (not labels), first weights, options, seed, arithmetic."""
         options = {name: value for name, value in self.model_dump().items() if name.startswith("ssl_")}
-        options |= {"temperature": self.temperature, "symmetric": self.symmetric, "version": self.version}
+        options |= {"temperature": self.temperature, "symmetric": self.symmetric, "version": ENCODERS}
+        # what is as it always was has no part in the key: encoders that were kept before stay of use
+        options |= {} if mirror else {"mirror": False}
+        if self.ssl_crop == CROP_AREA:
+            del options["ssl_crop"]
         said = [options, engine.seed, engine.bf16, engine.device.type, tuple(data.images.shape)]
         said += ["compiled"] if engine.may_compile else []
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
@@ -163,8 +176,9 @@ class DBD(Defense):
             digest.update(np.ascontiguousarray(value.cpu().numpy()).data)
         return digest.hexdigest()
 
-    def _contrast(self, net: Contrastive, batch: Batch) -> Tensor:
-        one, other = net(contrastive_view(torch.cat([batch.images, batch.images]))).chunk(2)
+    def _contrast(self, net: Contrastive, batch: Batch, *, mirror: bool) -> Tensor:
+        twice = torch.cat([batch.images, batch.images])
+        one, other = net(contrastive_view(twice, least_area=self.ssl_crop, mirror=mirror)).chunk(2)
         return contrastive_loss(one, other, self.temperature, symmetric=self.symmetric)
 
     def _learn_head(self, task: Task, model: Classifier, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
@@ -270,7 +284,7 @@ class _MixMatch:
         """Rank all samples, keep the rows that lose their labels, and return those of this epoch that keep them."""
         rng = generator(self.engine.seed, "mixmatch", "split", epoch)
         data = self._augmented(rng) if self.options.split_augmented else self.data
-        credible = self._credible(self.engine.losses(self.model, data))
+        credible = self._credible(self.engine.margins(self.model, data))
         length = self.options.steps_per_epoch * self.recipe.batch_size
         self.doubted = _cycle(torch.nonzero(~credible).flatten(), length, rng).to(self.engine.device)
         return _cycle(torch.nonzero(credible).flatten(), length, rng)
