@@ -35,7 +35,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bdbench.errors import DeviceError
+from bdbench.errors import BdbenchError
 from bdbench.training.devices import resolve_device, use_bf16
 
 GROUPS: Mapping[str, Rows] = {
@@ -110,7 +110,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--json {arguments.json} cannot be written: name a file in a folder that exists")
     try:
         arguments.device = resolve_device(arguments.device)
-    except DeviceError as error:
+    except BdbenchError as error:
         parser.error(f"--device: {error}")
     return arguments
 

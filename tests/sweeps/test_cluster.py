@@ -92,7 +92,8 @@ def test_a_sweep_survives_the_death_of_a_node(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("BDBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tiny_folder(tmp_path))
-    (tmp_path / "grid.toml").write_text(UNDEFENDED)
+    longer = UNDEFENDED.replace("epochs = 6", "epochs = 60")  # that both are at work at one moment
+    (tmp_path / "grid.toml").write_text(longer)
     nodes: Any = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         first, _ = (nodes.add_node(num_cpus=1) for _ in range(2))
