@@ -279,7 +279,7 @@ DATASETS = Registry(
     "dataset",
     "datasets",
     {
-        "digits": ("bdbench.datasets.digits:Digits", "1,797 scanned digits, 8x8 gray, in scikit-learn: no download"),
+        "digits": ("bdbench.datasets.digits:Digits", "1,797 scanned digits, 16x16 gray, in scikit-learn: no download"),
         "mnist": ("bdbench.datasets.torchvision_sets:Mnist", "70,000 handwritten digits, 28x28 gray"),
         "fashion-mnist": ("bdbench.datasets.torchvision_sets:FashionMnist", "70,000 clothes, 28x28 gray"),
         "cifar10": ("bdbench.datasets.torchvision_sets:Cifar10", "60,000 photographs, 32x32 colour, 10 classes"),

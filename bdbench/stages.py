@@ -238,7 +238,8 @@ def defend(
     Args:
         dataset: path or id of a dataset artifact.
         method: a registered defense.
-        model: a registered model, ``torchvision:NAME``, or ``auto``: convnet up to 16 pixels, wrn-16-1 above.
+        model: a registered model, ``torchvision:NAME``, or ``auto``: convnet below 16 pixels, convnet-16 at
+            16, wrn-16-1 above.
         preset: budget: paper, fast, tiny, ``code`` where a method has it, or ``auto``: tiny for small sets of tiny
             images, else fast.
         options: of the method and of the recipe (epochs, lr, batch_size, ...); they win over the preset.

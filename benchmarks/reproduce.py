@@ -37,7 +37,7 @@ from bdbench.artifacts import manifests
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.model import ModelArtifact
 from bdbench.attacks.parts.victims import VictimAttack
-from bdbench.cli.quickstart import ATTACK_OPTIONS, METHODS, MODEL, SOURCE_OPTIONS
+from bdbench.cli.quickstart import ATTACK_OPTIONS, METHODS
 from bdbench.errors import BdbenchError
 from bdbench.registry import ATTACKS, DEFENSES
 from bdbench.reports import results, tables
@@ -45,6 +45,8 @@ from bdbench.training.devices import Precision
 
 RESULTS = Path(__file__).parent / "results"
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+SCANNED: Mapping[str, Any] = MappingProxyType({"image_size": 8})
+"""The digits as they were scanned."""
 PROVENANCE = ("processor", "cores", "command")
 
 
@@ -195,17 +197,26 @@ def suites() -> dict[str, list[Cell]]:
     """Return the cells of every suite."""
     return {
         "quickstart": [
-            Cell("digits", "badnets", ATTACK_OPTIONS, MODEL, method, "tiny", seed, source=SOURCE_OPTIONS)
+            Cell("digits", "badnets", ATTACK_OPTIONS, "convnet-16", method, "tiny", seed)
             for seed in range(5)
             for method in METHODS
         ],
         "control": [
-            Cell("digits", "badnets", {"margin": 1, "rate": CONTROL_RATE}, "convnet", method, "tiny", seed)
+            Cell(
+                "digits",
+                "badnets",
+                {"margin": 1, "rate": CONTROL_RATE},
+                "convnet",
+                method,
+                "tiny",
+                seed,
+                source=SCANNED,
+            )
             for seed in range(3)
             for method in METHODS
         ],
         "precision": [
-            Cell("digits", attack, {"rate": 0.1}, "convnet", "none", "tiny", seed, given, NO_OPTIONS, given)
+            Cell("digits", attack, {"rate": 0.1}, "convnet", "none", "tiny", seed, given, NO_OPTIONS, given, SCANNED)
             for attack in ("badnets", "blended")
             for given in PRECISIONS
             for seed in range(3)

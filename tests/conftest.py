@@ -43,7 +43,8 @@ def engine() -> Engine:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> DatasetArtifact:
     """The digits, BadNets at 10 %; tests only read it."""
-    return stages.poison("digits", "badnets", out=tmp_path_factory.mktemp("digits") / "runs" / "digits")
+    place = tmp_path_factory.mktemp("digits") / "runs" / "digits"
+    return stages.poison("digits", "badnets", source_options={"image_size": 8}, out=place)
 
 
 @pytest.fixture(scope="session")

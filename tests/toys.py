@@ -286,3 +286,6 @@ FACTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What a manifest of each kind says at the least."""
+
+FAST = ("--epochs", "2", "--batch-size", "64")
+"""Flags of a training on the digits that takes a moment and learns the backdoor."""

@@ -61,7 +61,7 @@ MethodName = Annotated[
 ModelName = Annotated[
     str,
     typer.Option(
-        help="Network, torchvision:NAME, or auto: convnet up to 16 pixels, wrn-16-1 above.",
+        help="Network, torchvision:NAME, or auto: convnet below 16 pixels, convnet-16 at 16, wrn-16-1 above.",
         autocompletion=names_of(MODELS),
     ),
 ]

@@ -16,13 +16,8 @@ from bdbench.progress import duration
 METHODS = ("none", "oracle", "cbd", "abl", "dbd", "mcldef")
 """`none` comes first: mcldef mends it."""
 
-SOURCE_OPTIONS = {"image_size": 16}
-"""At 8 pixels a digit is learned in as few steps as a patch, and what a defense rests on is decided by a rounding."""
-
 ATTACK_OPTIONS = {"margin": 2, "patch_size": 4, "exclude_target": True}
 """Crops shift images by up to 2 pixels in training: the patch is never cut, and is learned before the digits are."""
-
-MODEL = "convnet-16"
 
 COLUMNS = ("ba", "asr", "floor", "target_recall", "seconds")
 
@@ -56,23 +51,20 @@ def quickstart(
             "digits",
             "badnets",
             options=ATTACK_OPTIONS,
-            source_options=SOURCE_OPTIONS,
             seed=seed,
             out=out / f"digits-badnets-s{seed}",
             force=force,
             progress=progress,
         )
         waiting = [method for method in METHODS if force or not (out / f"{data.path.name}-{method}").exists()]
-        seconds = [
-            sum(stages.estimate_seconds(data.path, method, model=MODEL, device=device).values()) for method in waiting
-        ]
+        seconds = [sum(stages.estimate_seconds(data.path, method, device=device).values()) for method in waiting]
         if waiting:
             progress.note(f"{len(waiting)} trainings: about {duration(sum(seconds))} on this machine")
         rows = []
         for method in METHODS:
             progress.task = method
             progress.note(f"{method} ...")
-            model = stages.defend(data.path, method, model=MODEL, device=device, force=force, progress=progress)
+            model = stages.defend(data.path, method, device=device, force=force, progress=progress)
             rows.append(
                 results.evaluation_row(stages.evaluate(model.path, device=device, force=force, progress=progress))
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from bdbench.data import ImageDataset, SourceData
@@ -23,7 +24,11 @@ AUGMENT = "crop"
 
 
 class Digits(Source):
-    """Handwritten digits in 8x8 gray pixels, bundled with scikit-learn."""
+    """Handwritten digits in gray, bundled with scikit-learn: scans of 8x8 pixels, brought to 16x16."""
+
+    image_size: int | None = Field(
+        16, ge=8, le=1024, description="Pixels of a side. At 8, as scanned, a digit is learned as fast as a patch."
+    )
 
     def load(self, progress: Progress) -> SourceData:
         """Return both splits, (N, 1, 8, 8) or the size asked for; the split is the same for every seed."""

@@ -17,7 +17,8 @@ TINY_SIDE = 16
 def model_name(model: str, image_shape: tuple[int, int, int]) -> str:
     """Return the registered name of a model, which ``auto`` leaves to the size of the images."""
     if model == "auto":
-        return "convnet" if max(image_shape[1:]) <= TINY_SIDE else "wrn-16-1"
+        side = max(image_shape[1:])
+        return "convnet" if side < TINY_SIDE else "convnet-16" if side == TINY_SIDE else "wrn-16-1"
     MODELS.load(model)
     return model
 

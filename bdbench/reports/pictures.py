@@ -46,13 +46,13 @@ def contact_sheet(data: DatasetArtifact, path: Path) -> None:
     for column, place in enumerate(places):
         true, wanted = int(test.labels[rows[place]]), int(triggered.labels[place])
         pictures = (before[column], after[column], 127.5 + 127.5 * change[column] / largest)
-        titles = (data.class_names[true], f"-> {data.class_names[wanted]}", "")
+        titles = (data.class_names[true], f"→ {data.class_names[wanted]}", "")
         for line, (pixels, title) in enumerate(zip(pictures, titles, strict=True)):
             axis = axes[line, column]
             _show(axis, pixels, title)
             axis.set_xticks([])
             axis.set_yticks([])
-    for line, label in enumerate(("clean", "triggered", f"change x {127.5 / largest:.1f}")):
+    for line, label in enumerate(("clean", "triggered", f"change × {127.5 / largest:.1f}\n(gray: none)")):
         axes[line, 0].set_ylabel(label)
     _head(figure, f"{data.manifest.facts['name']}, {data.manifest.ask.method}")
     _save(figure, path)

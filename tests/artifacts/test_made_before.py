@@ -56,8 +56,8 @@ def notes(stored: Path, monkeypatch: pytest.MonkeyPatch) -> Notes:
 
 def poison_again(out: Path, notes: Notes) -> stages.DatasetArtifact:
     return stages.poison(
-        "digits", "lc", options={"surrogate_epochs": 12}, source_options={"images": 200}, trusted=0.1, seed=3,
-        out=out, progress=notes, **CPU,
+        "digits", "lc", options={"surrogate_epochs": 12}, source_options={"images": 200, "image_size": 8},
+        trusted=0.1, seed=3, out=out, progress=notes, **CPU,
     )  # fmt: skip
 
 

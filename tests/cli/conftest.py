@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from toys import FAST
 
 from bdbench.cli.app import run
-
-FAST = ("--epochs", "1", "--batch-size", "256")
 
 
 class Result:
@@ -74,3 +74,11 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         os.chdir(before)
     return folder
+
+
+@pytest.fixture
+def copy_of_walk(walked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A walk that a document may change."""
+    shutil.copytree(walked, tmp_path / "walk")
+    monkeypatch.chdir(tmp_path / "walk")
+    return tmp_path / "walk"

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import sealed
+from toys import FAST, sealed
 
 from bdbench.cli import console
 from bdbench.registry import ATTACKS, DEFENSES
-
-FAST = ("--epochs", "1", "--batch-size", "256")
 
 
 def test_the_bare_commands_leave_one_artifact_each_under_runs(walked: Path) -> None:
@@ -265,14 +263,14 @@ def test_another_question_for_the_same_place_is_refused_with_what_differs(in_wal
     assert "--out" in result.err.partition("--force")[0]
 
 
-def test_a_default_name_says_what_differs_from_the_defaults(in_walk: Path, bdbench: Any) -> None:
-    size = ("--image-size", "16", "--rate", "0.05")
+def test_a_default_name_says_what_differs_from_the_defaults(copy_of_walk: Path, bdbench: Any) -> None:
+    size = ("--image-size", "12", "--rate", "0.05")
     made = bdbench("poison", *size, "--json").json
-    assert made["path"] == "runs/digits-badnets-s0-image-size16-rate0.05"
+    assert made["path"] == "runs/digits-badnets-s0-image-size12-rate0.05"
     assert "is there already" in bdbench("poison", *size).err
     command = ("defend", "runs/digits-badnets-s0", "--seed", "5", *FAST)
     model = bdbench(*command, "--json").json["path"]
-    assert model == "runs/digits-badnets-s0-none-s5-epochs1-batch-size256"
+    assert model == "runs/digits-badnets-s0-none-s5-epochs2-batch-size64"
     assert "is there already" in bdbench(*command).err
     shutil.rmtree(made["path"])
     shutil.rmtree(model)
@@ -298,7 +296,7 @@ def test_a_default_name_says_what_differs_from_the_defaults(in_walk: Path, bdben
         (["defend", "--method", "neural-cleanse"], 2, "(Neural Cleanse) is not in bdbench yet. Known: abl"),
         (["defend", "--preset", "huge"], 2, "--preset huge: 'none' has the presets paper, fast, tiny"),
         (["poison", "--out", "runs/digits-badnets-s0", "--target", "10"], 2, "classes are 0..9"),
-        (["poison", "--out", "other", "--patch-size", "9"], 2, "8x8"),
+        (["poison", "--out", "other", "--patch-size", "17"], 2, "16x16"),
         (["poison", "--out", "other", "--rate", "0.0001"], 2, "less than one sample"),
         (["poison", "--attack", "sig", "--rate", "0.5"], 2, "eligible"),
         (["poison", "--seed", "-1"], 2, "seed"),

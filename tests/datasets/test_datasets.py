@@ -145,7 +145,8 @@ def test_split_is_the_same_every_time_and_leaves_global_randomness_alone() -> No
 
 
 def test_digits_are_1797_gray_scans_stretched_to_0_255() -> None:
-    source = Digits().load(Silent())
+    assert Digits().load(Silent()).train.image_shape == (1, 16, 16)
+    source = Digits(image_size=8).load(Silent())
     assert (source.name, source.augment, source.train.image_shape) == ("digits", "crop", (1, 8, 8))
     assert len(source.train) + len(source.test) == 1797
     assert source.train.class_names == tuple("0123456789")

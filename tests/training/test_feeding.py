@@ -153,8 +153,8 @@ def test_a_run_goes_on_when_its_file_is_put_back(tmp_path: Path, monkeypatch: py
     watch = Spoiler()
     resumed = run(out=tmp_path / "model", progress=watch)
     assert watch.told[0] == 2 * len(data.train)
-    # Far less than the images need, more than three batches of 32 images of 64 bytes.
-    other = run(out=tmp_path / "other", image_memory=1e-5)
+    # Far less than the images need, more than three batches of 32 images of 256 bytes.
+    other = run(out=tmp_path / "other", image_memory=4e-5)
     assert are_equal(weights_of(resumed.classifier()), weights_of(other.classifier()))
 
 
