@@ -4,7 +4,7 @@
 
     data = stages.poison("digits", "badnets", options={"rate": 0.1}, seed=0)
     plain = stages.defend(data.path, "none")
-    model = stages.defend(data.path, "cbd", preset="tiny", options={"twin_epochs": 3})
+    model = stages.defend(data.path, "cbd", preset="tiny", seed=1)
     result = stages.evaluate(model.path)
     print(result.metrics)
 
@@ -34,7 +34,7 @@ from bdbench.datasets.base import Source
 from bdbench.datasets.cache import cache_folder
 from bdbench.datasets.paths import PathSource
 from bdbench.defenses.base import check_defended
-from bdbench.errors import OptionError
+from bdbench.errors import ArtifactError, OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.plugins import blamed
 from bdbench.progress import Progress, Silent
@@ -177,7 +177,10 @@ def take(
     ask = Ask("dataset", AS_FOUND, 1, {"dataset": source.name}, 0, inputs)
     facts = {"replay": False, **_source_facts(dataset, origin, source)}
     if out is None:
-        parts = naming.differing(facts["source_options"], {"test_fraction": TAKEN_FRACTION, "images": origin.images})
+        parts = naming.differing(
+            facts["source_options"],
+            {"test_fraction": TAKEN_FRACTION, "images": origin.images, "test_images": origin.test_images},
+        )
         out = naming.place(finding.ROOT / source.name, ask, parts, force=force, progress=progress)
     if store.existing(out, ask, force=force, facts=facts):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
@@ -315,6 +318,7 @@ def defend(
             check_defended(result, len(data.train), method)
         write_model(draft, model, result.model, data.train, engine.history, result.scores, result.set_aside)
         draft.facts |= {**facts, "findings": plain(dict(result.findings)), "reads_truth": defense.needs_truth}
+        draft.facts["trained_on"] = data.content
         draft.facts["changed"] = [name for name, value in settings.items() if value != usual[name]]
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
         draft.made["compiled"] = engine.compiled
@@ -384,6 +388,11 @@ def evaluate(
     facts = plugins_of(made_from=[judged.manifest, source.manifest])
     if store.existing(out, ask, force=force, facts=facts):
         return EvaluationArtifact.open(out)
+    if judged.manifest.facts.get("trained_on", source.content) != source.content:
+        raise ArtifactError(
+            f"{judged.path} was trained on other images or labels than {source.path} holds now (the dataset was made "
+            "again, by other code or on other hardware); train it again: bdbench defend with --force"
+        )
     engine = Engine(place, bf16, ask.seed, progress=progress)
     threads = suited_threads(place, work_of(judged.manifest.facts["model"], source.image_shape), progress.note)
     with threads, store.held(judged.path, source.path), store.create(out, ask) as draft:

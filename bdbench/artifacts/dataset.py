@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -85,6 +87,12 @@ class DatasetArtifact(Artifact):
     def is_attacked(self) -> bool:
         """Whether bdbench poisoned it; else it was taken as found, and which samples are poisoned is not known."""
         return self.manifest.ask.method != AS_FOUND
+
+    @property
+    def content(self) -> str:
+        """16 digits of a hash of its files: another one under the same id was made by other code, or other hardware."""
+        said = json.dumps({name: file["sha256"] for name, file in self.manifest.files.items()}, sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     @property
     def places(self) -> list[str]:

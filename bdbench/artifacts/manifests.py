@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bdbench.artifacts.forms import misfit
+from bdbench.artifacts.manifest_forms import misfit
 from bdbench.errors import ArtifactError, DamagedError
 from bdbench.files import file_sha256
 from bdbench.reading import read_json

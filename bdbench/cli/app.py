@@ -186,7 +186,7 @@ def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:
             owner = partial(_owner, name, rest)
             for flag, near in unknown_flags(arguments[start:], command).items():
                 owned = owner(flag.removeprefix("--").removeprefix("no-").replace("-", "_"), flag)
-                raise OptionError(owned or f"bdbench {name} has no option {flag}.{near} See: bdbench {name} --help")
+                raise OptionError(owned or f"bdbench {name} has no option {flag}.{near} See: {_help_of(name, rest)}")
             expanded = [*arguments[:start], *expand_config(arguments[start:], command, owner)]
     return application, expanded
 
@@ -221,6 +221,13 @@ def _option_groups(command: str, arguments: Sequence[str] | None) -> dict[str, t
         own = {f"Options of {name}": cls} if cls.model_fields else {}
         return {**own, "Recipe (the preset's values where left out)": Recipe}
     return {}
+
+
+def _help_of(command: str, arguments: Sequence[str]) -> str:
+    """Return the command whose help shows the options of the method that is named."""
+    what = {"poison": "attack", "defend": "method"}.get(command, "")
+    named = _named(arguments, what) if what else None
+    return f"bdbench {command} {f'--{what} {named} ' if named else ''}--help"
 
 
 def _owner(command: str, arguments: Sequence[str], option: str, shown: str = "") -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -78,8 +79,12 @@ def say(message: str) -> None:
 
 
 def say_plainly(message: str) -> None:
-    """Print a line to standard error as it is, whatever brackets it has."""
-    _console(stderr=True).print(message, markup=False, soft_wrap=True)
+    """Print a line to standard error as it is, whatever brackets it has; a terminal breaks it between words."""
+    console = _console(stderr=True)
+    if sys.stderr.isatty():
+        words = textwrap.TextWrapper(console.width, break_long_words=False, break_on_hyphens=False)
+        message = "\n".join(words.fill(line) for line in message.split("\n"))
+    console.print(message, markup=False, soft_wrap=True)
 
 
 def say_error(message: str) -> None:

@@ -89,7 +89,7 @@ def evaluate(
     checks, shown = read_checks(assertions, junit), chosen_columns(columns, wide=wide)
     rows = {}
     with console.live_progress() as progress:
-        for model in models or _models_of_newest():
+        for model in _models(models):
             made = stages.evaluate(
                 model, data=data, device=device, precision=cast("Precision", precision), force=force, progress=progress
             )
@@ -210,7 +210,9 @@ def _check(rows: list[dict[str, Any]], checks: list[tuple[str, str, float]], jun
     for row in rows:
         for metric, sign, limit in checks:
             holds = row[metric] is not None and COMPARISONS[sign](row[metric], limit)
-            found = f"{row[metric]} is not {sign} {limit}" if row[metric] is not None else "is not measured in this row"
+            value, total = row[metric], row.get(f"{metric}_n")
+            said = "" if value is None else f"{value:.4g}{f' of {total:,}' if total else ''}"
+            found = f"{said} is not {sign} {limit:g}" if said else "is not measured in this row"
             reason = "" if holds else f"{metric} {found}"
             outcomes.append((row["path"], f"{metric}{sign}{limit:g}", reason))
     if junit is not None:
@@ -239,12 +241,26 @@ def _write_junit(outcomes: list[tuple[str, str, str]], path: Path) -> None:
     console.say_wrote(path)
 
 
-def _models_of_newest() -> list[Path]:
-    from bdbench.artifacts.dataset import DatasetArtifact
-    from bdbench.artifacts.finding import find_artifacts
+def _models(given: list[str] | None) -> list[Path]:
+    """Return the models that are named, all of a dataset that is named, and without a name all of the newest one."""
+    from bdbench.artifacts.finding import locate
+    from bdbench.artifacts.manifests import read_manifest
 
-    data = DatasetArtifact.open(newest_dataset())
-    found = [path for path, manifest in find_artifacts(ROOT, "model") if manifest.ask.inputs.get("dataset") == data.id]
-    if not found:
-        raise ArtifactError(f"no model of {data.path} under {ROOT}/; train one with: bdbench train {data.path}")
+    found: list[Path] = []
+    for place in [locate(name) for name in given] if given else [newest_dataset()]:
+        found += _models_of(place) if read_manifest(place).ask.kind == "dataset" else [place]
     return found
+
+
+def _models_of(dataset: Path) -> list[Path]:
+    from bdbench.artifacts.finding import find_artifacts
+    from bdbench.artifacts.manifests import read_manifest
+
+    wanted, places = read_manifest(dataset).id, dict.fromkeys((dataset.parent, ROOT))
+    models = [item for place in places if place.is_dir() for item in find_artifacts(place, "model")]
+    found = [path for path, manifest in models if manifest.ask.inputs.get("dataset") == wanted]
+    if not found:
+        raise ArtifactError(
+            f"no model of {dataset} beside it or under {ROOT}/; train one with: bdbench train {dataset}"
+        )
+    return list({path.resolve(): path for path in found}.values())

@@ -49,7 +49,8 @@ def with_options(command: Callable[..., None], groups: Mapping[str, type[Options
     own = [part for item in own for part in (_switch(item) if item.name in switches else [item])]
     takes_options = "options" in hints
     described = [(info, heading) for heading, cls in groups.items() for info in _described(cls)]
-    extra = [parameter for info, heading in described for parameter in _parameters(info, heading)]
+    presets = next((cls.presets for cls in groups.values() if hasattr(cls, "presets")), {})
+    extra = [parameter for info, heading in described for parameter in _parameters(info, heading, presets)]
 
     def call(**given: Any) -> None:  # noqa: ANN401 - each flag has its own type
         options = {info.name: given.pop(info.name) for info, _ in described}
@@ -112,8 +113,10 @@ def _described(cls: type[Options]) -> list[OptionInfo]:
     return describe_options(cls)
 
 
-def _parameters(info: OptionInfo, heading: str) -> list[inspect.Parameter]:
+def _parameters(info: OptionInfo, heading: str, presets: Mapping[str, Mapping[str, Any]]) -> list[inspect.Parameter]:
     """Return the keyword parameters of an option, whose default None means: not given.
+
+    Its help says the default, and which presets have another value.
 
     A switch has two, `--name` and `--no-name`. The second is in the help of the first alone, where it changes
     something: a column for it would leave too little room for the others, and typer cuts flags that find no room.
@@ -122,6 +125,8 @@ def _parameters(info: OptionInfo, heading: str) -> list[inspect.Parameter]:
     switch = flag_type is bool
     off = f"--no-{info.flag[2:]}"
     default = "" if info.default is None else f"default: {shown(info.default)}"
+    others = [f"{name} {shown(values[info.name])}" for name, values in presets.items() if info.name in values]
+    default += f"{default and ', '}presets: {', '.join(others)}" if others else ""
     turned = f"off: {off}" if switch and info.default else ""
     notes = "; ".join(filter(None, (info.bounds, ", ".join(choices), turned, default)))
     described = f"{info.description}{f' ({notes})' if notes else ''}"

@@ -135,18 +135,26 @@ def suspects(
 
 
 def newest_scored() -> Path:
-    """Return the newest model under runs/ that scored samples, and say so.
+    """Return the newest model of the newest dataset under runs/ that scored samples, and say so.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is none: that of another dataset would be another answer.
     """
     from bdbench.artifacts.finding import find_artifacts
 
+    datasets = find_artifacts(ROOT, "dataset")
+    if not datasets:
+        raise ArtifactError(
+            f"no dataset artifact under {ROOT}/; store one with: bdbench take DATASET; then: bdbench defend --method abl"
+        )
+    newest, about = datasets[-1]
     for path, manifest in reversed(find_artifacts(ROOT, "model")):
-        if "samples.parquet" in manifest.files:
-            console.say_plainly(f"model: {path} (the newest that scored samples)")
+        if "samples.parquet" in manifest.files and manifest.ask.inputs.get("dataset") == about.id:
+            console.say_plainly(f"model: {path} (the newest of {newest} that scored samples)")
             return path
-    raise ArtifactError(f"no model under {ROOT}/ scored samples; make one with: bdbench defend --method abl")
+    raise ArtifactError(
+        f"no model of {newest}, the newest dataset, scored samples; make one with: bdbench defend {newest} --method abl"
+    )
 
 
 def show_classes(classes: pd.DataFrame) -> None:

@@ -372,5 +372,8 @@ def gc(
     if remove:
         found = [(path, size) for path, size in found if finding.remove(path)]
     total = sum(size for _, size in found) / 1e6
+    if not found:
+        console.say("nothing to remove: all that is there is needed, or in use")
+        return
     verb = "removed" if remove else "not needed; --remove removes them"
     console.say(f"{counted(len(found), 'folder')}, {total:,.1f} MB: {verb}")

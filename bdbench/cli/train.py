@@ -96,6 +96,7 @@ def defend(
     """
     from bdbench import stages
     from bdbench.artifacts.made import arithmetic
+    from bdbench.protocol.inputs import dataset_of
     from bdbench.training.devices import Precision
 
     place = Path(dataset) if dataset is not None else newest_dataset()
@@ -107,7 +108,8 @@ def defend(
         )  # fmt: skip
     asked = made.manifest.ask.config
     console.say(f"{asked['model']} by {method}, preset {asked['preset']}, {arithmetic(made.manifest.made)}")
-    console.say_made(made, [f"bdbench evaluate {quote(str(made.path))}"])
+    is_found = made.samples is not None and not dataset_of(made, place).is_attacked
+    console.say_made(made, [f"bdbench {'suspects' if is_found else 'evaluate'} {quote(str(made.path))}"])
     if json:
         console.show_json({"path": made.path, "id": made.id, "config": asked, "made": made.manifest.made})
 

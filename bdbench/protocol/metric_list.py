@@ -1,4 +1,4 @@
-"""The metrics: what each counts, over what. Tables, help, `--assert` and documents name them from here."""
+"""The metrics: what each counts, over what; `metrics` computes them. Tables, help and `--assert` name them so."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ METRICS = {
     "detection_recall": Metric(
         "set aside: recall",
         "rate",
-        "training samples that the defense set aside and that are poisoned",
+        "poisoned training samples that the defense set aside",
         "poisoned training samples",
         "high",
     ),

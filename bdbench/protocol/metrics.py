@@ -1,4 +1,4 @@
-"""What is reported: rates with their counts and intervals. Pure functions of (N,) tensors."""
+"""How metrics are computed: rates with their counts and intervals, of (N,) tensors. `metric_list` says what each is."""
 
 from __future__ import annotations
 

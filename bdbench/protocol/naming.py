@@ -87,13 +87,13 @@ def dataset_parts(attack: Attack, trusted: float, source_options: Mapping[str, A
     Args:
         attack: with its options.
         trusted: share of the training split that is reserved.
-        source_options: those that were chosen; the source's own name has `images`.
+        source_options: those that were chosen; the source's own name has `images` and `test_images`.
     """
     try:
         usual = type(attack).parse({}).model_dump()
     except OptionError:  # an option of a plugin has no default
         usual = {}
-    source = {name: value for name, value in source_options.items() if name != "images"}
+    source = {name: value for name, value in source_options.items() if name not in ("images", "test_images")}
     values = {"trusted": trusted, **source, **plain(attack.model_dump())}
     return differing(values, {"trusted": TRUSTED, **plain(usual)})
 

@@ -1,4 +1,4 @@
-"""The one training loop: device, precision, memory layout, schedule, resume and progress."""
+"""Runs networks over images: where, in which precision, from which memory; `loop` has the training loop itself."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -310,7 +311,7 @@ def test_a_default_name_says_what_differs_from_the_defaults(copy_of_walk: Path, 
         (["defend", "--precision", "fp16"], 2, "unknown precision 'fp16'"),
         (["defend", "--augment", "crp"], 2, "Did you mean 'crop'"),
         (["defend", "runs/digits-badnets-s0-none"], 1, "a dataset artifact is needed"),
-        (["evaluate", "runs/digits-badnets-s0"], 1, "a model artifact is needed"),
+        (["evaluate", "runs/digits-badnets-s0-cbd-eval"], 1, "a model artifact is needed"),
         (["evaluate", "runs/nothing"], 1, "does not exist"),
         (["table", "nowhere"], 1, "not a folder"),
         (["table", "--format", "html"], 2, "unknown format"),
@@ -572,3 +573,32 @@ def test_a_ctrl_c_that_was_swallowed_ends_the_work_at_its_next_step() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_evaluate_takes_a_dataset_for_all_its_models(in_walk: Path, bdbench: Any) -> None:
+    rows = bdbench("evaluate", "runs/digits-badnets-s0", "--json").json["rows"]
+    assert {"none", "cbd", "abl"} <= {row["defense"] for row in rows}
+
+
+def test_a_model_is_not_judged_on_a_dataset_of_other_content(copy_of_walk: Path, bdbench: Any) -> None:
+    folder = Path("runs/digits-badnets-s0-none")
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["facts"]["trained_on"] = "0" * 16
+    (folder / "manifest.json").write_text(json.dumps(sealed(raw)))
+    result = bdbench("evaluate", folder, "--force")
+    assert result.code == 1
+    assert "was trained on other images or labels than" in result.err
+
+
+def test_suspects_takes_the_newest_dataset_and_no_other_ones_answer(copy_of_walk: Path, bdbench: Any) -> None:
+    assert bdbench("suspects", "--top", "0").code == 0
+    assert bdbench("take", "digits").code == 0
+    result = bdbench("suspects")
+    assert result.code == 1
+    assert "no model of runs/digits, the newest dataset, scored samples" in result.err
+
+
+def test_help_says_which_presets_have_another_value(bdbench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    shown = " ".join(bdbench("defend", "--method", "abl", "--help").out.split())
+    assert re.search(r"--isolation-epochs .*?default: 20, presets: .*?fast 3", shown)

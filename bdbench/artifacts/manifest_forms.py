@@ -125,6 +125,7 @@ class ModelFacts(_Form):
     class_names: ClassNames
     image_shape: ImageShape
     sets_aside: StrictBool
+    trained_on: StrictStr = ""
     findings: Table = {}
     reads_truth: StrictBool = False
     changed: list[StrictStr] = []
