@@ -7,18 +7,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bdbench.errors import OptionError, unknown_name
 from bdbench.wording import respelled
 
+LARGEST = 1e30
+"""The largest number that an option may be: far more than any means, far less than 32 bits hold."""
+
 
 class Options(BaseModel):
     """Base of everything that a user can set: frozen, and nothing undeclared gets in."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _fits_a_tensor(self) -> Self:
+        """Refuse numbers that a tensor of 32 bits cannot hold."""
+        for name, value in self:
+            if isinstance(value, float) and abs(value) > LARGEST:
+                raise ValueError(f"{name} {value} is too large: at most {LARGEST:g}")
+        return self
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings that fill in what the user leaves out."""

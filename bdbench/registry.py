@@ -6,6 +6,7 @@ entry-point groups `bdbench.attacks`, `bdbench.defenses`, `bdbench.datasets` and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property, partial
 from importlib import import_module
@@ -15,6 +16,9 @@ from bdbench import plugins
 from bdbench.errors import MethodError, OptionError, unknown_name
 from bdbench.plugins import Plugin
 from bdbench.wording import listed, respelled
+
+MEMBER = re.compile(r"\w[\w.-]*", re.ASCII)
+"""What may be the name of a member of a family."""
 
 
 class Row(NamedTuple):
@@ -81,6 +85,8 @@ class Registry:
         if row is None:
             raise self.unknown(name)
         member = name.partition(":")[2]
+        if member and not MEMBER.fullmatch(member):
+            raise OptionError(f"'{name}': '{member[:40]}' names no {self.kind} of {name.partition(':')[0]}")
         if member == "NAME":
             raise OptionError(f"'{name}' stands for many: put the name of one in place of NAME")
         plugin = self.plugin(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pydantic import Field, ValidationError
@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from bdbench.errors import NEVER_SUGGESTED, OptionError, did_you_mean, unknown_name
 from bdbench.options import Options, describe_options
 from bdbench.registry import ATTACKS, DEFENSES, NOT_YET, REGISTRIES
+from bdbench.training.recipe import Recipe
 from bdbench.wording import counted, listed
 
 
@@ -148,3 +149,26 @@ def test_counts_and_lists_are_words() -> None:
 
 def test_an_unknown_name_lists_all_in_order() -> None:
     assert str(unknown_name("attack", "qqq", ["wanet", "abc"])) == "unknown attack 'qqq'. Known: abc, wanet"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"lr": 1e300}, "too large"),
+        ({"weight_decay": 1e39}, "too large"),
+        ({"milestones": (0.9, 0.1)}, "must not fall"),
+        ({"warmup": 12.0}, "less than the 12 epochs"),
+        ({"epochs": 10**11}, "at most 1000000"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_is_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        Recipe.parse(values)
+
+
+@pytest.mark.parametrize("name", ["torchvision:../../x", "torchvision:a/b", "torchvision:a b"])
+def test_a_name_of_a_family_that_is_a_path_is_refused(name: str) -> None:
+    from bdbench.registry import MODELS
+
+    with pytest.raises(OptionError, match="names no model of torchvision"):
+        MODELS.load(name)

@@ -21,6 +21,8 @@ def open_source(dataset: str | Path, options: Mapping[str, Any]) -> Source:
     Raises:
         OptionError: neither is known, the path is an artifact, or an option does not fit.
     """
+    if not str(dataset).strip():
+        raise OptionError("the name of the dataset is empty; `bdbench list datasets` has names, or give a path")
     if str(dataset) in DATASETS.rows:
         registered = cast("type[Source]", DATASETS.load(str(dataset)))
         for name in options:

@@ -247,6 +247,8 @@ def _as_words(parameter: Any, value: object, place: str) -> list[str]:  # noqa: 
         raise OptionError(f"{place} cannot be {str(value).lower()}; {flag} {takes}")
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, list) and parameter.nargs == 1 and not parameter.multiple:
+        raise OptionError(f"{place} cannot be {value}; {flag} takes one value")
     parts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
     if parameter.multiple:
         return [word for part in parts for word in (flag, part)]

@@ -65,7 +65,7 @@ ModelName = Annotated[
         autocompletion=names_of(MODELS),
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0)]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=2**63 - 1)]
 
 
 def with_folder(context: typer.Context, path: Path | None) -> Path | None:

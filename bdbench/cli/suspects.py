@@ -145,7 +145,7 @@ def newest_scored() -> Path:
     datasets = find_artifacts(ROOT, "dataset")
     if not datasets:
         raise ArtifactError(
-            f"no dataset artifact under {ROOT}/; store one with: bdbench take DATASET; then: bdbench defend --method abl"
+            f"no dataset artifact under {ROOT}/; try: bdbench take DATASET, then bdbench defend --method abl"
         )
     newest, about = datasets[-1]
     for path, manifest in reversed(find_artifacts(ROOT, "model")):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from bdbench.options import Options
@@ -15,7 +15,7 @@ from bdbench.options import Options
 class Recipe(Options):
     """How a network is trained: stochastic gradient descent with momentum, a schedule and an augmentation."""
 
-    epochs: int = Field(12, ge=1, description="Passes over the training set.")
+    epochs: int = Field(12, ge=1, le=10**6, description="Passes over the training set.")
     batch_size: int = Field(128, ge=2, description="Images in a step.")
     lr: float = Field(0.1, gt=0, description="Peak learning rate.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum.")
@@ -27,6 +27,16 @@ class Recipe(Options):
     augment: str = Field(
         "auto", description="crop or crop-reflect, flip, cutout, affine (commas), none, or auto: the dataset's."
     )
+
+    @model_validator(mode="after")
+    def _can_be_meant(self) -> Self:
+        if self.milestones[0] > self.milestones[1]:
+            raise ValueError(
+                f"milestones {self.milestones[0]} {self.milestones[1]} must not fall; the first comes first"
+            )
+        if self.warmup and self.warmup >= self.epochs:
+            raise ValueError(f"warmup {self.warmup:g} must be less than the {self.epochs} epochs")
+        return self
 
     def lr_at(self, epoch: float) -> float:
         """Return the learning rate at a point of the schedule.
