@@ -256,6 +256,10 @@ ATTACKS = Registry(
             "bdbench.attacks.lira:Lira", "a network learns a faint noise for each image, with the victim",
             "dirty label, trains the victim",
         ),
+        "none": (
+            "bdbench.attacks.none:NoAttack", "nothing is poisoned: what a defense does where there is nothing to find",
+            "no attack",
+        ),
     },
 )  # fmt: skip
 """The threat model says: dirty or clean label; data only or trains the victim; surrogate; covers; another trigger in
@@ -303,6 +307,10 @@ MODELS = Registry(
         "convnet-16": ("bdbench.models.convnet:HalvingConvNet", "the same for images of 16 pixels, as fast as at 8"),
         "wrn-16-1": ("bdbench.models.wide_resnet:WideResNet", "Wide ResNet 16-1, the model of ABL and CBD"),
         "preact-resnet-18": ("bdbench.models.resnet:PreActResNet18", "pre-activation ResNet-18, 3x3 stem"),
+        "preact-resnet-18-open": (
+            "bdbench.models.resnet:OpenPreActResNet18",
+            "the same without the last norm and ReLU: BackdoorBench's form",
+        ),
         "resnet-18": ("bdbench.models.resnet:ResNet18", "ResNet-18 with the 3x3 stem for small images"),
         "torchvision:NAME": ("bdbench.models.torchvision_models:TorchvisionFeatures", "any torchvision classifier"),
     },

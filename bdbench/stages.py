@@ -22,13 +22,14 @@ from typing import Any, cast
 from bdbench import files
 from bdbench.artifacts import finding, manifests, store
 from bdbench.artifacts.base import Artifact
-from bdbench.artifacts.dataset import AS_FOUND, DatasetArtifact, write_dataset
+from bdbench.artifacts.dataset import UNPOISONED, DatasetArtifact, write_dataset
 from bdbench.artifacts.kinds import OPENERS, EvaluationArtifact
 from bdbench.artifacts.made import Stopwatch, plain, plugins_of
 from bdbench.artifacts.manifests import Ask
 from bdbench.artifacts.model import ModelArtifact, write_model
 from bdbench.artifacts.sources import address_of, as_given, open_source
 from bdbench.attacks.base import Attack, Lab, TrainingAttack
+from bdbench.attacks.none import NoAttack
 from bdbench.data import PoisonedDataset, Role, SourceData
 from bdbench.datasets.base import Source
 from bdbench.datasets.cache import cache_folder
@@ -43,7 +44,7 @@ from bdbench.protocol.budget import resolve_budget, settings_of, usual_preset, u
 from bdbench.protocol.inputs import check_trusted, dataset_of, open_suspect, task_for
 from bdbench.protocol.networks import fresh_model, model_name, work_of
 from bdbench.protocol.planning import plan_text, planned_seconds
-from bdbench.protocol.poisoning import as_found, choose_rows, poison_source
+from bdbench.protocol.poisoning import choose_rows, poison_source, trusted_config, trusted_images, unpoisoned
 from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
 from bdbench.text import printable
 from bdbench.training.devices import Precision, resolve_device, suited_threads, use_bf16
@@ -62,7 +63,8 @@ def poison(
     *,
     options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
-    trusted: float = 0.05,
+    trusted: float | None = None,
+    trusted_per_class: int | None = None,
     seed: int = 0,
     out: Path | None = None,
     device: str = "auto",
@@ -77,11 +79,13 @@ def poison(
 
     Args:
         dataset: a registered name, or the path of an image folder, Parquet or .npz.
-        attack: a registered name.
+        attack: a registered name; ``none`` poisons and triggers nothing.
         options: of the attack, such as ``{"rate": 0.05, "target": 3}``.
         source_options: of the source: data_root, download, image_size, images, test_images, test_fraction; of a path
             also image_column, label_column, skip_unreadable.
         trusted: share of the training split reserved as clean, for defenses that need clean images; 0 for none.
+            Default: 0.05.
+        trusted_per_class: in place of a share, so many images of every class.
         seed: of every random choice.
         out: folder of the artifact; default ``runs/<dataset>-<attack>-s<seed>``, and what differs from the defaults,
             such as ``-rate0.05``.
@@ -97,26 +101,25 @@ def poison(
     watch, progress = Stopwatch(), progress or Silent()
     place = resolve_device(device)
     bf16 = use_bf16(precision, place)
-    if not 0 <= trusted < 1:
-        raise OptionError(f"trusted {trusted} must be at least 0 and less than 1")
+    reserved = trusted_images(trusted, trusted_per_class)
     attack = ATTACKS.spelled(attack)
     plugin = ATTACKS.plugin(attack)
     with blamed(plugin):
         ATTACKS.check_options(attack, options or {})
-        method = cast("type[Attack]", ATTACKS.load(attack)).parse(options or {})
+        method = cast("type[Attack | NoAttack]", ATTACKS.load(attack)).parse(options or {})
     origin = open_source(dataset, source_options or {})
     with blamed(DATASETS.plugin(str(dataset))):
         source = origin.open(progress)
-    config = {"dataset": source.name, "trusted": trusted, **plain(method.model_dump())}
+    config = {"dataset": source.name, **trusted_config(reserved), **plain(method.model_dump())}
     inputs = {"source": source.fingerprint[:16], **_guessed(origin, source)}
     inputs |= {path.name: files.file_sha256(path)[:16] for path in method.files() if path.is_file()}
     ask = Ask("dataset", attack, method.version, config, seed, inputs)
-    choose_rows(source, method, seed, trusted)  # what cannot be is said before a look at the place
+    choose_rows(source, method, seed, reserved)  # what cannot be is said before a look at the place
     facts = {"replay": isinstance(method, TrainingAttack), **_source_facts(dataset, origin, source)}
     facts |= plugins_of((ATTACKS, attack))
     if out is None:
         plain_place = finding.ROOT / f"{source.name}-{attack}-s{seed}"
-        parts = naming.dataset_parts(method, trusted, facts["source_options"])
+        parts = naming.dataset_parts(method, reserved, facts["source_options"])
         out = naming.place(plain_place, ask, parts, force=force, progress=progress)
     asked = {out: ask}
     if isinstance(method, TrainingAttack):
@@ -132,7 +135,7 @@ def poison(
         engine = Engine(place, bf16, seed, draft.work, progress)
         lab = Lab(engine, fresh_model, source.augment, cache_folder())
         with blamed(plugin):
-            poisoned = poison_source(source, method, lab, trusted)
+            poisoned = poison_source(source, method, lab, reserved)
         # The attacker's model comes first: a dataset that is sealed is complete.
         for path, wanted in asked.items():
             if wanted is not ask:
@@ -143,7 +146,7 @@ def poison(
         draft.facts |= facts
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": _training_seconds(engine)}
     few = int((poisoned.roles == Role.POISON).sum())
-    if few < FEW_POISONED and method.rate != 0:
+    if 0 < few < FEW_POISONED:
         progress.note(f"only {counted(few, 'poisoned sample')}: the attack may well fail; raise --rate")
     return DatasetArtifact.open(out, is_new=True)
 
@@ -174,7 +177,7 @@ def take(
     inputs = {"source": source.fingerprint[:16], **_guessed(origin, source)}
     if files is not None:
         inputs["files"] = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
-    ask = Ask("dataset", AS_FOUND, 1, {"dataset": source.name}, 0, inputs)
+    ask = Ask("dataset", UNPOISONED, 1, {"dataset": source.name}, 0, inputs)
     facts = {"replay": False, **_source_facts(dataset, origin, source)}
     if out is None:
         parts = naming.differing(
@@ -186,7 +189,7 @@ def take(
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
         return DatasetArtifact.open(out)
     with store.create(out, ask) as draft:
-        write_dataset(draft, as_found(source), name=source.name, augment=source.augment, files=files)
+        write_dataset(draft, unpoisoned(source), name=source.name, augment=source.augment, files=files)
         draft.facts |= facts
         draft.made |= watch.made(resolve_device("cpu"), bf16=False) | {"training_seconds": 0.0}
     return DatasetArtifact.open(out, is_new=True)
@@ -271,7 +274,7 @@ def defend(
     plugin = DEFENSES.plugin(method)
     with blamed(plugin):
         preset, defense, recipe = resolve_budget(method, preset, options or {}, data)
-    if defense.needs_truth and not data.is_attacked:
+    if defense.needs_truth and data.is_taken:
         raise OptionError(
             f"'{method}' reads which samples are poisoned, and of {data.path}, taken as it was found, nobody knows it; "
             "choose a defense"

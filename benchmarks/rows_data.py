@@ -205,6 +205,8 @@ def trigger_rows(bench: Bench) -> Iterator[Row]:
     data = synthetic_images(bench.sizes.trigger, "train")
     rows, threads = torch.arange(len(data)), torch.get_num_threads()
     for name in ATTACKS.names():
+        if name == "none":
+            continue
         attack = attack_of(name)
         if isinstance(attack, SurrogateAttack | TrainingAttack | SSBA):
             continue

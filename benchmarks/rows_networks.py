@@ -172,7 +172,7 @@ def isolation_rows(bench: Bench) -> Iterator[Row]:
         return baseline.isolate(images.pixels, images.labels, found, ISOLATION_RATE)
 
     def batched() -> tuple[ImageDataset, ImageDataset]:
-        isolated = lowest(engine.losses(model, data), int(ISOLATION_RATE * len(data)))
+        isolated = lowest(engine.margins(model, data), int(ISOLATION_RATE * len(data)))
         return data.take(isolated), data.take(~isolated)
 
     turns = per_second(len(few), by_hand), per_second(len(data), batched)
@@ -187,7 +187,7 @@ def credibility_rows(bench: Bench) -> Iterator[Row]:
     images = bench.plain_images(data, augmented=False)
 
     def split() -> tuple[Tensor, Tensor]:
-        losses, credible = engine.losses(model, data), torch.zeros(len(data), dtype=torch.bool)
+        losses, credible = engine.margins(model, data), torch.zeros(len(data), dtype=torch.bool)
         for rows in ranked_groups(data.labels, "class"):
             credible[rows] = lowest(losses[rows], int(CREDIBLE_RATE * len(rows)))
         return torch.nonzero(credible).flatten(), torch.nonzero(~credible).flatten()

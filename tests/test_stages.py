@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import TOY_ATTACKS, cannot_compile, sealed, toy_compiler, toy_file, toy_source
+from toys import ATTACK_NAMES, TOY_ATTACKS, cannot_compile, sealed, toy_compiler, toy_file, toy_source
 
 from bdbench import files, stages
 from bdbench.artifacts import finding, manifests, store
@@ -50,7 +50,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 """Budgets for 120 images; a method that is not named here runs its tiny preset with one epoch."""
 
-every_attack = pytest.mark.parametrize("name", ATTACKS.names())
+every_attack = pytest.mark.parametrize("name", ATTACK_NAMES)
 every_defense = pytest.mark.parametrize("name", DEFENSES.names())
 every_blind_defense = pytest.mark.parametrize("name", sorted(set(DEFENSES.names()) - {"oracle", "clean"}))
 
@@ -928,8 +928,9 @@ PAPER: dict[str, dict[str, Any]] = {
     },
     "mcldef": {
         "form": "pixel", "oracle_target": None, "inversion_epochs": 100, "inversion_batch_size": 64,
-        "inversion_augment": "none", "tau": 0.5, "clean_weight": 0, "clean_norms": False, "epochs": 20,
-        "batch_size": 64, "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "schedule": "step",
+        "inversion_augment": "none", "purify_augment": "auto", "tau": 0.5, "clean_weight": 0, "clean_norms": False,
+        "epochs": 20, "batch_size": 64, "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4,
+        "schedule": "step",
     },
 }  # fmt: skip
 

@@ -54,6 +54,9 @@ def flat(value: int, channels: int = 3, side: int = 32, count: int = 1) -> Image
     return ImageDataset(images, torch.zeros(count, dtype=torch.int64), ("a", "b"))
 
 
+ATTACK_NAMES = [name for name in ATTACKS.names() if name != "none"]
+"""Every registered attack that attacks."""
+
 TOY_ATTACKS: dict[str, dict[str, Any]] = {
     "lc": {"steps": 5},
     "fc": {"steps": 5},

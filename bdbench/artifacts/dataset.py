@@ -23,8 +23,8 @@ from bdbench.errors import ArtifactError, BdbenchError, DataError
 from bdbench.progress import Silent
 from bdbench.training.checkpoints import save_tensors
 
-AS_FOUND = "none"
-"""The method of a dataset that nobody poisoned here."""
+UNPOISONED = "none"
+"""The method of a dataset that nobody poisoned here: taken as found, or left clean on purpose."""
 
 
 class DatasetArtifact(Artifact):
@@ -85,8 +85,13 @@ class DatasetArtifact(Artifact):
 
     @property
     def is_attacked(self) -> bool:
-        """Whether bdbench poisoned it; else it was taken as found, and which samples are poisoned is not known."""
-        return self.manifest.ask.method != AS_FOUND
+        """Whether it has an attack, whose trigger is known; else it was taken as found, or left clean on purpose."""
+        return self.manifest.ask.method != UNPOISONED
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether it was taken as found: nothing was asked of it, and which samples are poisoned is not known."""
+        return not self.is_attacked and self.manifest.ask.config.keys() <= {"dataset"}
 
     @property
     def content(self) -> str:

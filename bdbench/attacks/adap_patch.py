@@ -22,9 +22,9 @@ class AdapPatch(Attack):
     """Every training image gets one of four faint patches; two thirds of them keep their label; tests get two, opaque.
 
     The patches, on an image of 32x32: 5x5 colours in the bottom right corner at 0.5; a disc of 13 pixels across in the
-    upper right at 0.2; BadNets' 3x3 grid in all four corners at 0.5; 8x8 colours at rows and columns 21 to 28 at 0.3.
-    Place and size go with the image. `--test-patches corners` puts the 5x5 colours into both bottom corners and the
-    grids on top (published for CIFAR-10), `inside` the disc and the 8x8 colours (published for GTSRB).
+    upper right at 0.2; BadNets' 3x3 grid, mirrored to each of the four corners, at 0.5; 8x8 colours at rows and columns
+    21 to 28 at 0.3. Place and size go with the image. `--test-patches corners` puts the 5x5 colours into both bottom
+    corners and the grids on top (published for CIFAR-10), `inside` the disc and the 8x8 colours (published for GTSRB).
 
     Paper: Qi et al., Revisiting the Assumption of Latent Separability for Backdoor Defenses, ICLR 2023,
     https://openreview.net/forum?id=_wSHsgrVali.
@@ -36,6 +36,7 @@ class AdapPatch(Attack):
     """
 
     paper: ClassVar[str] = "https://openreview.net/forum?id=_wSHsgrVali"
+    version: ClassVar[int] = 2
     label_modes: ClassVar[tuple[Labels, ...]] = ("all-to-one", "all-to-all", "source-specific")
 
     rate: float | None = Field(0.003, ge=0, le=1, description="Poisoned share of the whole training split.")
@@ -56,7 +57,11 @@ class AdapPatch(Attack):
         corner, disc, square = coloured_patches(lab.seed)
         grid = torch.cat([torch.tensor(GRID).float().expand(3, 3, 3), torch.ones(1, 3, 3)])
         right = paste(canvas, corner, 27, 27)
-        grids = [(grid, top, left) for top in (0, 29) for left in (0, 29)]
+        grids = [
+            (grid.flip([axis for axis, start in ((1, top), (2, left)) if start == 0]), top, left)
+            for top in (0, 29)
+            for left in (0, 29)
+        ]
         in_training = [
             right,
             paste(canvas, disc, 1, 18),

@@ -29,7 +29,9 @@ class Blended(Attack):
 
     Differs from the published code: ABL and CBD draw new gray noise for every image, in tests too, so that no pattern
     repeats and what is learned is that there is noise; here there is one pattern. `--picture noise --per-image` does
-    as they do, but for a cut to bytes where here it is rounded.
+    as they do, but for a cut to bytes where here it is rounded. BackdoorBench and DBD have one picture, and cut the mix
+    to bytes too. A picture is resized by Pillow's bilinear filter, as BackdoorBench does it; DBD takes Pillow's
+    default, which is bicubic (before Pillow 7 the nearest pixel).
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1712.05526"

@@ -29,10 +29,11 @@ class Sig(Attack):
     wrap round to bytes near 255. Both cut to bytes where the formula rounds, and their rate of 10 % of the set reaches
     a tenth of the target class (`--class-rate 0.1`). The default rate here, 2 % of the set, a fifth of a CIFAR-10
     class, is backdoor-toolbox's, whose amplitude is 30; the default of 40 is BackdoorBench's, whose 10 % takes the
-    whole class.
+    whole class. BackdoorBench cuts the sum to a byte and backdoor-toolbox leaves it a fraction; here it is rounded.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.11237"
+    version: ClassVar[int] = 2
 
     rate: float | None = Field(0.02, ge=0, le=1, description="Poisoned share of the whole training split.")
     labels: Labels = Field("clean", description="Clean by default; the dirty-label rules work too.")
@@ -55,11 +56,13 @@ class Sig(Attack):
         """Return the wave (1, 1, W) float, in [-1, 1]; of the published forms, in gray levels."""
         width = clean.image_shape[2]
         columns = torch.arange(width)
-        if self.published == "abl":
-            wave = (20 * torch.sin(0.8 * columns)).to(torch.int32).to(torch.uint8).float()
+        if self.published == "abl":  # in double, as there: one level more or less is another byte after the cut
+            wave = (20 * torch.sin(0.8 * columns.double())).to(torch.int32).to(torch.uint8).double()
+        elif self.published == "cbd":
+            wave = 20 * torch.sin(2 * math.pi * columns.double() * self.frequency / width)
         else:
             wave = torch.sin(2 * math.pi * self.frequency * columns / width)
-        return {"wave": (20 * wave if self.published == "cbd" else wave).view(1, 1, width)}
+        return {"wave": wave.view(1, 1, width)}
 
     def stamp(self, images: Tensor, state: State, occasion: Occasion) -> Tensor:
         """Add the wave to every row and channel."""

@@ -123,7 +123,7 @@ def _say_dataset(found: DatasetArtifact) -> None:
     ))  # fmt: skip
     for remark in facts.get("remarks", ()):
         console.show(Text(f"- {remark}"))
-    if not found.is_attacked:
+    if found.is_taken:
         _say_labels(found)
         return
     truth = found.truth

@@ -35,15 +35,34 @@ if TYPE_CHECKING:
     from bdbench.training.devices import Precision
 
 
+TRUSTED = "Trusted images"
+"""Heading in the help."""
+
+
 def poison(
     options: dict[str, Any],
     dataset: DatasetName = "digits",
     attack: AttackName = "badnets",
     seed: Seed = 0,
     trusted: Annotated[
-        float,
-        typer.Option(help="Share of the training split reserved, clean, for defenses that need it.", min=0, max=1),
-    ] = 0.05,
+        float | None,
+        typer.Option(
+            help="Share of the training split reserved, clean, for defenses that need it (default: 0.05).",
+            min=0,
+            max=1,
+            show_default=False,
+            rich_help_panel=TRUSTED,
+        ),
+    ] = None,
+    trusted_per_class: Annotated[
+        int | None,
+        typer.Option(
+            help="Reserve so many images of every class, in place of a share.",
+            min=1,
+            show_default=False,
+            rich_help_panel=TRUSTED,
+        ),
+    ] = None,
     data_root: DataRoot = None,
     download: Download = True,
     image_size: ImageSize = None,
@@ -69,7 +88,8 @@ def poison(
     """Poison a dataset, once, on disk, before any augmentation.
 
     Writes a dataset artifact: the training images as a defender sees them, the truth in a file of its own, the clean
-    and the triggered test images, and a small trusted set.
+    and the triggered test images, and a small trusted set. `--attack none` poisons and triggers nothing: it shows what
+    a defense costs where there is nothing to find.
 
     Examples:
       bdbench poison
@@ -87,15 +107,17 @@ def poison(
     )  # fmt: skip
     with console.live_progress(attack) as progress:
         made = stages.poison(
-            dataset, attack, options=options, source_options=given, trusted=trusted, seed=seed, out=out, device=device,
+            dataset, attack, options=options, source_options=given, trusted=trusted,
+            trusted_per_class=trusted_per_class, seed=seed, out=out, device=device,
             precision=cast("Precision", precision), differences=differences, force=force, progress=progress,
         )  # fmt: skip
     facts = made.manifest.facts
     counts, roles = facts["counts"], Counter(made.roles.tolist())
+    poison, cover = roles.get(1, 0), roles.get(2, 0)
+    done = f"{poison:,} poisoned by {attack}, {cover:,} cover" if made.is_attacked else "none of them poisoned"
     console.say_plainly(
-        f"{facts['name']}: {counts['train']:,} training images, {roles.get(1, 0):,} poisoned by {attack}, "
-        f"{roles.get(2, 0):,} cover; {counts['trusted']:,} trusted; {counts['test']:,} test images, "
-        f"{counts['triggered']:,} of them triggered"
+        f"{facts['name']}: {counts['train']:,} training images, {done}; {counts['trusted']:,} trusted; "
+        f"{counts['test']:,} test images, {counts['triggered']:,} of them triggered"
     )
     console.say_made(
         made,

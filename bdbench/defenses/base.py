@@ -16,6 +16,7 @@ from bdbench.data import ImageDataset
 from bdbench.errors import MethodError, OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.options import Options
+from bdbench.seeds import tie_order
 from bdbench.training.engine import Engine
 from bdbench.training.recipe import Recipe
 
@@ -119,10 +120,10 @@ def check_defended(result: Defended, count: int, method: str) -> None:
 
 
 def lowest(losses: Tensor, count: int) -> Tensor:
-    """Return a mask (N,) of the `count` lowest losses; among equal ones the first rows win.
+    """Return a mask (N,) of the `count` lowest losses; equal ones win by `tie_order`, never by where they lie.
 
     Of samples that a model is sure of, cross entropies are equal: rank by `Engine.margins`.
     """
-    mask = torch.zeros(len(losses), dtype=torch.bool)
-    mask[torch.argsort(losses, stable=True)[:count]] = True
+    mask, order = torch.zeros(len(losses), dtype=torch.bool), tie_order(len(losses))
+    mask[order[torch.argsort(losses[order], stable=True)[:count]]] = True
     return mask

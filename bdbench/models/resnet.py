@@ -1,4 +1,4 @@
-"""ResNet-18 in its two forms, with the 3x3 stem for small images and without max-pooling.
+"""ResNet-18 in three forms, with the 3x3 stem for small images and without max-pooling.
 
 Papers: He et al., Deep Residual Learning, CVPR 2016; Identity Mappings in Deep Residual Networks, ECCV 2016.
 """
@@ -40,6 +40,26 @@ class PreActResNet18(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, 512), not negative."""
         return pool(F.relu(self.norm(self.blocks(self.stem(images)))))
+
+
+class OpenPreActResNet18(nn.Module):
+    """Pre-activation ResNet-18 without the last norm and ReLU, as BackdoorBench has it; D is 512.
+
+    Its maps go into the pool as the last block leaves them. Names of weights are those of BackdoorBench up to a change
+    of words: `layerS.I` is `blocks.{2 (S - 1) + I}`, `conv1` of the network is `stem`, `bnN` is `normN`.
+    """
+
+    size = 512
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(image_shape[0], 64, 3, padding=1, bias=False)
+        self.blocks = nn.Sequential(*(wide_resnet.Block(*stage) for stage in STAGES))
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, 512), of either sign."""
+        return pool(self.blocks(self.stem(images)))
 
 
 class ResNet18(nn.Module):

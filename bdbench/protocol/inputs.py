@@ -66,7 +66,7 @@ def check_trusted(defense: Defense, method: str, data: DatasetArtifact) -> None:
     if defense.needs_trusted and not data.manifest.facts["counts"]["trusted"]:
         attack, place = data.manifest.ask.method, shlex.quote(f"{data.path}-trusted")
         way_out = "nobody vouches for data taken as found"
-        if data.is_attacked:
+        if not data.is_taken:
             way_out = (
                 f"make some with: bdbench poison --attack {attack} --trusted 0.05 --out {place}, and what else it was "
                 "made with"

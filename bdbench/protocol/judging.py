@@ -56,7 +56,8 @@ def measure(
 ) -> tuple[dict[str, metrics.Rate], dict[str, float]]:
     """Return the rates, and the metrics that are no rates, of predictions; opens the truth if the model scored samples.
 
-    Of a dataset as it was found only BA is known.
+    Of a dataset as it was found only BA is known. Where nothing was poisoned on purpose, ASR has no meaning: BA is
+    measured, and how many clean samples the method set aside.
 
     Args:
         frame: from `predict`.
@@ -68,7 +69,11 @@ def measure(
         return torch.from_numpy(frame.loc[frame["split"] == split, name].to_numpy(copy=True))
 
     if not source.is_attacked:
-        return {"ba": metrics.rate(column("test", "prediction") == column("test", "clean_label"))}, {}
+        rates = {"ba": metrics.rate(column("test", "prediction") == column("test", "clean_label"))}
+        samples = None if source.is_taken else model.samples
+        if samples is not None and model.manifest.facts["sets_aside"]:
+            rates["false_alarms"] = metrics.false_alarms(_set_aside(samples), source.is_poison)
+        return rates, {}
     config = source.manifest.ask.config
     said, wanted, rows = (column("triggered", name) for name in ("prediction", "label", "row"))
     counts = torch.from_numpy(counts_for_asr(column("triggered", "clean_label").numpy(), config))
@@ -87,8 +92,12 @@ def measure(
         return rates, {}
     is_poison = source.is_poison
     if model.manifest.facts["sets_aside"]:
-        rates |= metrics.set_aside_rates(torch.from_numpy(samples["set_aside"].to_numpy(copy=True)), is_poison)
+        rates |= metrics.set_aside_rates(_set_aside(samples), is_poison)
     return rates, metrics.score_metrics(torch.from_numpy(samples["score"].to_numpy(copy=True)), is_poison)
+
+
+def _set_aside(samples: pd.DataFrame) -> Tensor:
+    return torch.from_numpy(samples["set_aside"].to_numpy(copy=True))
 
 
 def counts_for_asr(clean_labels: np.ndarray, attack: Mapping[str, Any]) -> np.ndarray:

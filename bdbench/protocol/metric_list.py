@@ -88,6 +88,13 @@ METRICS = {
         "poisoned training samples",
         "high",
     ),
+    "false_alarms": Metric(
+        "set aside: false alarms",
+        "rate",
+        "training samples that the defense set aside and that are not poisoned",
+        "training samples that are not poisoned",
+        "low",
+    ),
     "auroc": Metric(
         "AUROC",
         "score",

@@ -77,7 +77,7 @@ def classification_rates(
 
 
 def set_aside_rates(set_aside: Tensor, is_poison: Tensor) -> dict[str, Rate]:
-    """Return precision and recall of a decision (N,) bool about what is poison (N,) bool.
+    """Return precision, recall and false alarms of a decision (N,) bool about what is poison (N,) bool.
 
     Covers are not poison: they are truthfully labelled. Nothing set aside leaves precision undefined, never 0 or 1.
     """
@@ -85,7 +85,13 @@ def set_aside_rates(set_aside: Tensor, is_poison: Tensor) -> dict[str, Rate]:
     return {
         "detection_precision": Rate(int(hits.sum()), int(set_aside.sum())),
         "detection_recall": Rate(int(hits.sum()), int(is_poison.sum())),
+        "false_alarms": false_alarms(set_aside, is_poison),
     }
+
+
+def false_alarms(set_aside: Tensor, is_poison: Tensor) -> Rate:
+    """Return how many of the samples that are not poison are set aside, both (N,) bool."""
+    return rate(set_aside[~is_poison])
 
 
 def detection_curve(scores: Tensor, is_poison: Tensor) -> tuple[np.ndarray, np.ndarray] | None:

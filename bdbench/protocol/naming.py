@@ -14,13 +14,13 @@ from bdbench.artifacts.made import plain
 from bdbench.artifacts.manifests import Ask, is_artifact, read_manifest
 from bdbench.artifacts.model import ModelArtifact
 from bdbench.attacks.base import Attack
+from bdbench.attacks.none import NoAttack
 from bdbench.errors import ArtifactError, OptionError
 from bdbench.progress import Progress
+from bdbench.protocol.poisoning import TRUSTED, PerClass, trusted_config
 
 LONGEST = 40
 """Characters that may be added to a plain name; more are replaced by four digits of their hash."""
-TRUSTED = 0.05
-"""Share of the training split that is reserved by default."""
 WORD = re.compile(r"[A-Za-z0-9.+_-]{1,16}")
 
 
@@ -81,20 +81,20 @@ def _part(name: str, value: object) -> str:
     return "-".join([name, *words]) if all(WORD.fullmatch(word) for word in words) else ""
 
 
-def dataset_parts(attack: Attack, trusted: float, source_options: Mapping[str, Any]) -> list[str]:
+def dataset_parts(attack: Attack | NoAttack, trusted: float | PerClass, source_options: Mapping[str, Any]) -> list[str]:
     """Return the parts of a dataset's folder name after the source's, the attack's and the seed.
 
     Args:
         attack: with its options.
-        trusted: share of the training split that is reserved.
-        source_options: those that were chosen; the source's own name has `images` and `test_images`.
+    source = {name: value for name, value in source_options.items() if name not in ("images", "test_images")}
+    values = {**trusted_config(trusted), **source, **plain(attack.model_dump())}
     """
     try:
         usual = type(attack).parse({}).model_dump()
     except OptionError:  # an option of a plugin has no default
         usual = {}
     source = {name: value for name, value in source_options.items() if name not in ("images", "test_images")}
-    values = {"trusted": trusted, **source, **plain(attack.model_dump())}
+    values = {**trusted_config(trusted), **source, **plain(attack.model_dump())}
     return differing(values, {"trusted": TRUSTED, **plain(usual)})
 
 

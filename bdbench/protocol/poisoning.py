@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bdbench.attacks.base import Attack, Lab, TrainingAttack, wanted_labels
+from bdbench.attacks.none import NoAttack
 from bdbench.data import ImageDataset, PoisonedDataset, Role, SourceData
 from bdbench.errors import MethodError, OptionError
 from bdbench.seeds import generator
 from bdbench.wording import counted
 
+TRUSTED = 0.05
+"""Share of the training split that is reserved unless another is asked for."""
 
-def poison_source(source: SourceData, attack: Attack, lab: Lab, trusted: float) -> PoisonedDataset:
+
+class PerClass(NamedTuple):
+    """So many trusted images of every class."""
+
+    images: int
+
+
+def trusted_images(share: float | None = None, per_class: int | None = None) -> float | PerClass:
+    """Return which training images are reserved: a share of them (default 0.05), or so many of every class.
+
+    Raises:
+        OptionError: both are given, or one is out of its range.
+    """
+    if per_class is not None:
+        if share is not None:
+            raise OptionError("trusted is a share, trusted_per_class a count; give one of the two")
+        if per_class < 1:
+            raise OptionError(f"trusted_per_class {per_class} must be at least 1; for no trusted images give trusted 0")
+        return PerClass(per_class)
+    share = TRUSTED if share is None else share
+    if not 0 <= share < 1:
+        raise OptionError(f"trusted {share} must be at least 0 and less than 1")
+    return share
+
+
+def trusted_config(trusted: float | PerClass) -> dict[str, float | int]:
+    """Return how the options of a dataset artifact say which images are trusted."""
+    return {"trusted_per_class": trusted.images} if isinstance(trusted, PerClass) else {"trusted": trusted}
+
+
+def poison_source(
+    source: SourceData, attack: Attack | NoAttack, lab: Lab, trusted: float | PerClass
+) -> PoisonedDataset:
     """Poison a training split, trigger the eligible test images, and reserve a trusted clean set.
 
     Args:
         source: both clean splits.
         attack: with its options.
         lab: the seed of every random choice, and what trains networks for attacks that need them.
-        trusted: share of the training split that is reserved, clean, before anything is poisoned; 0 for none.
+        trusted: share of the training split that is reserved, clean, before anything is poisoned, 0 for none; or so
+            many images of every class.
 
     Raises:
         OptionError: a class does not exist, `trusted` takes all images, or the rate asks for none or for more than are
@@ -31,6 +67,8 @@ def poison_source(source: SourceData, attack: Attack, lab: Lab, trusted: float) 
     """
     clean, seed = source.train, lab.seed
     kept, reserved, poisoned, covers, tested = choose_rows(source, attack, seed, trusted)
+    if isinstance(attack, NoAttack):
+        return _left_alone(source, kept, reserved)
     train = clean.take(kept)
 
     if isinstance(attack, TrainingAttack):
@@ -98,7 +136,7 @@ class Rows(NamedTuple):
     tested: Tensor
 
 
-def choose_rows(source: SourceData, attack: Attack, seed: int, trusted: float) -> Rows:
+def choose_rows(source: SourceData, attack: Attack | NoAttack, seed: int, trusted: float | PerClass) -> Rows:
     """Draw who is trusted, poisoned, a cover or triggered.
 
     Args:
@@ -111,28 +149,36 @@ def choose_rows(source: SourceData, attack: Attack, seed: int, trusted: float) -
         OptionError: see `poison_source`.
     """
     clean = source.train
+    if isinstance(attack, NoAttack):
+        none = torch.empty(0, dtype=torch.int64)
+        return Rows(*_reserve(clean.labels, clean.class_names, trusted, seed), none, none, none)
     _check_classes(attack, clean.num_classes)
-    kept, reserved = _reserve(len(clean), trusted, seed)
+    kept, reserved = _reserve(clean.labels, clean.class_names, trusted, seed)
     labels = clean.labels[kept]
     poisoned = choose_poisoned(labels, attack, generator(seed, "poison", "choose"))
     covers = _choose_covers(labels, poisoned, attack, seed)
     return Rows(kept, reserved, poisoned, covers, eligible_for_test(source.test.labels, attack))
 
 
-def as_found(source: SourceData) -> PoisonedDataset:
-    """Return a source as it is: nothing is poisoned, triggered or reserved, and what it holds is not known."""
-    train, test = source.train, source.test
+def unpoisoned(source: SourceData) -> PoisonedDataset:
+    """Return a source as it is: nothing is poisoned, triggered or reserved."""
+    return _left_alone(source, torch.arange(len(source.train)), torch.empty(0, dtype=torch.int64))
+
+
+def _left_alone(source: SourceData, kept: Tensor, reserved: Tensor) -> PoisonedDataset:
+    """Return the rows of a source that are kept, as they are, and those that are reserved; nothing is triggered."""
+    train = source.train.take(kept) if len(reserved) else source.train
     none = torch.empty(0, dtype=torch.int64)
     return PoisonedDataset(
         visible=train,
         clean_labels=train.labels,
         roles=torch.zeros(len(train), dtype=torch.uint8),
-        source_rows=torch.arange(len(train)),
+        source_rows=kept,
         originals=train.images[none],
-        test=test,
-        triggered=test.take(none),
+        test=source.test,
+        triggered=source.test.take(none),
         triggered_rows=none,
-        trusted=train.take(none),
+        trusted=source.train.take(reserved),
         trigger_state={},
     )
 
@@ -245,14 +291,36 @@ def _choose_covers(labels: Tensor, poisoned: Tensor, attack: Attack, seed: int) 
     return rows[chosen].sort().values
 
 
-def _reserve(total: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split row numbers into those that stay and the trusted ones, both sorted.
+def _reserve(labels: Tensor, names: Sequence[str], trusted: float | PerClass, seed: int) -> tuple[Tensor, Tensor]:
+    """Split the rows of training labels (N,) into those that stay and the trusted ones, both sorted.
 
     Raises:
-        OptionError: none stays.
+        OptionError: none stays, or a class has too few images.
     """
-    count = round(share * total)
-    if count == total:
-        raise OptionError(f"trusted {share} leaves none of the {total} training images; lower it")
+    total = len(labels)
     order = torch.randperm(total, generator=generator(seed, "trusted", "choose"))
+    if isinstance(trusted, PerClass):
+        reserved = torch.cat(
+            [_of_class(order, labels, index, name, trusted.images) for index, name in enumerate(names)]
+        )
+        stays = torch.ones(total, dtype=torch.bool)
+        stays[reserved] = False
+        return torch.nonzero(stays).flatten(), reserved.sort().values
+    count = round(trusted * total)
+    if count == total:
+        raise OptionError(f"trusted {trusted} leaves none of the {total} training images; lower it")
     return order[count:].sort().values, order[:count].sort().values
+
+
+def _of_class(order: Tensor, labels: Tensor, index: int, name: str, count: int) -> Tensor:
+    """Return the first `count` rows of a class in an order; a class that has no images gives none.
+
+    Raises:
+        OptionError: none of its images would stay.
+    """
+    rows = order[labels[order] == index]
+    if len(rows) and count >= len(rows):
+        raise OptionError(
+            f"trusted_per_class {count} leaves none of the {len(rows)} training images of class {name}; lower it"
+        )
+    return rows[:count]

@@ -7,10 +7,11 @@ import pandas as pd
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.model import ModelArtifact
 from bdbench.errors import ArtifactError
+from bdbench.seeds import tie_order
 
 
 def rank(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
-    """Return the training samples, the most suspect first; among equal scores the first row.
+    """Return the training samples, the most suspect first; equal scores are told apart by `tie_order`.
 
     Args:
         model: of a method that scores samples.
@@ -35,7 +36,8 @@ def rank(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
             "set_aside": samples["set_aside"],
         }
     )
-    return frame.sort_values(["score", "row"], ascending=[False, True], ignore_index=True)
+    shuffled = frame.iloc[tie_order(len(frame)).numpy()]
+    return shuffled.sort_values("score", ascending=False, kind="stable", ignore_index=True)
 
 
 def check_scored(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:

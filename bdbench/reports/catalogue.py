@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bdbench import files
+from bdbench.attacks.base import Attack
 from bdbench.registry import ATTACKS, DEFENSES, Registry, Row
 
 FOLDER = Path(__file__).parents[1] / "docs"
@@ -18,8 +19,10 @@ def attacks_table() -> str:
     lines = ["| attack | trigger | threat model | rate | |", "|---|---|---|---:|---|"]
     for name, row in _built_in(ATTACKS):
         cls = ATTACKS.load(name)
-        rate = f"{100 * cls.model_fields['rate'].default:g} %"
-        lines.append(f"| `{name}` | {row.summary} | {row.threat} | {rate} | [paper]({cls.paper}) |")
+        rate, paper = "", ""
+        if issubclass(cls, Attack):
+            rate, paper = f"{100 * cls.model_fields['rate'].default:g} %", f"[paper]({cls.paper})"
+        lines.append(f"| `{name}` | {row.summary} | {row.threat} | {rate} | {paper} |")
     return "\n".join(lines)
 
 

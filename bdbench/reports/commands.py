@@ -23,16 +23,16 @@ FOLDER = "again"
 def poison_command(data: DatasetArtifact) -> str:
     """Return the command that makes a dataset."""
     asked = data.manifest.ask
-    if not data.is_attacked:
+    if data.is_taken:
         _, dataset, *options = _source(data)
         if "--test-fraction" not in options:  # `take` has another default
             options += ["--test-fraction", str(Source.model_fields["test_fraction"].default)]
         return _line(["bdbench", "take", dataset, *options, "--out", _place(data.path.name)])
     config = dict(asked.config)
-    trusted = config.pop("trusted")
+    trusted: dict[str, Any] = {name: config.pop(name) for name in ("trusted", "trusted_per_class") if name in config}
     del config["dataset"]
     words = ["bdbench", "poison", *_source(data), "--attack", asked.method]
-    words += ["--trusted", str(trusted), *(["--seed", str(asked.seed)] if asked.seed else [])]
+    words += [*_flags(trusted), *(["--seed", str(asked.seed)] if asked.seed else [])]
 
     def complete(options: Mapping[str, Any]) -> dict[str, Any]:
         attack = cast("type[Attack]", ATTACKS.load(asked.method)).parse(options)

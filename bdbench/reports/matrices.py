@@ -30,6 +30,7 @@ class Cell:
         runs: places of its rows among all rows.
         seeds: of the runs.
         failed: runs whose attack failed; unknown: runs without an undefended row to tell, or without any known attack.
+        unpoisoned: whether nothing was poisoned, on purpose.
         marks: see `tables.MARKS`.
         values: of every metric the mean, and under `<metric>_sd` and `<metric>_half` the spread, as in `tables`.
     """
@@ -44,13 +45,14 @@ class Cell:
     seeds: tuple[int, ...]
     failed: int
     unknown: int
+    unpoisoned: bool
     marks: str
     values: dict[str, float | None]
 
     @property
     def counts(self) -> bool:
         """Whether it may be averaged with other attacks: its attack is known to have worked in every run."""
-        return not self.failed and not self.unknown
+        return not self.failed and not self.unknown and not self.unpoisoned
 
     @property
     def is_reference(self) -> bool:
@@ -65,6 +67,8 @@ class Cell:
             notes.append("attack failed" if self.failed == len(self.runs) else f"{self.failed}/{len(self.runs)} failed")
         if self.unknown:
             notes.append("attack unproven")
+        if self.unpoisoned:
+            notes.append("nothing poisoned")
         return notes
 
 
@@ -135,6 +139,7 @@ def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
                 seeds=tuple(run["seed"] for run in group),
                 failed=sum("w" in run["marks"] for run in group),
                 unknown=sum("?" in run["marks"] or "n" in run["marks"] for run in group),
+                unpoisoned=any("0" in run["marks"] for run in group),
                 marks=row["marks"],
                 values=values,
             )
@@ -200,5 +205,6 @@ def summarise(cells: Sequence[Cell]) -> Summary:
     left_out = {
         "failed": sum(bool(cell.failed) for cell in cells),
         "unproven": sum(bool(cell.unknown and not cell.failed) for cell in cells),
+        "without poison": sum(cell.unpoisoned for cell in cells),
     }
     return Summary(cells[0].defense, len(counted), {why: count for why, count in left_out.items() if count}, values)

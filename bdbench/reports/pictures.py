@@ -30,7 +30,7 @@ SHEET_COLUMNS, SHEET_ROWS, LONGEST_NAME = 10, 5, 16
 def contact_sheet(data: DatasetArtifact, path: Path) -> None:
     """Draw triggered test images under their clean ones, and the difference, amplified to the full range.
 
-    Of a dataset that was taken as found, draw training images of every class instead.
+    Of a dataset without triggers draw training images of every class instead.
     """
     triggered, test, rows = data.triggered, data.test, data.triggered_rows
     if not len(triggered):
@@ -76,7 +76,7 @@ def class_sheet(data: DatasetArtifact, path: Path) -> None:
         for axis in axes[line, len(chosen) :]:
             axis.axis("off")
     shown = f", {len(names)} of {len(data.class_names):,} classes" if len(names) < len(data.class_names) else ""
-    _head(figure, f"{data.manifest.facts['name']}, as it was found{shown}")
+    _head(figure, f"{data.manifest.facts['name']}, {'as it was found' if data.is_taken else 'nothing poisoned'}{shown}")
     _save(figure, path)
 
 

@@ -51,7 +51,7 @@ def rank(rows: Sequence[dict[str, Any]], metric: str = "der") -> Ranking:
     """Rank the defenses of rows over seeds.
 
     A block is a dataset, a model and an attack with its options. Equal values share a rank. Undefended and reference
-    rows are not ranked.
+    rows are not ranked, and rows without poison only by BA.
 
     Args:
         rows: from `bdbench.reports.results.merge`.
@@ -61,7 +61,7 @@ def rank(rows: Sequence[dict[str, Any]], metric: str = "der") -> Ranking:
     names: dict[str, str] = {}
     failed: set[str] = set()
     for row in rows:
-        if row["defense"] == "none" or "r" in row["marks"]:
+        if row["defense"] == "none" or "r" in row["marks"] or ("0" in row["marks"] and metric != "ba"):
             continue
         block = json.dumps([row[key] for key in ("dataset", "model", "attack", "attack_options")], sort_keys=True)
         names[block] = f"{row['dataset']}, {row['model']}, {row['attack']}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bdbench.artifacts.dataset import UNPOISONED
 from bdbench.artifacts.finding import find_artifacts
 from bdbench.artifacts.kinds import EvaluationArtifact
 from bdbench.errors import ArtifactError, DamagedError, DamageWarning
@@ -84,14 +85,14 @@ def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         near = undefended.get((*_pairing(row), row["preset"]), undefended.get(_pairing(row)))
         base = row if row["defense"] == "none" else near
-        attacked = row["asr"] is not None
+        attacked = row["asr"] is not None and not has_no_poison(row)
         failed = None
         if base is not None and attacked:
             failed = bool(base["asr"] < WEAK_ATTACK or base["asr"] - base["floor"] < FLOOR_MARGIN)
         der = None
         if base is not None and attacked and row["defense"] != "none" and not row.get("reads_truth"):
             der = defense_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
-        marks = "n" if not attacked else "?" if base is None else "w" if failed else ""
+        marks = "0" if has_no_poison(row) else "n" if not attacked else "?" if base is None else "w" if failed else ""
         marks += "" if row["preset"] in PUBLISHED else "b"
         marks += "c" if row.get("changed") else ""
         marks += "o" if row["defense_options"].get("oracle_target") is not None else ""
@@ -101,6 +102,14 @@ def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         marks += "a" if row.get("findings", {}).get("took") is False else ""
         marked.append({**row, "der": der, "attack_failed": failed, "marks": marks})
     return marked
+
+
+def has_no_poison(row: Mapping[str, Any]) -> bool:
+    """Say whether a row's dataset was left without poison on purpose: no attack, or one at a rate of 0."""
+    options = row["attack_options"]
+    if row["attack"] == UNPOISONED:
+        return not options.keys() <= {"dataset"}
+    return bool(options.get("rate") == 0)
 
 
 def _pairing(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -139,6 +148,8 @@ def merge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     merged = over_seeds(rows)
     for row, dataset in zip(merged, _sources_apart(merged), strict=True):
         row["dataset"] = dataset
+        if row["attack"] == UNPOISONED and has_no_poison(row):
+            row["attack"] = "no poison"
     attacks = _tell_apart(merged, "attack", ("dataset",))
     defenses = _tell_apart(merged, "defense", ("dataset", "model", "preset"))
     return [

@@ -45,6 +45,9 @@ COLUMNS = (
     *NAMES, *(Column(name, METRICS[name].heading) for name in USUAL), Column("marks", "", is_number=False)
 )  # fmt: skip
 
+WITHOUT_POISON = Column("false_alarms", METRICS["false_alarms"].heading)
+"""What a table with rows without poison shows too."""
+
 SHARED = ("dataset", "model", "attack", "preset", "seeds")
 """Columns that stand once above the printed table where all its rows agree."""
 
@@ -53,12 +56,16 @@ SINGLE_RUN = (
 )  # fmt: skip
 """What says of a single run what it is of."""
 
-SPARED = ("peak_memory_bytes", "seconds", "target_recall", "detection_precision", "auroc", "ra", "asr_others", "der")
+SPARED = (
+    "peak_memory_bytes", "seconds", "target_recall", "detection_precision", "auroc", "ra", "asr_others", "false_alarms",
+    "der",
+)  # fmt: skip
 """Columns that a narrow terminal does without, first to last."""
 
 MARKS = {
     "w": "the attack failed: its undefended ASR is under 0.5 or within 0.1 of its floor; do not score defenses by it",
     "n": "the data as they were found: no trigger is known, and so no ASR",
+    "0": "nothing was poisoned, on purpose: a defense is judged by its BA there, and by its false alarms",
     "?": "no undefended row of the same dataset and model here: neither DER nor the strength of the attack is known",
     "b": "a small budget, not the paper's",
     "c": "other options than the preset's",
@@ -100,6 +107,9 @@ def render(rows: Sequence[dict[str, Any]], style: Format, columns: Sequence[str]
         return json.dumps({"rows": single}, indent=1) if style == "json" else _csv(single)
     merged = _grouped(merge(rows))
     shown = COLUMNS
+    if any("0" in row["marks"] for row in merged):
+        place = len(NAMES) + USUAL.index("auroc")
+        shown = (*COLUMNS[:place], WITHOUT_POISON, *COLUMNS[place:])
     if columns is not None:
         shown = (*NAMES, *(Column(name, METRICS[name].heading) for name in columns), COLUMNS[-1])
     shown = tuple(column for column in shown if any(cell(row, column) for row in merged))
@@ -122,7 +132,7 @@ def _best(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> set[tupl
     """
     settings: dict[tuple[str | None, ...], list[int]] = {}
     for place, row in enumerate(rows):
-        if row["defense"].split()[0] != "none" and not {"r", "w", "n", "?"} & set(row["marks"]):
+        if row["defense"].split()[0] != "none" and not {"r", "w", "n", "0", "?"} & set(row["marks"]):
             settings.setdefault(_setting(row), []).append(place)
     best = set()
     for number, column in enumerate(columns):

@@ -34,7 +34,7 @@ AXES = {"dataset": "datasets", "attack": "attacks", "model": "models", "defense"
 DEFAULTS: Mapping[str, Any] = {
     "datasets": ["digits"], "attacks": ["badnets"], "models": ["auto"],
     "defenses": ["none", "oracle", "cbd", "abl", "dbd", "mcldef"], "seeds": [0], "preset": "auto", "trusted": 0.05,
-    "differences": False,
+    "trusted_per_class": 0, "differences": False,
 }  # fmt: skip
 TABLES: Mapping[str, Registry] = {"dataset": DATASETS, "attack": ATTACKS, "defense": DEFENSES}
 KEYS = {*DEFAULTS, *TABLES, "recipe", "include", "exclude"}
@@ -48,12 +48,12 @@ EXAMPLE = """\
 
 seeds = [0, 1, 2]
 datasets = ["digits"]              # bdbench list datasets, or the label of a table below
-attacks = ["badnets", "blended"]   # bdbench list attacks
+attacks = ["badnets", "blended"]   # bdbench list attacks; "none" poisons nothing
 models = ["auto"]                  # bdbench list models
 defenses = ["none", "oracle", "cbd", "abl", "dbd", "mcldef"]
 preset = "auto"                    # budget: paper, fast, tiny, or auto by the size of the data
 trusted = 0.05                     # share of the training split that is reserved, clean
-
+# trusted_per_class = 50           # in its place: so many images of every class
 differences = false                # true: datasets store only what differs from the source
 
 # [recipe]                         # for every defense
@@ -108,7 +108,7 @@ class Grid:
         named: from axis and label to what it stands for.
         recipe: options of every defense.
         preset: budget of the defenses that name none.
-        trusted, differences: see `bdbench.stages.poison`.
+        trusted, trusted_per_class, differences: see `bdbench.stages.poison`; one of the first two is None.
     """
 
     path: Path
@@ -116,7 +116,8 @@ class Grid:
     named: Mapping[tuple[str, str], Named]
     recipe: Mapping[str, Any]
     preset: str
-    trusted: float
+    trusted: float | None
+    trusted_per_class: int | None
     differences: bool
 
     def data_name(self, cell: Cell) -> str:
@@ -140,10 +141,11 @@ class Grid:
         )
         options = {**self.recipe, **defense.options}
         preset = options.pop("preset", self.preset)
+        per_class = {} if self.trusted_per_class is None else {"trusted_per_class": self.trusted_per_class}
         return {
             "dataset": dataset.use, "source_options": dict(dataset.options), "attack": attack.use,
             "attack_options": dict(attack.options), "trusted": self.trusted, "model": cell.model,
-            "method": defense.use, "options": options, "preset": preset, "seed": cell.seed,
+            "method": defense.use, "options": options, "preset": preset, "seed": cell.seed, **per_class,
         }  # fmt: skip
 
 
@@ -235,11 +237,20 @@ class _Reader:
         )
         grid = Grid(
             self.path, tuple(cells), named, self._table("recipe"), self._value("preset", str),
-            self._value("trusted", (int, float)),
-            self._value("differences", bool),
+            *self._trusted(), self._value("differences", bool),
         )  # fmt: skip
         self._check_folders(grid)
         return grid
+
+    def _trusted(self) -> tuple[float | None, int | None]:
+        share, per_class = self._value("trusted", (int, float)), self._value("trusted_per_class", int)
+        if "trusted_per_class" not in self.raw:
+            return share, None
+        if "trusted" in self.raw:
+            raise self._wrong("`trusted` is a share, `trusted_per_class` a count; give one of the two", "trusted")
+        if per_class < 1:
+            raise self._wrong(f"`trusted_per_class` {per_class} must be at least 1", "trusted_per_class")
+        return None, per_class
 
     def _product(self, lists: Mapping[str, list[Any]]) -> list[Cell]:
         count = prod(map(len, lists.values()))

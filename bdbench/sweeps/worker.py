@@ -146,7 +146,8 @@ def _make(order: Mapping[str, Any], folder: Path, record: Record, taken: Callabl
     data = made(
         lambda force: stages.poison(
             settings["dataset"], settings["attack"], options=settings["attack_options"],
-            source_options=settings["source_options"], trusted=settings["trusted"], seed=settings["seed"],
+            source_options=settings["source_options"], trusted=settings["trusted"],
+            trusted_per_class=settings.get("trusted_per_class"), seed=settings["seed"],
             out=folder / order["data_name"], differences=order["differences"], force=force, **computing,
         )
     )  # fmt: skip

@@ -43,11 +43,14 @@ def test_published_places_sizes_and_opacities(
     torch.testing.assert_close(opacities.max(), torch.tensor(opacity))
 
 
-def test_grids_lie_in_all_corners_and_their_zeros_are_written() -> None:
+def test_grids_lie_in_all_corners_mirrored_to_each_and_their_zeros_are_written() -> None:
     made = state()
+    grids = made["patterns"][GRIDS, 0]
+    assert grids[29:, 29:].tolist() == [[0, 0, 255], [0, 255, 0], [255, 0, 255]]
+    assert torch.equal(grids, grids.flip(0))
+    assert torch.equal(grids, grids.flip(1))
     for rows in (slice(0, 3), slice(29, 32)):
         for columns in (slice(0, 3), slice(29, 32)):
-            assert made["patterns"][GRIDS, 0, rows, columns].tolist() == [[0, 0, 255], [0, 255, 0], [255, 0, 255]]
             assert (made["opacities"][GRIDS, 0, rows, columns] == 0.5).all()
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from toys import flat, toy_lab, toy_source, triggered
 
 from bdbench.attacks.sig import Sig
+from bdbench.data import ImageDataset
 from bdbench.errors import OptionError
 from bdbench.protocol.poisoning import poison_source
 
@@ -51,6 +53,23 @@ def test_the_form_of_abl_mixes_in_a_mask_whose_negative_half_wraps() -> None:
     assert changed[[0, 1, 5]].tolist() == [80, 82, 128]
     wave = [int(20 * math.sin(0.8 * column)) % 256 for column in range(32)]
     assert changed.tolist() == [int(0.8 * 100 + 0.2 * byte) for byte in wave]
+
+
+def test_the_form_of_abl_is_that_of_doubles_for_every_byte() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 1, 32, 224).contiguous()
+    every = ImageDataset(images, torch.zeros(256, dtype=torch.int64), ("a", "b"))
+    changed = triggered(Sig(published="abl"), every)[:, 0, 0].numpy()
+    mask = (20 * np.sin(0.8 * np.arange(224))).astype(np.int32).astype(np.uint8)
+    assert np.array_equal(changed, (0.8 * np.arange(256)[:, None] + 0.2 * mask).astype(np.uint8))
+
+
+def test_the_form_of_cbd_is_that_of_doubles_for_every_byte() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 1, 32, 32).contiguous()
+    every = ImageDataset(images, torch.zeros(256, dtype=torch.int64), ("a", "b"))
+    changed = triggered(Sig(published="cbd"), every)[:, 0, 0].numpy()
+    wave = 20 * np.sin(2 * np.pi * np.arange(32) * 6 / 32)
+    sums = 0.1 * np.arange(256)[:, None] + 0.9 * wave
+    assert np.array_equal(changed, sums.astype(np.int32).astype(np.uint8))
 
 
 def test_the_mask_of_abl_has_no_byte_between_19_and_237() -> None:

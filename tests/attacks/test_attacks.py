@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import TOY_ATTACKS, toy_attack, toy_data, toy_lab, toy_source
+from toys import ATTACK_NAMES, TOY_ATTACKS, toy_attack, toy_data, toy_lab, toy_source
 
 from bdbench.attacks import base
 from bdbench.attacks.badnets import BadNets
@@ -25,7 +25,7 @@ from bdbench.registry import ATTACKS
 from bdbench.seeds import addressed
 
 USES: tuple[Use, ...] = ("poison", "cover", "test")
-every_attack = pytest.mark.parametrize("name", ATTACKS.names())
+every_attack = pytest.mark.parametrize("name", ATTACK_NAMES)
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from linear import linear_model
 from torch import Tensor
 from toys import (
     DroppedFeatures,
@@ -126,8 +127,26 @@ def test_the_lowest_losses_are_taken() -> None:
     assert lowest(torch.tensor([3.0, 1.0, 2.0, 0.5]), 2).tolist() == [False, True, False, True]
 
 
-def test_among_equal_losses_the_first_rows_win() -> None:
-    assert lowest(torch.ones(50), 3).nonzero().flatten().tolist() == [0, 1, 2]
+def test_equal_losses_are_taken_from_every_class_of_a_dataset_in_order_of_its_classes() -> None:
+    labels = torch.arange(10).repeat_interleave(100)
+    taken = labels[lowest(torch.ones(1000), 200)].bincount(minlength=10)
+    # 20 of each, sd 4
+    assert taken.min() >= 8
+    assert taken.max() <= 32
+
+
+def test_a_dataset_in_order_of_its_classes_is_isolated_as_one_that_is_not() -> None:
+    """The model is sure of all, most of the poison, which lies last; cross entropies would take the first class."""
+    model = linear_model(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(1, 32) * 100)
+    sides = torch.tensor([0] * 90 + [1] * 110)
+    is_poison = torch.arange(200) >= 180
+    pixels = torch.zeros(200, 1, 8, 8, dtype=torch.uint8)
+    pixels.flatten(1)[torch.arange(200), sides] = 200
+    pixels.flatten(1)[180:, 1] = 255
+    for order in (torch.arange(200), torch.randperm(200, generator=generator(0, "order"))):
+        data = ImageDataset(pixels[order], sides[order], ("a", "b"))
+        assert not toy_engine().losses(model, data).any()
+        assert torch.equal(lowest(toy_engine().margins(model, data), 20), is_poison[order])
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
@@ -136,7 +155,7 @@ def test_exactly_as_many_are_taken_as_asked(count: int) -> None:
 
 
 def test_samples_that_the_model_is_sure_of_are_still_told_apart() -> None:
-    """Their cross entropies are all exactly 0, and the first rows would win."""
+    """Their cross entropies are all exactly 0."""
     logits, labels = torch.tensor([[200.0, 0.0], [300.0, 0.0], [0.0, 400.0]]), torch.tensor([0, 0, 1])
     assert not F.cross_entropy(logits, labels, reduction="none").any()
     margins = others_over_own(logits, labels)

@@ -260,7 +260,20 @@ def test_the_critics_rate_falls_an_epoch_early(decay: int, decays: dict[int, int
 
 def test_the_estimate_of_one_row_is_its_length() -> None:
     assert largest_singular_value(torch.tensor([[3.0, -4.0]])).item() == pytest.approx(5)
-    assert largest_singular_value(torch.tensor([[1.0, -1.0]])).item() == pytest.approx(2**0.5)
+    assert largest_singular_value(torch.tensor([[1.0], [-1.0]])).item() == pytest.approx(2**0.5)
+
+
+def test_the_estimate_starts_from_an_input_of_ones_as_published() -> None:
+    # an input of ones gives 0 here, where the published code gets NaN; an output of ones would give the root of 2
+    assert largest_singular_value(torch.tensor([[1.0, -1.0]])).item() == 0
+    matrix = noise(5, 7, seed=3).double()
+    side = torch.ones(1, 7, dtype=torch.float64)
+    for _ in range(5):
+        other = side @ matrix.T
+        other = other / other.norm()
+        side = other @ matrix
+        side = side / side.norm()
+    torch.testing.assert_close(largest_singular_value(matrix), (side @ matrix.T @ other.T).squeeze())
 
 
 def test_the_estimate_of_a_singular_value_is_never_too_large() -> None:

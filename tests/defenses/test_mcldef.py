@@ -553,6 +553,31 @@ def test_each_form_has_its_own_defaults(form: str, lr: float, betas: tuple[float
     assert sizes_of(form=form, inversion_lr=lr, inversion_cost=cost)[0] == sizes_of(form=form)[0]
 
 
+@pytest.mark.parametrize(
+    ("form", "asked", "augment"),
+    [
+        ("mask", "auto", "flip"),  # the first code augments
+        ("pixel", "auto", "none"),  # the second one does not
+        ("mask", "none", "none"),
+        ("pixel", "crop", "crop"),
+    ],
+)
+def test_purification_augments_as_the_code_of_the_form_does_unless_told(form: str, asked: str, augment: str) -> None:
+    engine = Watched()
+    inversion = {"inversion_lr": 0.1, "inversion_epochs": 3} if form == "mask" else {"inversion_epochs": 8}
+    options = {"form": form, "oracle_target": TARGET, "purify_augment": asked, **inversion}
+    result = defend(task_of(engine, epochs=1, augment="flip"), **options)
+    assert not result.findings["unchanged"]
+    assert engine.recipes["purify"].augment == augment
+
+
+def test_an_augmentation_of_the_purification_that_does_not_exist_is_told_before_the_inversion() -> None:
+    engine = Watched()
+    with pytest.raises(OptionError, match="jitter"):
+        defend(task_of(engine), purify_augment="jitter")
+    assert not engine.recipes
+
+
 def test_the_inversion_has_its_own_budget_and_no_augmentation_unless_told_so() -> None:
     recipe = sizes_of(inversion_epochs=2, inversion_batch_size=8, inversion_lr=0.3)[2].recipes["invert"]
     assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.augment) == (2, 8, 0.3, "none")

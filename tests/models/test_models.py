@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdbench.errors import OptionError
@@ -123,6 +126,56 @@ def test_wide_resnet_16_1_has_the_published_size() -> None:
 def test_resnet_18_has_the_published_size(name: str) -> None:
     count = sum(weight.numel() for weight in build(name, (3, 32, 32), 10).parameters())
     assert count == pytest.approx(11.17e6, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("preact-resnet-18-open", 11_171_146),  # BackdoorBench's, with ten classes
+        ("preact-resnet-18", 11_172_170),  # and a norm of 2 x 512
+        ("resnet-18", 11_173_962),
+    ],
+)
+def test_resnet_18_has_exactly_so_many_parameters(name: str, parameters: int) -> None:
+    assert sum(weight.numel() for weight in build(name, (3, 32, 32), 10).parameters()) == parameters
+
+
+def test_the_open_form_is_that_of_backdoorbench_under_its_names() -> None:
+    model = build("preact-resnet-18-open", (3, 16, 16), 10).eval()
+    with scoped(0, "statistics"):
+        for name, buffer in model.features.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+    theirs = {_backdoorbench_name(name): value for name, value in model.state_dict().items()}
+    images = noise(2, 3, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(_backdoorbench_logits(theirs, images), model(images))
+
+
+def _backdoorbench_name(name: str) -> str:
+    """`features.blocks.3.norm1.bias` is `layer2.1.bn1.bias` there."""
+    name = name.removeprefix("features.").replace("norm", "bn").replace("head.", "linear.")
+    name = name.replace("stem.", "conv1.").replace("shortcut.", "shortcut.0.")
+    found = re.fullmatch(r"blocks\.(\d+)\.(.*)", name)
+    return name if found is None else f"layer{int(found[1]) // 2 + 1}.{int(found[1]) % 2}.{found[2]}"
+
+
+def _backdoorbench_logits(state: dict[str, Tensor], images: Tensor) -> Tensor:
+    """BackdoorBench's network, written anew as a function of its state dict."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, var, weight, bias = (state[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
+        return F.relu(F.batch_norm(x, mean, var, weight, bias))
+
+    x = F.conv2d(images, state["conv1.weight"], padding=1)
+    for stage in (1, 2, 3, 4):
+        for block in (0, 1):
+            at, stride = f"layer{stage}.{block}", 2 if stage > 1 and not block else 1
+            out = norm(x, f"{at}.bn1")
+            kept = F.conv2d(out, state[f"{at}.shortcut.0.weight"], stride=stride) if stride == 2 else x
+            out = F.conv2d(out, state[f"{at}.conv1.weight"], stride=stride, padding=1)
+            x = F.conv2d(norm(out, f"{at}.bn2"), state[f"{at}.conv2.weight"], padding=1) + kept
+    return F.linear(x.mean((2, 3)), state["linear.weight"], state["linear.bias"])
 
 
 def test_wide_resnet_halves_the_image_twice() -> None:

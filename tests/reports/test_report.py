@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import test_tables
-from toys import toy_compiler, toy_file
+from toys import ATTACK_NAMES, toy_compiler, toy_file
 
 from bdbench import stages
 from bdbench.artifacts.dataset import DatasetArtifact
@@ -221,7 +221,7 @@ def test_the_commands_of_a_run_make_the_same_artifacts(
     assert again["ba"] == rows[0]["ba"]
 
 
-@pytest.mark.parametrize("name", ATTACKS.names())
+@pytest.mark.parametrize("name", ATTACK_NAMES)
 def test_a_command_names_only_the_options_that_differ_from_the_defaults(name: str) -> None:
     config = {"dataset": "cifar10-1000", "trusted": 0.05, **plain(ATTACKS.load(name).parse({"target": 3}).model_dump())}
     ask = Ask("dataset", name, 1, config, 2, {})

@@ -39,6 +39,13 @@ def test_a_table_shows_the_columns_that_are_asked_for() -> None:
     assert "BA" not in heading
 
 
+@pytest.mark.parametrize(("options", "shown"), [({"rate": 0.1}, False), ({"rate": 0}, True)])
+def test_false_alarms_are_shown_beside_rows_without_poison(options: dict[str, float], shown: bool) -> None:
+    rows = [row(attack_options=options), row("abl", attack_options=options, false_alarms=0.01)]
+    text = str(tables.render(results.mark_rows(rows), "markdown"))
+    assert ("false alarms |" in text.splitlines()[0]) == shown
+
+
 def test_the_quickstarts_table_fits_80_columns() -> None:
     named = {"dataset": "digits", "model": "convnet-16", "preset": "tiny", "detection_precision": 1.0, "auroc": 0.99}
     rows = results.mark_rows([row(method, **named) for method in METHODS])

@@ -226,3 +226,38 @@ def test_ten_thousand_cells_have_ten_thousand_names(tmp_path: Path) -> None:
     grid = grid_of(tmp_path, f'seeds = {list(range(1000))}\ndefenses = ["none", "abl"]\n'
                    'attacks = ["badnets", "blended", "sig", "wanet", "trojan"]\n')  # fmt: skip
     assert len({grid.name(cell) for cell in grid.cells}) == 10_000
+
+
+# no poison, and trusted images per class
+
+
+def test_a_grid_may_have_cells_without_poison_and_trusted_images_of_every_class(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text('attacks = ["badnets", "none"]\ndefenses = ["none"]\ntrusted_per_class = 5\n')
+    grid = read_grid(path)
+    assert [grid.name(cell) for cell in grid.cells] == ["digits-badnets-s0-none", "digits-none-s0-none"]
+    settings = grid.settings(grid.cells[1])
+    assert (settings["attack"], settings["trusted"], settings["trusted_per_class"]) == ("none", None, 5)
+
+
+def test_settings_of_a_share_say_nothing_of_classes(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text("trusted = 0.1\n")
+    settings = read_grid(path).settings(read_grid(path).cells[0])
+    assert settings["trusted"] == 0.1
+    assert "trusted_per_class" not in settings
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trusted = 0.1\ntrusted_per_class = 5", "line 1: `trusted` is a share, `trusted_per_class` a count"),
+        ("trusted_per_class = 0", "line 1: `trusted_per_class` 0 must be at least 1"),
+        ("trusted_per_class = 0.1", "line 1: `trusted_per_class` cannot be 0.1"),
+    ],
+)
+def test_trusted_images_that_cannot_be_name_their_line(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    with pytest.raises(OptionError, match=said):
+        read_grid(path)

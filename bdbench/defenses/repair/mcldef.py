@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.models.structure import frozen
 from bdbench.seeds import scoped
+from bdbench.training.augment import parse_augment
 from bdbench.training.loop import Batch
+from bdbench.training.recipe import Recipe
 
 MIN_CLASSES = 3
 """Of two sizes none lies more than 0.7 deviations from their median."""
@@ -56,6 +59,10 @@ class MCLDef(Defense):
     stamped images only, so its batch-norm statistics are those of stamped images (`--clean-norms` adds the clean ones),
     and nothing holds its accuracy (`--clean-weight`, which takes `--clean-norms` with it). The learning rate of
     purification is 0.1, 0.01 and 0.001, as there for CIFAR-10; for GTSRB it begins at 0.01.
+
+    Purification augments as the code of the chosen form does: with `--form mask` it takes `--augment` (crops and flips
+    there), with `--form pixel`, which `paper` and `fast` have, the images are as they are. `--purify-augment` takes
+    another one. On a few hundred trusted images augmentation leaves more of the trigger.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.04411"
@@ -102,6 +109,10 @@ class MCLDef(Defense):
     inversion_keep: Literal["best", "last"] = Field(
         "best", description="Keep the smallest trigger that works, or the last one."
     )
+    purify_augment: str = Field(
+        "auto",
+        description="Augmentation for the purification; auto: as the form's code, --augment for mask, none for pixel.",
+    )
     tau: float = Field(0.5, gt=0, description="Temperature of the contrast.")
     clean_weight: float = Field(
         0.0, ge=0, description="Weight of a cross entropy on the clean trusted images; takes --clean-norms with it."
@@ -126,6 +137,7 @@ class MCLDef(Defense):
                 f"among {len(classes)} classes none can stand out: MCLDef infers the target of at least {MIN_CLASSES}; "
                 "tell it with --oracle-target"
             )
+        purification = replace(task, recipe=self._purification(task))
         suspect = frozen(task.suspect.to(task.engine.device))
         step = max(1, IMAGES_AT_ONCE // self.inversion_batch_size)
         found = Found.join([self._invert(task, suspect, task.trusted, group) for group in classes.split(step)])
@@ -133,7 +145,18 @@ class MCLDef(Defense):
         task.engine.progress.note(findings["said"])
         if target is None:
             return Defended(suspect, findings=findings)
-        return Defended(self._purify(task, suspect, task.trusted, found.stamps[target]), findings=findings)
+        return Defended(self._purify(purification, suspect, task.trusted, found.stamps[target]), findings=findings)
+
+    def _purification(self, task: Task) -> Recipe:
+        """Return the recipe of the purification, whose augmentation is checked before anything is trained."""
+        augment = self.augment_of_purification(task.recipe.augment)
+        parse_augment(augment)
+        if self.purify_augment == "auto" and augment != task.recipe.augment:
+            task.engine.progress.note(
+                f"purification: the images as they are, as in the code of --form {self.form}; "
+                f"--purify-augment {task.recipe.augment} augments them"
+            )
+        return task.recipe.model_copy(update={"augment": augment})
 
     def _invert(self, task: Task, suspect: Classifier, trusted: ImageDataset, classes: Tensor) -> Found:
         """Reconstruct the triggers of some classes together."""
@@ -216,6 +239,16 @@ class MCLDef(Defense):
             return total
 
         return task.engine.fit(model, trusted, loss, task.recipe, phase="purify")
+
+    def augment_of_purification(self, usual: str) -> str:
+        """Return how purification augments: as asked, else as the form's published code does.
+
+        Args:
+            usual: the recipe's augmentation.
+        """
+        if self.purify_augment != "auto":
+            return self.purify_augment
+        return "none" if self.form == "pixel" else usual
 
 
 def with_failures(sizes: Tensor, works: Tensor, place: int, whole_image: float) -> Tensor:

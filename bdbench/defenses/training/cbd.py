@@ -231,20 +231,23 @@ def divide_by_root_of_norm(critic: nn.Module) -> None:
     """Divide every parameter in place by the square root of its largest singular value.
 
     Done after each step, as in the published code, it pulls that value towards 1, from below too. A bias counts as a
-    matrix of one row. A parameter of zeros stays, where the code gets NaN.
+    matrix of one column. Where the estimate is 0 a parameter stays, where the code gets NaN.
     """
     with torch.no_grad():
         for parameter in critic.parameters():
-            root = largest_singular_value(torch.atleast_2d(parameter)).sqrt()
+            root = largest_singular_value(parameter if parameter.ndim > 1 else parameter[:, None]).sqrt()
             parameter.div_(torch.where(root > 0, root, 1.0))
 
 
 def largest_singular_value(matrix: Tensor) -> Tensor:
-    """Estimate the largest singular value of a matrix, from below, by `POWER_ITERATIONS` from an all-ones vector."""
-    left = torch.ones_like(matrix[:, 0])
+    """Estimate the largest singular value of a matrix, from below, by `POWER_ITERATIONS` from an all-ones vector.
+
+    As in the published code the vector is an input of the matrix: started as an output, estimates differ by percents.
+    """
+    right = torch.ones_like(matrix[0])
     for _ in range(POWER_ITERATIONS):
-        right = F.normalize(matrix.T @ left, dim=0)
         left = F.normalize(matrix @ right, dim=0)
+        right = F.normalize(matrix.T @ left, dim=0)
     return left @ matrix @ right
 
 
