@@ -24,3 +24,5 @@ ARCHIVE_BYTES = 2**28
 """Bytes of the arrays of an npz archive that may be packed as tightly as they can be."""
 ARCHIVE_RATIO = 200
 """Bytes of the arrays of a larger npz archive for each byte of the file."""
+MEMORY_GB = 1_000_000
+"""Gigabytes of memory that a flag may speak of."""

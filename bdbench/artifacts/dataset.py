@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ from bdbench.artifacts.manifests import AGAIN
 from bdbench.artifacts.sources import open_source
 from bdbench.artifacts.store import Draft
 from bdbench.data import ImageDataset, MappedFile, PoisonedDataset, Role, SourceData
-from bdbench.errors import ArtifactError, BdbenchError, DataError
+from bdbench.errors import ArtifactError, BdbenchError, DataError, OriginWarning
 from bdbench.progress import Silent
 from bdbench.training.checkpoints import save_tensors
 
@@ -126,6 +127,10 @@ class DatasetArtifact(Artifact):
     def _origin(self) -> SourceData:
         """The clean source of a dataset that holds differences only; reading an artifact downloads nothing."""
         origin = self.manifest.facts["origin"]
+        place = origin["options"].get("data_root") or origin["dataset"]
+        if "/" in str(place):
+            message = f"{self.path} holds only what differs from {place}: images are read from there"
+            warnings.warn(message, OriginWarning, stacklevel=2)
         try:
             source = open_source(origin["dataset"], {**origin["options"], "download": False}).open(Silent())
         except BdbenchError as error:

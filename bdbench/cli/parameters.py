@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bdbench.limits import MEMORY_GB
 from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS, Registry
 
 
@@ -87,6 +89,13 @@ def with_folder(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def number(value: float | None) -> float | None:
+    """Refuse nan, which is neither below nor above a limit."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not a number")
+    return value
+
+
 Out = Annotated[Path | None, typer.Option(help="Folder of the artifact; default: a telling name under runs/.")]
 Force = Annotated[bool, typer.Option("--force", help="Make it again, replacing what is there.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings, named as the flags; flags win.")]
@@ -97,6 +106,8 @@ ImageMemory = Annotated[
         help="GB of training images that a run (in a sweep: each job) may keep on the device; more are streamed from "
         "the artifact, with the same result. Default: half of what a GPU has free, half of all RAM.",
         min=0,
+        max=MEMORY_GB,
+        callback=number,
         show_default=False,
     ),
 ]
