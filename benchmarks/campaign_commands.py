@@ -177,6 +177,8 @@ def case(case: Case) -> Verdict:
     toml = Path("grid.toml" if words[0] == "sweep" else "c.toml")
     if toml.name in words and toml.is_file():
         told += f" | {toml.read_bytes()[:80]!r}"
+    if "timing a few steps" in ended.err and ended.problem.startswith("more than"):
+        ended = ended._replace(problem="")  # that takes as long as the defenses take
     problem = ended.problem or ("code ran" if Path("PWNED").exists() else "")
     if not problem and not {"--force", "--remove"} & set(words) and not Path("runs/d/manifest.json").is_file():
         problem = "an artifact that was not named is gone"

@@ -321,7 +321,7 @@ def _parquet(rng: random.Random) -> tuple[str, str]:
         labels = rng.choice(
             [
                 pa.array(texts),
-                pa.array([2**63] * 40),
+                pa.array([2**63] * 40, pa.uint64()),
                 pa.nulls(40),
                 pa.array([[1]] * 40),
                 pa.array([0.5] * 40),

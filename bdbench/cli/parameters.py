@@ -80,9 +80,10 @@ def with_folder(context: typer.Context, path: Path | None) -> Path | None:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_folder = path.is_dir()
     except OSError as error:
-        raise typer.BadParameter(f"cannot make {path.parent}: {error.strerror or error}") from error
-    if path.is_dir():
+        raise typer.BadParameter(f"cannot make {path}: {error.strerror or error}") from error
+    if is_folder:
         raise typer.BadParameter(f"{path} is a folder; give a file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise typer.BadParameter(f"no permission to write {path}")

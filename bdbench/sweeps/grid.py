@@ -235,7 +235,7 @@ class _Reader:
         )
         grid = Grid(
             self.path, tuple(cells), named, self._table("recipe"), self._value("preset", str),
-            self._value("trusted", (int, float)),
+            self._share("trusted"),
             self._value("differences", bool),
         )  # fmt: skip
         self._check_folders(grid)
@@ -267,6 +267,13 @@ class _Reader:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self._wrong(f"`{key}` cannot be {value!r}", key)
         return value
+
+    def _share(self, key: str) -> float:
+        value = self._value(key, (int, float))
+        if not 0 <= value < 1:
+            shown = str(value)[:20]
+            raise self._wrong(f"`{key}` cannot be {shown}; a share of at least 0 and below 1 is needed", key)
+        return value  # type: ignore[no-any-return]
 
     def _table(self, key: str) -> dict[str, Any]:
         table = self.raw.get(key, {})

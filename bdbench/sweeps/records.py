@@ -105,7 +105,7 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
     """
     path = folder / SWEEP / "cells" / f"{name}.json"
     try:
-        found: Any = read_json(path)
+        found: Any = read_json(path) if path.is_file() else None
     except (OSError, ValueError):
         return {}
     return found if _is_record(found) and found["name"] == name else {}

@@ -50,3 +50,9 @@ def test_a_link_stays_a_link_and_a_device_a_device(in_walk: Path, bdbench: Any, 
     assert os.read(reader, 7) == b"attack,"
     os.close(reader)
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_name_too_long_for_a_file_is_a_usage_error(in_walk: Path, bdbench: Any) -> None:
+    ended = bdbench("table", "--assert", "ba>=0", "--junit", "a" * 300)
+    assert ended.code == 2
+    assert "File name too long" in ended.err

@@ -232,3 +232,10 @@ def test_more_class_names_than_an_artifact_takes_are_refused(tmp_path: Path) -> 
     pq.write_table(table.replace_schema_metadata({"huggingface": said}), path)
     with pytest.raises(DataError, match="100,001 class names; at most 100,000"):
         load(path)
+
+
+@pytest.mark.parametrize("name", ["set.npz", "set.parquet"])
+def test_what_is_no_file_is_never_read_as_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/dev/null")
+    with pytest.raises(DataError, match=r"is not a file"):
+        load(tmp_path / name)

@@ -226,3 +226,10 @@ def test_ten_thousand_cells_have_ten_thousand_names(tmp_path: Path) -> None:
     grid = grid_of(tmp_path, f'seeds = {list(range(1000))}\ndefenses = ["none", "abl"]\n'
                    'attacks = ["badnets", "blended", "sig", "wanet", "trojan"]\n')  # fmt: skip
     assert len({grid.name(cell) for cell in grid.cells}) == 10_000
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-0.1", "1", "1" + "0" * 400])
+def test_the_trusted_share_of_a_grid_is_a_share(tmp_path: Path, value: str) -> None:
+    (tmp_path / "grid.toml").write_text(f"trusted = {value}\n")
+    with pytest.raises(OptionError, match=r"grid\.toml.*`trusted` cannot be"):
+        read_grid(tmp_path / "grid.toml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,13 @@ def test_status_prints_names_and_phases_as_they_are(tmp_path: Path, capsys: pyte
     shown = capsys.readouterr().out
     assert "[b]" in shown
     assert "[/x]\\x1b[31m" in shown
+
+
+def test_a_record_that_is_no_file_is_none(tmp_path: Path) -> None:
+    cells = write(tmp_path, WHOLE) / ".sweep" / "cells"
+    (cells / "pipe.json").symlink_to("/dev/null")
+    assert list(read_records(tmp_path)) == ["x"]
+    (cells / "x.json").unlink()
+    (cells / "pipe.json").unlink()
+    os.mkfifo(cells / "x.json")
+    assert read_records(tmp_path) == {}
