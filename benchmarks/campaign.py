@@ -25,15 +25,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import campaign_artifacts
 import campaign_commands
-import campaign_files
+import campaign_inputs
 import campaign_processes
 from campaign_running import Case, Room, Verdict
 
 BATCH = 50
 CAMPAIGNS: dict[str, Callable[[Case], Verdict]] = {
-    "artifacts": campaign_files.artifact_case,
-    "inputs": campaign_files.input_case,
+    "artifacts": campaign_artifacts.case,
+    "inputs": campaign_inputs.case,
     "commands": campaign_commands.case,
     "kills": campaign_processes.kill_case,
     "together": campaign_processes.together_case,

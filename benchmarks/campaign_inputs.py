@@ -1,13 +1,11 @@
-"""Campaigns over files: artifacts that were damaged or prepared, and datasets that were."""
+"""Campaign over datasets and pictures that somebody prepared."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import random
-import shutil
 import struct
 import zipfile
 import zlib
@@ -17,133 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from campaign_running import TEXTS, VALUES, Case, Ended, Verdict, damage, run
+from campaign_running import TEXTS, Case, Verdict, damage, run
 from PIL import Image
 
-LOOKS = (
-    "verify {0}", "verify runs --json", "table runs --format markdown", "table runs --format csv",
-    "table runs --format latex", "table runs", "table runs --wide --columns ba,asr", "inspect {0}",
-    "inspect {0} --json", "report runs --out r.html", "gc runs", "status runs",
-    "suspects runs/abl --data runs/d --csv s.csv", "evaluate runs/none",
-    "compare runs/none-eval runs/abl-eval --csv c.csv", "inspect {0} --image i.png",
-    "train runs/d --epochs 1 --out runs/new", "defend runs/d --method oracle --epochs 1 --out runs/new",
-)  # fmt: skip
 
-
-def artifact_case(case: Case) -> Verdict:
-    """Damage or prepare one artifact of five; look at it, at the others, and at the table."""
-    rng, runs = case.rng, Path("runs")
-    for file in sorted((case.room.base / "runs").rglob("*")):
-        if file.is_file():
-            target = runs / file.relative_to(case.room.base / "runs")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
-    before = run(["table", "runs", "--json"])
-    folder = rng.choice(sorted(path for path in runs.iterdir() if (path / "manifest.json").is_file()))
-    told, sealed = _change(folder, rng)
-    what = f"{folder}: {told}"
-    after = run(["table", "runs", "--json"])
-    if problem := after.problem or ("" if sealed else _other_numbers(before, after)):
-        return Verdict(f"{what}; table --json", problem, after.out + after.err)
-    for line in rng.sample(LOOKS, 3):
-        ended = run(line.format(folder).split())
-        problem = ended.problem
-        if not sealed and line == "verify {0}" and not ended.code:
-            problem = "verify says nothing"
-        if problem:
-            return Verdict(f"{what}; {line.format(folder)}", problem, ended.out + ended.err)
-    return Verdict(what, "")
-
-
-def _other_numbers(before: Ended, after: Ended) -> str:
-    """Return which number differs, or ''; one that rests on a row that was left out is empty."""
-    known = {row["path"]: row for row in json.loads(before.out)["rows"]}
-    try:
-        shown = json.loads(after.out)["rows"] if after.code == 0 else []
-    except (ValueError, TypeError):
-        return "the table is no JSON"
-    for row in shown:
-        for key, value in row.items():
-            if value is not None and key != "marks" and known.get(row["path"], {}).get(key) != value:
-                return f"another {key} of {row['path']}"
-    return ""
-
-
-def _change(folder: Path, rng: random.Random) -> tuple[str, bool]:
-    """Change an artifact; say how, and whether its hashes are right again (as an attacker makes them)."""
-    files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
-    manifest = folder / "manifest.json"
-    kind = rng.choice(
-        ["bytes", "manifest bytes", "manifest", "manifest", "manifest", "sealed bytes", "sealed table", "sealed names"]
-    )
-    raw = json.loads(manifest.read_text())
-    if kind == "bytes":
-        file = rng.choice(files)
-        old = file.read_bytes()
-        file.write_bytes(damage(old, rng))
-        return f"{kind} of {file.name}", file.read_bytes() == old
-    if kind == "manifest bytes":
-        manifest.write_bytes(damage(manifest.read_bytes(), rng))
-        return kind, True  # spaces may change without harm
-    if kind == "manifest":
-        told = []
-        for _ in range(rng.choice([1, 1, 2])):
-            container, key = rng.choice(_places(raw))
-            container[key] = rng.choice(VALUES)
-            told.append(f"{key}={str(container[key])[:40]!r}")
-        return _seal(folder, raw, f"{kind} {' '.join(told)}")
-    if kind == "sealed names":
-        name = rng.choice([*TEXTS, "../none/model.safetensors", "/dev/zero", "manifest.json"])
-        raw["files"][name] = {"sha256": "0" * 64, "bytes": rng.choice([0, 1, 10**20])}
-        return _seal(folder, raw, f"{kind} {name[:40]!r}")
-    file = rng.choice(files)
-    if kind == "sealed table" and file.suffix == ".parquet":
-        _change_table(file, rng)
-    else:
-        file.write_bytes(damage(file.read_bytes(), rng))
-    return _seal(folder, raw, f"{kind} of {file.name}")
-
-
-def _places(value: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401 - JSON
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [place for key, item in inside for place in [(value, key), *_places(item)]]
-
-
-def _seal(folder: Path, raw: Any, told: str) -> tuple[str, bool]:  # noqa: ANN401 - JSON of any form
-    try:
-        for name, said in raw["files"].items():
-            if "/" not in name and (folder / name).is_file():
-                content = (folder / name).read_bytes()
-                said |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        asked = json.dumps({"schema": 1, **raw["ask"]}, sort_keys=True, separators=(",", ":"))
-        raw["id"] = hashlib.sha256(asked.encode()).hexdigest()[:16]
-        seal = json.dumps([raw["files"], raw["facts"], raw["made"]], sort_keys=True)
-        raw["seal"] = hashlib.sha256(seal.encode()).hexdigest()
-    except (KeyError, TypeError, ValueError, AttributeError, OSError):
-        pass
-    (folder / "manifest.json").write_text(json.dumps(raw))
-    return told, True
-
-
-def _change_table(file: Path, rng: random.Random) -> None:
-    table = pq.ParquetFile(file).read()
-    place = rng.randrange(table.num_columns)
-    name, count = table.column_names[place], len(table)
-    text = rng.choice(TEXTS).replace("\ud800", "s")
-    changes = {
-        "drop": lambda: table.drop_columns([name]), "twice": lambda: table.append_column(name, table.column(place)),
-        "rename": lambda: table.rename_columns([text if old == name else old for old in table.column_names]),
-        "text": lambda: table.set_column(place, name, pa.array([text] * count)),
-        "rows": lambda: table.slice(0, count // 2),
-        "none": lambda: table.set_column(place, name, pa.array([None] * count, table.column(place).type)),
-        "type": lambda: table.set_column(place, name, pa.array(np.full(count, rng.choice([-1, 2**62])))),
-        "nan": lambda: table.set_column(place, name, pa.array(np.full(count, np.nan))), "empty": lambda: pa.table({}),
-        "note": lambda: table.replace_schema_metadata({b"pandas": b"{" * 9000}),
-    }  # fmt: skip
-    pq.write_table(changes[rng.choice(sorted(changes))](), file)
-
-
-def input_case(case: Case) -> Verdict:
+def case(case: Case) -> Verdict:
     """Take, or poison, a dataset that somebody prepared; what is written has to verify."""
     rng = case.rng
     makers = {"folder": _folder, "npz": _npz, "parquet": _parquet, "picture": _picture}
