@@ -18,6 +18,8 @@ PIXELS = 2**27
 """Pixels of an encoded image; cameras of today reach 108 million."""
 LARGE_PIXELS = 2**24
 """Pixels of an encoded image above which images are decoded one at a time."""
+WAITING_BYTES = 2**29
+"""Bytes of encoded images in memory that wait to be decoded."""
 ROWS = 20_000_000
 """Rows of a Parquet file."""
 ARCHIVE_BYTES = 2**28

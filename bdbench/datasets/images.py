@@ -22,7 +22,7 @@ from bdbench.datasets.decoded import Decoded, Unreadable, check_decoded
 from bdbench.datasets.fit import Fit
 from bdbench.datasets.opening import DECODING_ERRORS, open_image
 from bdbench.errors import DataError
-from bdbench.limits import LARGE_PIXELS
+from bdbench.limits import LARGE_PIXELS, WAITING_BYTES
 from bdbench.machine import cores, memory_bytes
 from bdbench.progress import Progress
 
@@ -86,7 +86,7 @@ def decode_readable(
     Raises:
         DataError: decoded, the images would need more memory than there is.
     """
-    room = memory_bytes() // max(count, 1)
+    room = memory_bytes() // 2 // max(count, 1)
     if fit is not None and 3 * fit.side**2 > room:
         raise _too_large(count, fit.side, fit.side)
     images = torch.empty((0, 1, 1, 1), dtype=torch.uint8)
@@ -169,14 +169,15 @@ def _decode_in_order(
             yield _decode_chunk(chunk, fit, room, mixed)
         return
     threads = min(cores(), 16)
-    waiting: deque[Future[_Block]] = deque()
+    waiting: deque[tuple[Future[_Block], int]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for chunk in itertools.chain([first], rest):
-            waiting.append(pool.submit(_decode_chunk, chunk, fit, room, mixed))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
+            held = sum(len(item.content) for item in chunk if isinstance(item.content, bytes))
+            waiting.append((pool.submit(_decode_chunk, chunk, fit, room, mixed), held))
+            while len(waiting) > 2 * threads or sum(size for _, size in waiting) > WAITING_BYTES:
+                yield waiting.popleft()[0].result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
 
 
 def _encoded_bytes(item: Encoded) -> int:
@@ -222,8 +223,8 @@ def _decoded_bytes(image: Image.Image) -> int:
 def _too_large(count: int, width: int, height: int) -> DataError:
     have, needed = memory_bytes() / 1e9, 3 * count * width * height / 1e9
     return DataError(
-        f"{count:,} images of {width}x{height} pixels need up to {needed:,.1f} GB, this machine has {have:,.1f} GB of "
-        "memory; pass a smaller --image-size"
+        f"{count:,} images of {width}x{height} pixels need up to {needed:,.1f} GB, more than half of this machine's "
+        f"{have:,.1f} GB of memory; pass a smaller --image-size"
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import struct
+import threading
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,22 @@ def test_many_large_images_are_refused_by_their_headers(tmp_path: Path, monkeypa
         place = root / "ab"[row % 2]
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{row}.png").write_bytes(huge_png(11_000))
-    with pytest.raises(DataError, match=r"10 images of 11000x11000 pixels need up to 3\.6 GB.*1\.0 GB of memory"):
+    with pytest.raises(DataError, match=r"10 images of 11000x11000 pixels need up to 3\.6 GB.* 1\.0 GB of memory"):
         load(root)
+
+
+def test_encoded_images_wait_in_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    content, taken = png(picture(size=(64, 64))) + bytes(5000), []
+
+    def chunks() -> Iterator[list[decoding.Encoded]]:
+        for row in range(20):
+            taken.append(row)
+            yield [decoding.Encoded(f"row {row}", content)]
+
+    monkeypatch.setattr(decoding, "cores", lambda: 16)
+    monkeypatch.setattr(decoding, "WAITING_BYTES", 3 * len(content))
+    next(decoding._decode_in_order(chunks(), None, 10**6, threading.Event()))
+    assert taken == [0, 1, 2, 3]
 
 
 def test_an_image_size_that_needs_more_memory_than_there_is_is_refused(
