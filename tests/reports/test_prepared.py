@@ -12,16 +12,20 @@ from toys import seal_again
 
 from bdbench import stages
 from bdbench.artifacts.dataset import DatasetArtifact
-from bdbench.errors import DamageWarning
+from bdbench.artifacts.model import ModelArtifact
+from bdbench.errors import DamagedError, DamageWarning
+from bdbench.protocol import suspects
 from bdbench.reports.results import read_rows
+
+MORE = {"abl": {"isolation_epochs": 1, "unlearn_steps": 2}}
 
 
 @pytest.fixture(scope="module")
 def evaluations(toys: DatasetArtifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two evaluations of one dataset, without a defense and with one."""
     folder = tmp_path_factory.mktemp("evaluations")
-    for method in ("none", "oracle"):
-        model = stages.defend(toys.path, method, options={"epochs": 1}, out=folder / method)
+    for method in ("none", "oracle", "abl"):
+        model = stages.defend(toys.path, method, options={"epochs": 1, **MORE.get(method, {})}, out=folder / method)
         stages.evaluate(model.path, data=toys.path, out=folder / f"{method}-eval")
     return folder
 
@@ -52,3 +56,36 @@ def test_a_reference_without_attack_gives_no_der(evaluations: Path, tmp_path: Pa
     frame[~frame["metric"].isin(["asr", "floor"])].to_parquet(changed / "metrics.parquet", index=False)
     seal_again(changed, json.loads((changed / "manifest.json").read_text()))
     assert [row["der"] for row in read_rows([tmp_path])] == [None, None]
+
+
+@pytest.mark.parametrize("change", ["twice", "half", "order", "rows"])
+def test_scores_of_other_rows_are_no_scores(
+    evaluations: Path, toys: DatasetArtifact, tmp_path: Path, change: str
+) -> None:
+    changed = tmp_path / "abl"
+    shutil.copytree(evaluations / "abl", changed)
+    frame = pd.read_parquet(changed / "samples.parquet")
+    others = {
+        "twice": pd.concat([frame, frame]),
+        "half": frame[:60],
+        "order": frame[::-1],
+        "rows": frame.assign(row=-1),
+    }
+    others[change].to_parquet(changed / "samples.parquet", index=False)
+    seal_again(changed, json.loads((changed / "manifest.json").read_text()))
+    with pytest.raises(DamagedError, match=r"scored \d+ samples, not these 120"):
+        suspects.rank(ModelArtifact.open(changed), toys)
+    with pytest.raises(DamagedError, match=r"scored \d+ samples, not these 120"):
+        stages.evaluate(changed, data=toys.path, out=tmp_path / "eval")
+
+
+@pytest.mark.parametrize("labels", [[0] * 60, [4] * 120, [-1] * 120])
+def test_labels_that_name_no_class_are_damage(
+    evaluations: Path, toys: DatasetArtifact, tmp_path: Path, labels: list[int]
+) -> None:
+    changed = tmp_path / "toys"
+    shutil.copytree(toys.path, changed)
+    pd.DataFrame({"row": range(len(labels)), "label": labels}).to_parquet(changed / "train.parquet", index=False)
+    seal_again(changed, json.loads((changed / "manifest.json").read_text()))
+    with pytest.raises(DamagedError, match=r"train\.parquet does not hold its labels"):
+        suspects.rank(ModelArtifact.open(evaluations / "abl"), DatasetArtifact.open(changed))
