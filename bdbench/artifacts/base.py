@@ -128,7 +128,13 @@ class Artifact:
 
     def frame(self, name: str) -> pd.DataFrame:
         """Read a Parquet file after checking its hash."""
-        return cast("pd.DataFrame", self._table(name).to_pandas())
+        table = self._table(name)
+        try:
+            return cast("pd.DataFrame", table.to_pandas())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+            # Pandas believes what the file says of columns and index.
+            message = f"{self.path / name} does not describe its columns ({type(error).__name__}); {AGAIN}"
+            raise DamagedError(self.path, message) from error
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Read the rows of a small Parquet file after checking its hash: five times faster than `frame`."""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from toys import seal_again
 
 from bdbench import stages
 from bdbench.artifacts.dataset import DatasetArtifact
+from bdbench.artifacts.kinds import EvaluationArtifact
 from bdbench.artifacts.model import ModelArtifact
 from bdbench.errors import DamagedError, DamageWarning
 from bdbench.protocol import suspects
+from bdbench.reports import tables
 from bdbench.reports.results import read_rows
 
 MORE = {"abl": {"isolation_epochs": 1, "unlearn_steps": 2}}
@@ -89,3 +93,36 @@ def test_labels_that_name_no_class_are_damage(
     seal_again(changed, json.loads((changed / "manifest.json").read_text()))
     with pytest.raises(DamagedError, match=r"train\.parquet does not hold its labels"):
         suspects.rank(ModelArtifact.open(evaluations / "abl"), DatasetArtifact.open(changed))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        '{"a": "\x01"}',
+        "[" * 100_000,
+        '{"index_columns": ["nope"], "columns": [], "column_indexes": []}',
+        "5",
+    ],
+    ids=["control", "nested", "index", "number"],
+)
+def test_odd_notes_of_pandas_are_damage_or_nothing(evaluations: Path, tmp_path: Path, said: str) -> None:
+    changed = tmp_path / "eval"
+    shutil.copytree(evaluations / "none-eval", changed)
+    table = pq.ParquetFile(changed / "metrics.parquet").read()
+    pq.write_table(table.replace_schema_metadata({b"pandas": said.encode()}), changed / "metrics.parquet")
+    seal_again(changed, json.loads((changed / "manifest.json").read_text()))
+    with suppress(DamagedError):
+        assert len(EvaluationArtifact.open(changed).metrics)
+
+
+def test_facts_of_any_text_reach_a_spreadsheet_as_text(evaluations: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "eval"
+    shutil.copytree(evaluations / "none-eval", changed)
+    raw = json.loads((changed / "manifest.json").read_text())
+    raw["facts"] |= {"model": "\ud800", "=1+1": "=2+2"}
+    seal_again(changed, raw)
+    written = tables.render(read_rows([tmp_path]), "csv")
+    assert isinstance(written, str)
+    assert "\\ud800" in written
+    assert "'=1+1" in written.splitlines()[0]
+    assert ",=" not in written
