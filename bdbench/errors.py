@@ -73,6 +73,10 @@ class MethodError(BdbenchError):
     """A method gives what it must not (a plugin's, most likely), or cannot be imported."""
 
 
+class OriginWarning(Warning):
+    """Images are about to be read from a place that an artifact names, outside its own folder."""
+
+
 class SourceWarning(UserWarning):
     """What is there was made by other code of a plugin."""
 

@@ -57,7 +57,7 @@ def file_sha256(path: Path) -> str:
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; what is written there replaces `path` by one rename at the end."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.tmp")  # a longer name could be too long
     try:
         yield temporary
         flush(temporary)
@@ -67,6 +67,26 @@ def replace_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_file(path: Path) -> Iterator[Path]:
+    """Give where to write a file that the user named, so that half of one never stands there.
+
+    What is there already stays until the whole file takes its place; a device or a pipe is written to itself, and a
+    link stays a link.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        try:
+            yield path
+        except OSError as error:
+            raise cannot_write(path, error) from error
+    else:
+        with replace_file(path.resolve()) as temporary:
+            yield temporary
 
 
 def exchange(one: Path, other: Path) -> bool:

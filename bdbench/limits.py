@@ -13,4 +13,18 @@ IMAGE_SIDE = 16_384
 IMAGE_VALUES = 3 * 4096 * 4096
 """Values (channels times height times width) of an image in an artifact."""
 CLASSES = 100_000
-"""Classes of a dataset."""
+"""Classes of a dataset; a label above it is taken for damage."""
+PIXELS = 2**27
+"""Pixels of an encoded image; cameras of today reach 108 million."""
+LARGE_PIXELS = 2**24
+"""Pixels of an encoded image above which images are decoded one at a time."""
+WAITING_BYTES = 2**29
+"""Bytes of encoded images in memory that wait to be decoded."""
+ROWS = 20_000_000
+"""Rows of a Parquet file."""
+ARCHIVE_BYTES = 2**28
+"""Bytes of the arrays of an npz archive that may be packed as tightly as they can be."""
+ARCHIVE_RATIO = 200
+"""Bytes of the arrays of a larger npz archive for each byte of the file."""
+MEMORY_GB = 1_000_000
+"""Gigabytes of memory that a flag may speak of."""

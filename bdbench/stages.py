@@ -36,6 +36,7 @@ from bdbench.datasets.cache import cache_folder
 from bdbench.datasets.paths import PathSource
 from bdbench.defenses.base import check_defended
 from bdbench.errors import ArtifactError, OptionError
+from bdbench.limits import MEMORY_GB
 from bdbench.models.classifier import Classifier
 from bdbench.plugins import blamed
 from bdbench.progress import Progress, Silent
@@ -274,6 +275,7 @@ def defend(
     plugin = DEFENSES.plugin(method)
     with blamed(plugin):
         preset, defense, recipe = resolve_budget(method, preset, options or {}, data)
+    limit = _image_bytes(image_memory)
     if defense.needs_truth and data.is_taken:
         raise OptionError(
             f"'{method}' reads which samples are poisoned, and of {data.path}, taken as it was found, nobody knows it; "
@@ -311,7 +313,6 @@ def defend(
     threads = suited_threads(place, work_of(model, data.image_shape), progress.note)
     read = [data.path, *([suspect_model.path] if suspect_model else [])]
     with threads, store.held(*read), store.create(out, ask) as draft:
-        limit = None if image_memory is None else int(image_memory * 1e9)
         engine = Engine(place, bf16, seed, draft.work, progress, image_memory=limit, compile=compile)
         task = task_for(data, defense, recipe, engine, model, suspect_model.network() if suspect_model else None)
         with blamed(plugin):
@@ -356,6 +357,12 @@ def estimate_seconds(
 def _training_seconds(engine: Engine) -> float:
     """Return the seconds of all epochs, those before an interruption too."""
     return round(sum(float(row["seconds"]) for row in engine.history), 3)
+
+
+def _image_bytes(gigabytes: float | None) -> int | None:
+    if gigabytes is not None and not 0 <= gigabytes <= MEMORY_GB:
+        raise OptionError(f"image_memory {gigabytes} must lie in 0..{MEMORY_GB:,} GB")
+    return None if gigabytes is None else int(gigabytes * 1e9)
 
 
 def evaluate(

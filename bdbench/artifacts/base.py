@@ -19,6 +19,7 @@ from bdbench.artifacts import manifests
 from bdbench.artifacts.manifests import AGAIN, Kind, Manifest
 from bdbench.artifacts.store import Draft, unknown_files
 from bdbench.errors import ArtifactError, DamagedError
+from bdbench.limits import ROWS
 
 COLUMNS: Mapping[str, Mapping[str, str]] = {
     "train.parquet": {"label": "integer"},
@@ -56,6 +57,19 @@ def _check_columns(schema: pa.Schema, columns: Mapping[str, str]) -> None:
             raise ValueError(f"it has {len(places)} columns '{name}'")
         if not TYPES[kind](schema.field(places[0]).type):
             raise ValueError(f"its column '{name}' holds {schema.field(places[0]).type}, not {kind}")
+
+
+def _check_rows(count: int) -> None:
+    if count > ROWS:
+        raise ValueError(f"it has {count:,} rows, more than {ROWS:,}")
+
+
+def _check_gaps(table: pa.Table, name: str) -> None:
+    """Refuse a table that lacks in some rows what every row has; a number may be absent where it does not apply."""
+    for column, kind in COLUMNS.get(name, {}).items():
+        optional = kind == "number" or (name == "metrics.parquet" and kind == "integer")
+        if column in table.column_names and not optional and table[column].null_count:
+            raise ValueError(f"its column '{column}' has gaps")
 
 
 class Artifact:
@@ -114,7 +128,13 @@ class Artifact:
 
     def frame(self, name: str) -> pd.DataFrame:
         """Read a Parquet file after checking its hash."""
-        return cast("pd.DataFrame", self._table(name).to_pandas())
+        table = self._table(name)
+        try:
+            return cast("pd.DataFrame", table.to_pandas())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+            # Pandas believes what the file says of columns and index.
+            message = f"{self.path / name} does not describe its columns ({type(error).__name__}); {AGAIN}"
+            raise DamagedError(self.path, message) from error
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Read the rows of a small Parquet file after checking its hash: five times faster than `frame`."""
@@ -128,10 +148,13 @@ class Artifact:
         try:
             file = pq.ParquetFile(manifests.checked_file(self.path, self.manifest, name))
             _check_columns(file.schema_arrow, COLUMNS.get(name, {}))
-            return file.read(columns)
+            _check_rows(file.metadata.num_rows)
+            table = file.read(columns)
+            _check_gaps(table, name)
         except (ValueError, OSError, pa.ArrowException) as error:
             message = f"{self.path / name} is not a Parquet file of the form that it should have ({error}); {AGAIN}"
             raise DamagedError(self.path, message) from error
+        return table
 
 
 def write_frame(draft: Draft, name: str, columns: Mapping[str, Tensor]) -> None:

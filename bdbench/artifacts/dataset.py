@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ from bdbench.artifacts.manifests import AGAIN
 from bdbench.artifacts.sources import open_source
 from bdbench.artifacts.store import Draft
 from bdbench.data import ImageDataset, MappedFile, PoisonedDataset, Role, SourceData
-from bdbench.errors import ArtifactError, BdbenchError, DataError
+from bdbench.errors import ArtifactError, BdbenchError, DamagedError, DataError, OriginWarning
 from bdbench.progress import Silent
 from bdbench.training.checkpoints import save_tensors
 
@@ -102,9 +103,22 @@ class DatasetArtifact(Artifact):
     @property
     def places(self) -> list[str]:
         """The file of each training sample, where each has its own, else its row of the training split."""
-        if "places.parquet" in self.manifest.files:
-            return [str(record["file"]) for record in self.records("places.parquet")]
-        return [f"row {row}" for row in range(self.manifest.facts["counts"]["train"])]
+        count = self.manifest.facts["counts"]["train"]
+        if "places.parquet" not in self.manifest.files:
+            return [f"row {row}" for row in range(count)]
+        places = [str(record["file"]) for record in self.records("places.parquet")]
+        if len(places) != count:
+            raise DamagedError(self.path, f"{self.path} names {len(places)} files of {count} images; {AGAIN}")
+        return places
+
+    @property
+    def train_labels(self) -> Tensor:
+        """(N,) int64 in [0, K): the labels of the visible training split, without its images."""
+        labels = self.column("train.parquet", "label")
+        outside = (labels < 0) | (labels >= len(self.class_names))
+        if len(labels) != self.manifest.facts["counts"]["train"] or bool(outside.any()):
+            raise DamagedError(self.path, f"{self.path / 'train.parquet'} does not hold its labels; {AGAIN}")
+        return labels
 
     @property
     def triggered_rows(self) -> Tensor:
@@ -131,6 +145,10 @@ class DatasetArtifact(Artifact):
     def _origin(self) -> SourceData:
         """The clean source of a dataset that holds differences only; reading an artifact downloads nothing."""
         origin = self.manifest.facts["origin"]
+        place = origin["options"].get("data_root") or origin["dataset"]
+        if "/" in str(place):
+            message = f"{self.path} holds only what differs from {place}: images are read from there"
+            warnings.warn(message, OriginWarning, stacklevel=2)
         try:
             source = open_source(origin["dataset"], {**origin["options"], "download": False}).open(Silent())
         except BdbenchError as error:

@@ -17,7 +17,7 @@ from bdbench.artifacts.base import Artifact, write_frame
 from bdbench.artifacts.manifests import AGAIN
 from bdbench.artifacts.store import Draft
 from bdbench.data import ImageDataset
-from bdbench.errors import ArtifactError
+from bdbench.errors import ArtifactError, DamagedError
 from bdbench.models.classifier import Classifier, build_classifier, check_range
 from bdbench.registry import MODELS
 from bdbench.training.checkpoints import save_tensors
@@ -73,6 +73,17 @@ class ModelArtifact(Artifact):
     def samples(self) -> pd.DataFrame | None:
         """row, score (higher is more suspect), set_aside; None where the method scored nothing."""
         return self.frame("samples.parquet") if "samples.parquet" in self.manifest.files else None
+
+    def samples_of(self, count: int) -> pd.DataFrame | None:
+        """Return `samples` of a dataset of `count` training images.
+
+        Raises:
+            DamagedError: there are scores of other rows.
+        """
+        samples = self.samples
+        if samples is not None and samples["row"].tolist() != list(range(count)):
+            raise DamagedError(self.path, f"{self.path} scored {len(samples)} samples, not these {count}; {AGAIN}")
+        return samples
 
     @property
     def dataset_id(self) -> str:

@@ -7,12 +7,13 @@ from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from bdbench.attacks.base import Attack, Lab, Occasion, State, pattern_for
 from bdbench.data import ImageDataset
+from bdbench.datasets.opening import DECODING_ERRORS, open_image
 from bdbench.errors import OptionError
 from bdbench.seeds import generator
 
@@ -110,10 +111,10 @@ def draw_cartoon(side: int = 512) -> Image.Image:
 
 def _open_picture(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = open_image(path)
         image.load()
     except FileNotFoundError as error:
         raise OptionError(f"picture '{path}' does not exist; give cartoon, noise, or the path of an image") from error
-    except (OSError, UnidentifiedImageError) as error:
+    except DECODING_ERRORS as error:
         raise OptionError(f"picture '{path}' cannot be read as an image ({error})") from error
     return image

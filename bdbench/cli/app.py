@@ -34,7 +34,7 @@ from bdbench.cli import (
 )
 from bdbench.cli import poison as poison_command
 from bdbench.cli.flags import expand_config, read_toml, respelled_flags, unknown_flags, value_of, with_options
-from bdbench.errors import BdbenchError, DamageWarning, OptionError, SourceWarning
+from bdbench.errors import BdbenchError, DamageWarning, OptionError, OriginWarning, SourceWarning
 from bdbench.wording import listed, respelled
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _show_warning(
     usual: Callable[..., None], message: Warning | str, category: type[Warning], *where: object, **more: object
 ) -> None:
     """Say a warning of bdbench's as a line; other packages' appear as usual."""
-    if issubclass(category, DamageWarning | SourceWarning):
+    if issubclass(category, DamageWarning | OriginWarning | SourceWarning):
         console.say_warning(str(message))
     else:
         usual(message, category, *where, **more)

@@ -11,6 +11,7 @@ import typer
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Json, with_folder
 from bdbench.errors import ArtifactError, OptionError
+from bdbench.files import written_file
 from bdbench.text import printable
 
 if TYPE_CHECKING:
@@ -78,10 +79,8 @@ def compare(
     if csv is not None:
         from bdbench.reports.formats import safe_cells
 
-        try:
-            safe_cells(named).to_csv(csv, index=False)
-        except OSError as error:
-            raise ArtifactError(f"cannot write {csv}: {error.strerror or error}") from error
+        with written_file(csv) as file:
+            safe_cells(named).to_csv(file, index=False)
         console.say_wrote(csv)
     if image is not None:
         from bdbench.reports import pictures

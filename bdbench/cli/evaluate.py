@@ -15,6 +15,7 @@ from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName, one_of, with_folder
 from bdbench.cli.train import newest_dataset
 from bdbench.errors import ArtifactError, OptionError
+from bdbench.files import written_file
 from bdbench.protocol.metric_list import METRICS, check_metrics
 from bdbench.text import printable
 
@@ -154,10 +155,8 @@ def table(
     if out is None:
         console.show(rendered)
     elif isinstance(rendered, str):
-        try:
-            out.write_text(rendered.rstrip("\n") + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
+        with written_file(out) as file:
+            file.write_text(rendered.rstrip("\n") + "\n", encoding="utf-8")
         console.say_wrote(out)
     else:
         raise OptionError("--out needs a format for files: markdown, csv, latex or json")
@@ -234,10 +233,8 @@ def _write_junit(outcomes: list[tuple[str, str, str]], path: Path) -> None:
         case = ET.SubElement(suite, "testcase", classname=printable(place), name=printable(name))
         if reason:
             ET.SubElement(case, "failure", message=printable(reason))
-    try:
-        ET.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    with written_file(path) as file:
+        ET.ElementTree(suite).write(file, encoding="utf-8", xml_declaration=True)
     console.say_wrote(path)
 
 

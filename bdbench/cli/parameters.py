@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bdbench.limits import MEMORY_GB
 from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS, Registry
 
 
@@ -78,13 +80,21 @@ def with_folder(context: typer.Context, path: Path | None) -> Path | None:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_folder = path.is_dir()
     except OSError as error:
-        raise typer.BadParameter(f"cannot make {path.parent}: {error.strerror or error}") from error
-    if path.is_dir():
+        raise typer.BadParameter(f"cannot make {path}: {error.strerror or error}") from error
+    if is_folder:
         raise typer.BadParameter(f"{path} is a folder; give a file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise typer.BadParameter(f"no permission to write {path}")
     return path
+
+
+def number(value: float | None) -> float | None:
+    """Refuse nan, which is neither below nor above a limit."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not a number")
+    return value
 
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the artifact; default: a telling name under runs/.")]
@@ -97,6 +107,8 @@ ImageMemory = Annotated[
         help="GB of training images that a run (in a sweep: each job) may keep on the device; more are streamed from "
         "the artifact, with the same result. Default: half of what a GPU has free, half of all RAM.",
         min=0,
+        max=MEMORY_GB,
+        callback=number,
         show_default=False,
     ),
 ]

@@ -19,6 +19,7 @@ from bdbench.cli import console
 from bdbench.cli.parameters import Compile, Device, ImageMemory, Json, PrecisionName
 from bdbench.errors import ArtifactError, OptionError, unknown_name
 from bdbench.progress import duration
+from bdbench.text import printable
 from bdbench.wording import counted
 
 if TYPE_CHECKING:
@@ -245,7 +246,8 @@ def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") 
     for cell, record in running[:SHOWN]:
         share = f"{record['done'] / max(1, record['total']):.0%}" if record.get("total") else ""
         spent = time.time() - record["started"] if "started" in record else 0.0
-        table.add_row(grid.name(cell), str(record.get("phase", "starting")), share, f"{spent:,.0f}")
+        phase = printable(record.get("phase", "starting"))
+        table.add_row(escape(grid.name(cell)), escape(phase), share, f"{spent:,.0f}")
     counts = Counter(state.state for state in states.values())
     left = seconds_left(states, jobs)
     parts = [f"{counts[name]:,} {name}" for name in STATES if counts[name]]
@@ -321,8 +323,9 @@ def status(
         active = record["state"] in ("running", "interrupted")
         share = f"{record['done'] / max(1, record['total']):.0%}" if active and record.get("total") else ""
         table.add_row(
-            record["name"], record["state"], str(record.get("phase", "")) if active else "", share,
-            f"{record['seconds']:,.0f}", escape(record.get("reason", "")) if record["state"] == "failed" else "",
+            escape(printable(record["name"])), record["state"],
+            escape(printable(record.get("phase", ""))) if active else "", share, f"{record['seconds']:,.0f}",
+            escape(printable(record.get("reason", ""))) if record["state"] == "failed" else "",
         )  # fmt: skip
     console.show(table)
     counts = Counter(record["state"] for record in records)

@@ -108,6 +108,8 @@ def _key(plan: Plan) -> str:
 
 
 def _file_digest(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is not a file: a pipe or a device has no end; give a file")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import struct
 import threading
 import warnings
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from io import BytesIO
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +20,10 @@ from torch import Tensor
 from bdbench.data import ImageDataset
 from bdbench.datasets.decoded import Decoded, Unreadable, check_decoded
 from bdbench.datasets.fit import Fit
-from bdbench.machine import cores
+from bdbench.datasets.opening import DECODING_ERRORS, open_image
+from bdbench.errors import DataError
+from bdbench.limits import LARGE_PIXELS, WAITING_BYTES
+from bdbench.machine import cores, memory_bytes
 from bdbench.progress import Progress
 
 CHUNK = 256
@@ -32,27 +32,11 @@ CHUNK = 256
 SMALL_FILE = 4096
 """Bytes of an encoded image; up to this mean, one thread decodes as fast as several."""
 
-FORMATS = ("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000")
-"""What is decoded; a list, because Pillow also knows formats that start other programs."""
-
 _reading = threading.local()
 """Its `where` is the place of the image that a thread decodes, for warnings."""
 
-DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow raises for damaged files."""
+_large = threading.Lock()
+"""Held while an image of more than `LARGE_PIXELS` is decoded: several at a time could need too much memory."""
 
 
 class Encoded(NamedTuple):
@@ -98,7 +82,13 @@ def decode_readable(
         count: N, of all chunks together.
         fit: how to bring images to one size; None requires that they have it.
         label: what the progress bar says.
+
+    Raises:
+        DataError: decoded, the images would need more memory than there is.
     """
+    room = memory_bytes() // 2 // max(count, 1)
+    if fit is not None and 3 * fit.side**2 > room:
+        raise _too_large(count, fit.side, fit.side)
     images = torch.empty((0, 1, 1, 1), dtype=torch.uint8)
     rows: list[int] = []
     unreadable: list[Unreadable] = []
@@ -107,7 +97,7 @@ def decode_readable(
     progress.start(label, count)
     try:
         with _warnings_of_pillow() as warned:
-            for block in _decode_in_order(chunks, fit, mixed):
+            for block in _decode_in_order(chunks, fit, room, mixed):
                 unreadable += block.unreadable
                 for size, where in block.sizes.items():
                     sizes.setdefault(size, where)
@@ -120,6 +110,8 @@ def decode_readable(
                 progress.advance(block.length)
     finally:
         progress.finish()
+    if not mixed.is_set() and len(rows) + len(unreadable) < count:
+        raise _too_large(count, *next(iter(sizes)))
     kept = 0 if mixed.is_set() else len(rows)
     images = images if kept == len(images) else images[:kept].clone()
     return Decoded(images, torch.tensor(rows[:kept], dtype=torch.int64), tuple(unreadable), sizes, warned)
@@ -163,7 +155,9 @@ def match_channels(train: ImageDataset, test: ImageDataset) -> tuple[ImageDatase
     return widen(train), widen(test)
 
 
-def _decode_in_order(chunks: Iterable[Sequence[Encoded]], fit: Fit | None, mixed: threading.Event) -> Iterator[_Block]:
+def _decode_in_order(
+    chunks: Iterable[Sequence[Encoded]], fit: Fit | None, room: int, mixed: threading.Event
+) -> Iterator[_Block]:
     """Decode ahead of the reader, but only so far that few undecoded chunks are in memory at a time.
 
     Small images take one thread: most of the work on them is Python's, and threads would wait for each other.
@@ -172,17 +166,18 @@ def _decode_in_order(chunks: Iterable[Sequence[Encoded]], fit: Fit | None, mixed
     first = next(rest, ())
     if sum(map(_encoded_bytes, first)) <= SMALL_FILE * len(first):
         for chunk in itertools.chain([first], rest):
-            yield _decode_chunk(chunk, fit, mixed)
+            yield _decode_chunk(chunk, fit, room, mixed)
         return
     threads = min(cores(), 16)
-    waiting: deque[Future[_Block]] = deque()
+    waiting: deque[tuple[Future[_Block], int]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for chunk in itertools.chain([first], rest):
-            waiting.append(pool.submit(_decode_chunk, chunk, fit, mixed))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
+            held = sum(len(item.content) for item in chunk if isinstance(item.content, bytes))
+            waiting.append((pool.submit(_decode_chunk, chunk, fit, room, mixed), held))
+            while len(waiting) > 2 * threads or sum(size for _, size in waiting) > WAITING_BYTES:
+                yield waiting.popleft()[0].result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
 
 
 def _encoded_bytes(item: Encoded) -> int:
@@ -192,8 +187,8 @@ def _encoded_bytes(item: Encoded) -> int:
     return content.nbytes if isinstance(content, np.ndarray) else len(content or b"")
 
 
-def _decode_chunk(chunk: Sequence[Encoded], fit: Fit | None, mixed: threading.Event) -> _Block:
-    """Decode some images; once sizes are known to be `mixed`, read their headers only."""
+def _decode_chunk(chunk: Sequence[Encoded], fit: Fit | None, room: int, mixed: threading.Event) -> _Block:
+    """Decode some images; read only the headers of larger ones than `room` bytes, and of all once sizes are `mixed`."""
     arrays: list[np.ndarray] = []
     offsets: list[int] = []
     unreadable: list[Unreadable] = []
@@ -202,11 +197,12 @@ def _decode_chunk(chunk: Sequence[Encoded], fit: Fit | None, mixed: threading.Ev
         _reading.where = where
         try:
             with _open(content) as image:
-                if mixed.is_set():
+                if mixed.is_set() or (fit is None and _decoded_bytes(image) > room):
                     sizes.setdefault(_upright_size(image), where)
                     continue
-                plain = _plain(image)
-                array = np.asarray(plain if fit is None else fit.apply(plain))
+                with _large if image.width * image.height > LARGE_PIXELS else nullcontext():
+                    plain = _plain(image)
+                    array = np.asarray(plain if fit is None else fit.apply(plain))
         except DECODING_ERRORS as error:
             unreadable.append(Unreadable(where, _reason(error)))
             continue
@@ -218,6 +214,18 @@ def _decode_chunk(chunk: Sequence[Encoded], fit: Fit | None, mixed: threading.Ev
     _reading.where = None
     images = None if mixed.is_set() or not arrays else _stacked(arrays)
     return _Block(len(chunk), images, offsets, unreadable, sizes)
+
+
+def _decoded_bytes(image: Image.Image) -> int:
+    return image.width * image.height * (1 if image.mode in ("1", "L", "LA", "I;16") else 3)
+
+
+def _too_large(count: int, width: int, height: int) -> DataError:
+    have, needed = memory_bytes() / 1e9, 3 * count * width * height / 1e9
+    return DataError(
+        f"{count:,} images of {width}x{height} pixels need up to {needed:,.1f} GB, more than half of this machine's "
+        f"{have:,.1f} GB of memory; pass a smaller --image-size"
+    )
 
 
 def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
@@ -267,7 +275,7 @@ def _open(content: bytes | Path | np.ndarray | None) -> Image.Image:
         raise ValueError("no image bytes; store the images inside the file")
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
-    return Image.open(BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
+    return open_image(content)
 
 
 def _plain(image: Image.Image) -> Image.Image:

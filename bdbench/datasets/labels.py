@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from bdbench.errors import DataError
+from bdbench.limits import CLASSES
 from bdbench.text import printable
-
-MAX_CLASSES = 100_000
-"""Above it a label is taken for damage, not for a class."""
-
 
 YES_NO = ("false", "true")
 
@@ -100,7 +97,7 @@ def check_labels(labels: np.ndarray, where: str, class_names: Sequence[str] | No
         raise DataError(
             f"{where}: labels must be (N,) integers, one class per image, got {labels.shape} {labels.dtype}"
         )
-    limit = MAX_CLASSES if class_names is None else len(class_names)
+    limit = CLASSES if class_names is None else len(class_names)
     outside = np.flatnonzero((labels < 0) | (labels >= limit))
     if len(outside):
         row = int(outside[0])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
+import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,13 +23,39 @@ from bdbench.datasets.images import match_channels, resize_images
 from bdbench.datasets.labels import class_names_of, integer_labels, numbered_names, remark_on
 from bdbench.datasets.splits import Splits, split_dataset
 from bdbench.errors import DataError
+from bdbench.limits import ARCHIVE_BYTES, ARCHIVE_RATIO
+from bdbench.machine import memory_bytes
 from bdbench.progress import Progress
+from bdbench.text import printable
 from bdbench.wording import were
 
 WHOLE = ("images", "labels")
 DIVIDED = ("x_train", "y_train", "x_test", "y_test")
 MEDMNIST = ("train_images", "train_labels", "test_images", "test_labels")
 LAYOUTS = (DIVIDED, MEDMNIST, WHOLE)
+
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+"""What reads the header of an array of each version of the format."""
+
+READING_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    SyntaxError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    RuntimeError,  # encrypted
+    NotImplementedError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+"""What a damaged archive raises."""
 
 
 def plan_npz(path: Path, name: str, augment: str, fit: Fit | None, test_fraction: float) -> Plan:
@@ -88,32 +118,56 @@ def _decode(path: Path, fit: Fit | None, test_fraction: float, progress: Progres
 def _read(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """Read the arrays of one of the layouts, images and labels in turn; name the others."""
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError("a single array, not an archive; save it with np.savez(images=..., labels=...)")
-        with archive:
-            for layout in LAYOUTS:
-                if set(layout) <= set(archive.files):
-                    others = [name for name in archive.files if name not in layout]
-                    return {name: archive[name] for name in layout}, others
-            raise DataError(
-                f"holds {', '.join(archive.files) or 'nothing'}; needs "
-                f"{', or '.join(', '.join(layout) for layout in (WHOLE, DIVIDED, MEDMNIST))}"
-            )
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ) as error:
-        if "allow_pickle" in str(error):
-            raise DataError(
-                "holds pickled Python objects, which are never opened; save plain uint8 and integer arrays"
-            ) from None
-        raise DataError(f"cannot be read as a NumPy archive ({error}); save it again with np.savez") from None
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            layout = next((layout for layout in LAYOUTS if set(layout) <= set(members)), None)
+            if layout is None:
+                raise DataError(
+                    f"holds {printable(', '.join(members)) or 'nothing'}; needs "
+                    f"{', or '.join(', '.join(layout) for layout in (WHOLE, DIVIDED, MEDMNIST))}"
+                )
+            _check_sizes(sum(members[name].file_size for name in layout), path.stat().st_size)
+            arrays = {name: _read_array(archive, members[name], name) for name in layout}
+            return arrays, [printable(name) for name in members if name not in layout]
+    except READING_ERRORS as error:
+        kind = "a NumPy archive" if zipfile.is_zipfile(path) else "a NumPy archive (several arrays with names)"
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"cannot be read as {kind}: {printable(reason[:200])}; save it again with np.savez") from None
+
+
+def _check_sizes(asked: int, packed: int) -> None:
+    """Refuse arrays of `asked` bytes in a file of `packed` bytes where few bytes ask for much."""
+    if asked > ARCHIVE_BYTES and asked > ARCHIVE_RATIO * packed:
+        raise DataError(
+            f"its arrays have {asked // max(packed, 1):,} times the bytes of the file, at most {ARCHIVE_RATIO} are "
+            "unpacked; save it with np.savez, without compression"
+        )
+    if asked > memory_bytes():
+        raise DataError(
+            f"its arrays need {asked / 1e9:,.1f} GB, this machine has {memory_bytes() / 1e9:,.1f} GB of memory; save "
+            "smaller images, or fewer"
+        )
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> np.ndarray:
+    """Read an array whose header asks for exactly the bytes that follow it.
+
+    Raises:
+        DataError: it asks for others, or holds Python objects.
+        READING_ERRORS: it is damaged.
+    """
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in HEADERS:
+            raise ValueError(f"{name} has version {version} of the format")
+        shape, _, dtype = HEADERS[version](file)
+        if dtype.hasobject:
+            raise DataError("holds pickled Python objects, which are never opened; save plain uint8 and integer arrays")
+        asked, held = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
+        if min(shape, default=0) < 0 or asked != held:
+            raise DataError(f"{name} asks for {asked} bytes, the archive holds {held}; save it again with np.savez")
+    with archive.open(member) as file:
+        return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
 
 
 def _pair(

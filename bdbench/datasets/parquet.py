@@ -24,6 +24,7 @@ from bdbench.datasets.images import CHUNK, Encoded, decode_readable, match_chann
 from bdbench.datasets.labels import class_names_of, integer_labels, numbered_names, remark_on
 from bdbench.datasets.splits import Splits, split_dataset
 from bdbench.errors import DataError
+from bdbench.limits import CLASSES, ROWS
 from bdbench.progress import Progress
 from bdbench.text import printable
 from bdbench.wording import were
@@ -160,10 +161,12 @@ def _open(path: Path, choices: Choices) -> _Shard:
     """Open a file and read its labels."""
     try:
         file = pq.ParquetFile(path)
+        if file.metadata.num_rows > ROWS:
+            raise DataError(f"{path.name}: has {file.metadata.num_rows:,} rows, at most {ROWS:,} are read; divide it")
         schema = file.schema_arrow
         image_column = _find(schema, IMAGE_COLUMNS, choices.image_column, "--image-column", path)
         label_column = _find(schema, LABEL_COLUMNS, choices.label_column, "--label-column", path)
-        labels = file.read(columns=[label_column]).column(0)
+        labels = file.read(columns=[label_column]).column(label_column)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path.name}: cannot be read as Parquet ({_first_line(error)}); fetch it again") from None
     if len(labels) == 0:
@@ -191,10 +194,13 @@ def _label_array(labels: pa.ChunkedArray, where: str) -> np.ndarray:
 
 def _find(schema: pa.Schema, usual: Sequence[str], chosen: str | None, flag: str, path: Path) -> str:
     for name in usual if chosen is None else (chosen,):
-        if name in schema.names:
+        count = schema.names.count(name)
+        if count > 1:
+            raise DataError(f"{path.name}: has {count} columns {printable(name)}; rename one")
+        if count:
             return name
     wanted = " or ".join(usual) if chosen is None else chosen
-    raise DataError(f"{path.name}: no column {wanted} among {', '.join(schema.names)}; name it with {flag}")
+    raise DataError(f"{path.name}: no column {wanted} among {printable(', '.join(schema.names))}; name it with {flag}")
 
 
 def _column_remarks(shard: _Shard) -> Iterator[str]:
@@ -228,8 +234,10 @@ def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None
     try:
         described: Any = json.loads((schema.metadata or {})[b"huggingface"])
         names = described["info"]["features"][label_column]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
+    if isinstance(names, list) and len(names) > CLASSES:
+        raise DataError(f"{len(names):,} class names; at most {CLASSES:,} are possible")
     return tuple(printable(str(name)) for name in names) if isinstance(names, list) else None
 
 
@@ -261,7 +269,8 @@ def _chunks(shard: _Shard) -> Iterator[list[Encoded]]:
     row = 0
     try:
         for batch in shard.file.iter_batches(CHUNK, columns=[f"{column}.bytes" if nested else column]):
-            values = pc.struct_field(batch.column(0), "bytes") if nested else batch.column(0)
+            found = batch.column(column)
+            values = pc.struct_field(found, "bytes") if nested else found
             yield [
                 Encoded(f"{shard.name}, row {row + offset}", value) for offset, value in enumerate(values.to_pylist())
             ]

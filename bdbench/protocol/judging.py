@@ -87,7 +87,7 @@ def measure(
     )
     if not counts.all():
         rates["asr_others"] = metrics.rate((said == wanted)[~counts])
-    samples = model.samples
+    samples = model.samples_of(source.manifest.facts["counts"]["train"])
     if samples is None:
         return rates, {}
     is_poison = source.is_poison

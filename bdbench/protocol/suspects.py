@@ -22,10 +22,10 @@ def rank(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
         suspect; only the order of one model's scores means anything), set_aside.
 
     Raises:
-        ArtifactError: the method scored nothing.
+        ArtifactError: the method scored nothing, or something is damaged.
     """
     samples = check_scored(model, data)
-    labels = data.column("train.parquet", "label").tolist()
+    labels = data.train_labels.tolist()
     frame = pd.DataFrame(
         {
             "row": samples["row"],
@@ -46,7 +46,7 @@ def check_scored(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
     Raises:
         ArtifactError: the method scored nothing.
     """
-    samples = model.samples
+    samples = model.samples_of(data.manifest.facts["counts"]["train"])
     if samples is None:
         raise ArtifactError(
             f"{model.path} is by {model.manifest.ask.method}, which scores no samples; a defense such as abl does: "

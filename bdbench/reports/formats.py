@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -21,7 +21,16 @@ class Column(NamedTuple):
 
 def safe_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a table whose texts are safe in a spreadsheet; numbers stay as they are."""
-    return frame.map(lambda value: csv_cell(value) if isinstance(value, str) else value)
+    return frame.map(_safe_cell)
+
+
+def safe_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return rows as a table whose headings and texts are safe in a spreadsheet."""
+    return pd.DataFrame([{csv_cell(key): _safe_cell(item) for key, item in row.items()} for row in rows])
+
+
+def _safe_cell(value: object) -> object:
+    return csv_cell(value) if isinstance(value, str) else value
 
 
 def markdown(columns: Sequence[Column], cells: list[list[str]], notes: list[str]) -> str:

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import bdbench
 from bdbench.errors import ArtifactError
-from bdbench.files import replace_file
+from bdbench.files import written_file
 from bdbench.protocol.metric_list import METRICS
 from bdbench.reports import charts, results, tables
 from bdbench.reports.matrices import COMPARED, Cell, cells_of, matrices_of
@@ -46,7 +46,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Written:
     around = {Path(row["path"]).parent for row in rows if Path(row["path"]) in folders}
     cells = cells_of(rows)
     text = render(rows, cells, Shelf.of([*around, *folders]), ", ".join(folder.resolve().name for folder in folders))
-    with replace_file(out) as temporary:
+    with written_file(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Written(len(rows), len(cells), len(text.encode()))
 

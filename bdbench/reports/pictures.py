@@ -20,6 +20,7 @@ from torch import Tensor
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.model import ModelArtifact, counted
 from bdbench.errors import ArtifactError
+from bdbench.files import written_file
 
 EXAMPLES = 8
 SHOWN = 200
@@ -258,5 +259,5 @@ def loss_curves(model: ModelArtifact, path: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with mpl.rc_context({"savefig.dpi": 150}):
-        figure.savefig(path)
+    with mpl.rc_context({"savefig.dpi": 150}), written_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower() or "png")

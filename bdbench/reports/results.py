@@ -12,6 +12,7 @@ from typing import Any
 from bdbench.artifacts.dataset import UNPOISONED
 from bdbench.artifacts.finding import find_artifacts
 from bdbench.artifacts.kinds import EvaluationArtifact
+from bdbench.artifacts.manifests import AGAIN
 from bdbench.errors import ArtifactError, DamagedError, DamageWarning
 from bdbench.protocol.metric_list import METRICS, RATES, SCORES
 from bdbench.protocol.metrics import defense_effectiveness, mean_interval
@@ -59,7 +60,11 @@ def read_rows(places: Sequence[Path], *, strict: bool = False) -> list[dict[str,
 
 
 def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
-    """Return one evaluation as a flat row of JSON values; what does not apply is None."""
+    """Return one evaluation as a flat row of JSON values; what does not apply is None.
+
+    Raises:
+        DamagedError: its numbers cannot be read, or one that every evaluation has is missing.
+    """
     facts = evaluation.manifest.facts
     row: dict[str, Any] = {**facts, **{name: facts.get(name) for name in SOURCE}}
     row |= {"evaluation_id": evaluation.id, "path": str(evaluation.path)}
@@ -70,6 +75,8 @@ def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
         if name in RATES:
             row |= {f"{name}_n": entry["denominator"], f"{name}_low": finite(entry["low"])}
             row |= {f"{name}_high": finite(entry["high"])}
+    if row["ba"] is None or (row["asr"] is None) != (row["floor"] is None):
+        raise DamagedError(evaluation.path, f"{evaluation.path} lacks BA, or one of ASR and floor; {AGAIN}")
     return row
 
 
@@ -87,10 +94,10 @@ def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         base = row if row["defense"] == "none" else near
         attacked = row["asr"] is not None and not has_no_poison(row)
         failed = None
-        if base is not None and attacked:
+        if base is not None and base["asr"] is not None and attacked:
             failed = bool(base["asr"] < WEAK_ATTACK or base["asr"] - base["floor"] < FLOOR_MARGIN)
         der = None
-        if base is not None and attacked and row["defense"] != "none" and not row.get("reads_truth"):
+        if failed is not None and base is not None and row["defense"] != "none" and not row.get("reads_truth"):
             der = defense_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
         marks = "0" if has_no_poison(row) else "n" if not attacked else "?" if base is None else "w" if failed else ""
         marks += "" if row["preset"] in PUBLISHED else "b"

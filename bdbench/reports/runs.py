@@ -20,9 +20,9 @@ from bdbench import wording
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.finding import find_artifacts
 from bdbench.artifacts.made import arithmetic
-from bdbench.artifacts.manifests import AGAIN, Manifest
+from bdbench.artifacts.manifests import Manifest
 from bdbench.artifacts.model import ModelArtifact, counted
-from bdbench.errors import ArtifactError, BdbenchError
+from bdbench.errors import BdbenchError
 from bdbench.protocol import metrics
 from bdbench.reports import commands
 from bdbench.reports.pictures import shared_row, triggered_example
@@ -135,12 +135,12 @@ def _history(model: ModelArtifact) -> dict[str, list[Any]]:
 
 def _detection(model: ModelArtifact, truth: Callable[[], Tensor]) -> list[float] | None:
     """Return the share of poison that is found at each of `FALSE_POSITIVE`, as `metrics.score_metrics` reads it off."""
-    samples = model.samples
-    if samples is None:
+    if "samples.parquet" not in model.manifest.files:
         return None
     is_poison = truth()
-    if len(samples) != len(is_poison):
-        raise ArtifactError(f"{model.path} scored {len(samples)} samples of {len(is_poison)}; {AGAIN}")
+    samples = model.samples_of(len(is_poison))
+    if samples is None:
+        return None
     curve = metrics.detection_curve(torch.from_numpy(samples["score"].to_numpy(copy=True)), is_poison)
     if curve is None:
         return None

@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import pandas as pd
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
@@ -17,8 +16,8 @@ from rich.text import Text
 from bdbench.errors import ArtifactError
 from bdbench.protocol.metric_list import METRICS
 from bdbench.registry import DEFENSES
-from bdbench.reports.formats import Column, latex, markdown, safe_cells
-from bdbench.reports.ranking import Ranked, Ranking, rank
+from bdbench.reports.formats import Column, latex, markdown, safe_table
+from bdbench.reports.ranking import Ranking, rank
 from bdbench.reports.results import finite, merge
 from bdbench.wording import counted
 
@@ -156,7 +155,7 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     flat = [
         {key: json.dumps(item) if isinstance(item, dict | list) else item for key, item in row.items()} for row in rows
     ]
-    return safe_cells(pd.DataFrame(flat)).to_csv(index=False)
+    return safe_table(flat).to_csv(index=False)
 
 
 RANKING = (
@@ -184,7 +183,7 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
         facts = {key: finite(value) if isinstance(value, float) else value for key, value in found._asdict().items()}
         return json.dumps({**facts, "defenses": lines}, indent=1)
     if style == "csv":
-        return safe_cells(pd.DataFrame(lines, columns=Ranked._fields)).to_csv(index=False)
+        return safe_table(lines).to_csv(index=False)
     cells = [
         [f"{line[column.key]:.3f}" if column.is_number else str(line[column.key]) for column in RANKING]
         for line in lines

@@ -243,7 +243,7 @@ class _Reader:
         return grid
 
     def _trusted(self) -> tuple[float | None, int | None]:
-        share, per_class = self._value("trusted", (int, float)), self._value("trusted_per_class", int)
+        share, per_class = self._share("trusted"), self._value("trusted_per_class", int)
         if "trusted_per_class" not in self.raw:
             return share, None
         if "trusted" in self.raw:
@@ -278,6 +278,13 @@ class _Reader:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self._wrong(f"`{key}` cannot be {value!r}", key)
         return value
+
+    def _share(self, key: str) -> float:
+        value = self._value(key, (int, float))
+        if not 0 <= value < 1:
+            shown = str(value)[:20]
+            raise self._wrong(f"`{key}` cannot be {shown}; a share of at least 0 and below 1 is needed", key)
+        return value  # type: ignore[no-any-return]
 
     def _table(self, key: str) -> dict[str, Any]:
         table = self.raw.get(key, {})

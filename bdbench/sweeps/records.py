@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,35 @@ from bdbench.reading import read_json
 
 TOLD = ("name", "cell", "asked")
 """What a record has from the order."""
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 2**63
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & {"/", "\\", "\0"}
+
+
+FORM: Mapping[str, Callable[[object], bool]] = {
+    "name": _is_name, "cell": _is_table, "asked": _is_table, "state": _is_text, "seconds": _is_count, "pid": _is_count,
+    "host": _is_text, "started": _is_count, "phase": _is_text, "unit": _is_text, "total": _is_count, "done": _is_count,
+    "status": _is_text, "reason": _is_text, "full": _is_text, "evaluation": _is_name,
+}  # fmt: skip
+"""What may stand in a record, and what it is."""
+
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "running": (), "interrupted": (), "failed": ("reason",), "done": ("evaluation",),
+}  # fmt: skip
+"""States, and what a record of each needs besides `TOLD` and its seconds."""
 
 
 def sweep_file(folder: Path, kind: str, name: str) -> Path:
@@ -65,17 +94,30 @@ def read_waiting(folder: Path, begun: Iterable[str]) -> list[str]:
         names = read_json(folder / SWEEP / "grid" / "names.json")
     except (OSError, ValueError):
         return []
-    return sorted({str(name) for name in names} - set(begun))
+    if not isinstance(names, list) or not all(map(_is_name, names)):
+        return []
+    return sorted(set(names) - set(begun))
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:
-    """Return the record of a cell, empty if there is none; a damaged one is none: its cell is looked at again."""
+    """Return the record of a cell, empty if there is none; a damaged one, or one of another form, is none: its cell is
+    looked at again.
+    """
     path = folder / SWEEP / "cells" / f"{name}.json"
     try:
-        found: dict[str, Any] = read_json(path)
+        found: Any = read_json(path) if path.is_file() else None
     except (OSError, ValueError):
         return {}
-    return found if set(TOLD) <= found.keys() else {}
+    return found if _is_record(found) and found["name"] == name else {}
+
+
+def _is_record(found: object) -> bool:
+    if not isinstance(found, dict) or not {*TOLD, "state", "seconds"} <= found.keys():
+        return False
+    if not all(FORM[key](value) for key, value in found.items() if key in FORM):
+        return False
+    needed = NEEDED.get(found["state"])
+    return needed is not None and {*needed, *(["done"] if "total" in found else [])} <= found.keys()
 
 
 def is_locked(folder: Path, name: str) -> bool:

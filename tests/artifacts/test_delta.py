@@ -17,7 +17,9 @@ from bdbench.artifacts import dataset
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.kinds import verify
 from bdbench.datasets.base import Source
-from bdbench.errors import ArtifactError
+from bdbench.errors import ArtifactError, OriginWarning
+
+pytestmark = pytest.mark.filterwarnings("ignore::bdbench.errors.OriginWarning")
 
 
 def archive(folder: Path, *, offset: int = 0) -> Path:
@@ -53,6 +55,16 @@ def test_all_that_is_read_is_equal(both: tuple[DatasetArtifact, DatasetArtifact]
         assert torch.equal(one.labels, other.labels), name
     assert not (small.path / "train.safetensors").exists()
     assert files.folder_bytes(small.path) < files.folder_bytes(whole.path)
+
+
+def test_the_place_of_the_images_is_named_before_they_are_read(
+    both: tuple[DatasetArtifact, DatasetArtifact], tmp_path: Path
+) -> None:
+    small = DatasetArtifact.open(both[1].path)
+    (tmp_path / "some.npz").unlink()
+    told = pytest.warns(OriginWarning, match=f"differs from {tmp_path / 'some.npz'}: images are read from there")
+    with told, pytest.raises(ArtifactError, match="which cannot be opened"):
+        _ = small.train
 
 
 def test_it_is_verified_trained_on_and_judged_as_a_whole_one(

@@ -15,7 +15,6 @@ from bdbench.cli.app import PANELS, build
 from bdbench.options import describe_options
 from bdbench.registry import ATTACKS, DEFENSES
 from bdbench.sweeps.grid import read_grid
-from bdbench.sweeps.records import TOLD
 
 # spellings
 
@@ -51,8 +50,8 @@ def test_status_gc_and_verify_take_the_usual_place(here: Path, bdbench: Any) -> 
     for number, name in enumerate(("older", "newer")):
         cells = here / "runs" / name / ".sweep" / "cells"
         cells.mkdir(parents=True)
-        record = {"name": f"cell-of-{name}", "state": "done", "seconds": 1.0, **dict.fromkeys(TOLD, "")}
-        (cells / "cell.json").write_text(json.dumps(record | {"name": f"cell-of-{name}"}))
+        record = {"name": f"cell-of-{name}", "cell": {}, "asked": {}, "state": "interrupted", "seconds": 1.0}
+        (cells / f"cell-of-{name}.json").write_text(json.dumps(record))
         for place in (cells, cells.parent):
             os.utime(place, (number, number))
     newest = bdbench("status")
@@ -131,3 +130,10 @@ def test_words_of_a_flag_are_completed(flag: str, begun: str, offered: list[str]
     (parameter,) = [item for item in command.commands["defend"].params if item.name == flag]  # type: ignore[attr-defined]
     found = parameter.shell_complete(None, begun)
     assert [item.value for item in found] == offered
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "9" * 5000])
+def test_image_memory_is_a_number_of_gigabytes(here: Path, bdbench: Any, value: str) -> None:
+    ended = bdbench("train", "nothing", "--image-memory", value)
+    assert (ended.code, "--image-memory" in ended.err) == (2, True)
+    assert len(ended.err) < 1000

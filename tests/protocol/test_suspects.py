@@ -183,10 +183,11 @@ def test_the_report_names_the_command_that_takes_it_again(options: dict[str, Any
 
 def scored() -> tuple[ModelArtifact, DatasetArtifact]:
     samples = pd.DataFrame({"row": range(6), "score": SCORES, "set_aside": [score > 0.8 for score in SCORES]})
-    model = SimpleNamespace(samples=samples)
+    model = SimpleNamespace(samples_of=lambda _: samples)
     data = SimpleNamespace(
-        column=lambda *_: torch.tensor(LABELS), places=[f"{row}.png" for row in range(6)], class_names=("ant", "bee")
-    )
+        train_labels=torch.tensor(LABELS), places=[f"{row}.png" for row in range(6)], class_names=("ant", "bee"),
+        manifest=SimpleNamespace(facts={"counts": {"train": 6}}),
+    )  # fmt: skip
     return cast("ModelArtifact", model), cast("DatasetArtifact", data)
 
 

@@ -209,7 +209,8 @@ def test_the_commands_of_a_run_make_the_same_artifacts(
     assert "--compile" in lines[1]
     assert "--compile" not in lines[2]
     assert ", compiled, " in found["facts"]["device"]
-    assert lines[0][2:] == ["--dataset", "digits", "--attack", "badnets", "--trusted", "0.05", "--out", "again/digits"]
+    source = ["--dataset", "digits", "--image-size", "8"]
+    assert lines[0][2:] == [*source, "--attack", "badnets", "--trusted", "0.05", "--out", "again/digits"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for line in lines:

@@ -261,3 +261,10 @@ def test_trusted_images_that_cannot_be_name_their_line(tmp_path: Path, text: str
     path.write_text(text)
     with pytest.raises(OptionError, match=said):
         read_grid(path)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-0.1", "1", "1" + "0" * 400])
+def test_the_trusted_share_of_a_grid_is_a_share(tmp_path: Path, value: str) -> None:
+    (tmp_path / "grid.toml").write_text(f"trusted = {value}\n")
+    with pytest.raises(OptionError, match=r"grid\.toml.*`trusted` cannot be"):
+        read_grid(tmp_path / "grid.toml")
