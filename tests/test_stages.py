@@ -283,7 +283,7 @@ def test_the_seed_of_a_defense_is_that_of_its_data_set_unless_given(toy_archive:
 def test_an_interrupted_defense_ends_as_an_uninterrupted_one(
     name: str, toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "Engine", partial(Engine, checkpoint_seconds=0.0))
+    monkeypatch.setattr("bdbench.stages.models.Engine", partial(Engine, checkpoint_seconds=0.0))
     whole = defend(toys, name, tmp_path / "whole", options={"epochs": 2})
 
     class Fuse(Silent):
@@ -730,7 +730,7 @@ def ask_of(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> str:
         raise AskedError(ask.id)
 
     monkeypatch.setattr(store, "existing", caught)
-    monkeypatch.setattr(stages, "choose_rows", lambda *_: None)  # some values suit no toy
+    monkeypatch.setattr("bdbench.stages.datasets.choose_rows", lambda *_: None)  # some values suit no toy
     with pytest.raises(AskedError) as asked:
         call()
     return str(asked.value)

@@ -68,6 +68,11 @@ class Engine:
             torch.compiler.reset()
 
     @property
+    def trained_seconds(self) -> float:
+        """Seconds of all epochs, those before an interruption too."""
+        return round(sum(float(row["seconds"]) for row in self.history), 3)
+
+    @property
     def may_compile(self) -> bool:
         """Networks that are trained are compiled, as far as is known."""
         return self.compile and not self.cannot_compile

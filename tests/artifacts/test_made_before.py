@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bdbench import stages
+from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.kinds import verify
 from bdbench.artifacts.model import ModelArtifact, counted
 from bdbench.datasets import digits
@@ -54,7 +55,7 @@ def notes(stored: Path, monkeypatch: pytest.MonkeyPatch) -> Notes:
     return Notes()
 
 
-def poison_again(out: Path, notes: Notes) -> stages.DatasetArtifact:
+def poison_again(out: Path, notes: Notes) -> DatasetArtifact:
     return stages.poison(
         "digits", "lc", options={"surrogate_epochs": 12}, source_options={"images": 200, "image_size": 8},
         trusted=0.1, seed=3, out=out, progress=notes, **CPU,
@@ -81,4 +82,4 @@ def test_a_surrogate_that_0_1_cached_without_a_checksum_is_trained_again(
     monkeypatch.setattr(digits, "AUGMENT", "crop,flip")  # as it was then
     again = poison_again(tmp_path / "d", notes)
     assert any("is damaged and made again (its checksum is another)" in line for line in notes.lines)
-    assert again.id == stages.DatasetArtifact.open(stored / "runs" / "d").id
+    assert again.id == DatasetArtifact.open(stored / "runs" / "d").id

@@ -148,7 +148,7 @@ def test_attacks_on_data_alone_leave_no_victim(toy_archive: Path) -> None:
 def test_an_interrupted_attack_ends_as_an_uninterrupted_one(
     attack: str, toy_archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "Engine", partial(Engine, checkpoint_seconds=0.0))
+    monkeypatch.setattr("bdbench.stages.datasets.Engine", partial(Engine, checkpoint_seconds=0.0))
     folder, options = toy_archive.parent, {"victim_epochs": 2}
     whole = poison(folder, "whole", attack, options=options)
     # 108 images are 7 steps of 16: it ends in the second epoch of the victim, with the first phases behind it

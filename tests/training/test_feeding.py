@@ -142,7 +142,7 @@ class Spoiler(Silent):
 
 
 def test_a_run_goes_on_when_its_file_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "Engine", partial(Engine, checkpoint_seconds=0.0))
+    monkeypatch.setattr("bdbench.stages.models.Engine", partial(Engine, checkpoint_seconds=0.0))
     data = stages.poison("digits", out=tmp_path / "data")
     file = data.path / "train.safetensors"
     times = file.stat().st_atime_ns, file.stat().st_mtime_ns
