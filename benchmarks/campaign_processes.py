@@ -17,7 +17,8 @@ from campaign_running import CODES, Case, Verdict, judged, run
 STAGES = {
     "poison": "poison --images 150 --out runs/m",
     "differences": "poison --images 150 --differences --out runs/m",
-    "lira": "poison --images 150 --attack lira --victim-epochs 2 --generator-epochs 2 --out runs/m",
+    "lc": "poison --images 150 --attack lc --surrogate-epochs 4 --out runs/m",
+    "lira": "poison --images 150 --attack lira --victim-epochs 3 --generator-epochs 3 --out runs/m",
     "train": "train runs/d --epochs 4 --out runs/m",
     "abl": "defend runs/d --method abl --epochs 3 --isolation-epochs 1 --unlearn-steps 20 --out runs/m",
     "cbd": "defend runs/d --method cbd --epochs 3 --twin-epochs 2 --out runs/m",
