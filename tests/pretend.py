@@ -184,8 +184,9 @@ def pretended(patch: pytest.MonkeyPatch) -> Iterator[Pretended]:
 
     patch.setattr(torch, "autocast", Autocast)
     patch.setattr(torch, "tensor", tensor)
-    patch.setattr("bdbench.stages.resolve_device", lambda _: THERE)
-    patch.setattr("bdbench.stages.use_bf16", lambda *_: False)
+    for stage in ("datasets", "models", "judging"):
+        patch.setattr(f"bdbench.stages.{stage}.resolve_device", lambda _: THERE)
+        patch.setattr(f"bdbench.stages.{stage}.use_bf16", lambda *_: False)
     patch.setattr("bdbench.training.engine.memory_for_images", lambda _: 10**9)
     take_step = Phase._update
     with Pretended() as mode:

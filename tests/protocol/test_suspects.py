@@ -205,9 +205,11 @@ def test_equal_scores_favour_no_class_of_a_dataset_in_order_of_its_classes() -> 
     samples = pd.DataFrame({"row": range(1000), "score": 1.0, "set_aside": False})
     labels = torch.arange(10).repeat_interleave(100)
     data = SimpleNamespace(
-        column=lambda *_: labels, places=[str(row) for row in range(1000)], class_names=tuple("abcdefghij")
-    )
-    ranked = suspects.rank(cast("ModelArtifact", SimpleNamespace(samples=samples)), cast("DatasetArtifact", data))
+        train_labels=labels, places=[str(row) for row in range(1000)], class_names=tuple("abcdefghij"),
+        manifest=SimpleNamespace(facts={"counts": {"train": 1000}}),
+    )  # fmt: skip
+    model = SimpleNamespace(samples_of=lambda _: samples)
+    ranked = suspects.rank(cast("ModelArtifact", model), cast("DatasetArtifact", data))
     first = ranked["label"][:200].value_counts()
     # 20 of each, sd 4
     assert len(first) == 10
