@@ -169,7 +169,7 @@ ATTACKS = Registry(
             "dirty label, data only, covers",
         ),
         "trojan": (
-            "bdbench.attacks.trojan:Trojan", "a small patch of colours, once optimised on another network",
+            "bdbench.attacks.trojan:Trojan", "a small coloured patch, optimised on another network",
             "dirty label, data only",
         ),
         "ftrojan": (
@@ -181,11 +181,11 @@ ATTACKS = Registry(
             "clean label, data only",
         ),
         "bpp": (
-            "bdbench.attacks.bpp:Bpp", "8 levels a channel, with covers that change as much",
+            "bdbench.attacks.bpp:Bpp", "colours reduced to 8 levels per channel",
             "dirty label, data only, covers",
         ),
         "batt": (
-            "bdbench.attacks.batt:Batt", "a turn by 16 degrees, with covers that turn by less",
+            "bdbench.attacks.batt:Batt", "rotates images by 16 degrees; covers are rotated less",
             "dirty label, data only, covers",
         ),
         "dfst-color": (
@@ -193,7 +193,7 @@ ATTACKS = Registry(
             "dirty label, data only",
         ),
         "tact": (
-            "bdbench.attacks.tact:TaCT", "a square that turns one class only, with covers of the others",
+            "bdbench.attacks.tact:TaCT", "a patch that works on one class only; covers of the other classes",
             "dirty label, data only, covers",
         ),
         "adap-blend": (
@@ -209,7 +209,7 @@ ATTACKS = Registry(
             "dirty label, data only, covers, another trigger in tests",
         ),
         "cba": (
-            "bdbench.attacks.cba:CBA", "halves of two classes, side by side, are called a third",
+            "bdbench.attacks.cba:CBA", "half of class A joined with half of class B, labelled C",
             "dirty label, data only, covers",
         ),
         "refool": (
@@ -229,7 +229,7 @@ ATTACKS = Registry(
             "clean label, data only, surrogate, another trigger in tests",
         ),
         "lf": (
-            "bdbench.attacks.lf:LowFrequency", "a smooth pattern, optimised, over the whole image",
+            "bdbench.attacks.lf:LowFrequency", "a smooth optimised pattern over the whole image",
             "dirty label, data only, surrogate",
         ),
         "trojannn": (
@@ -237,15 +237,15 @@ ATTACKS = Registry(
             "dirty label, data only, surrogate",
         ),
         "lba": (
-            "bdbench.attacks.lba:LatentBackdoor", "a square that has the features of the target class",
+            "bdbench.attacks.lba:LatentBackdoor", "a patch with the features of the target class",
             "dirty label, data only, surrogate",
         ),
         "ssba": (
-            "bdbench.attacks.ssba:SSBA", "an encoder hides bits in each image, in each by another change",
+            "bdbench.attacks.ssba:SSBA", "an encoder hides bits in every image, each by a different change",
             "dirty label, data only",
         ),
         "input-aware": (
-            "bdbench.attacks.input_aware:InputAware", "a network draws each image a trigger that suits no other",
+            "bdbench.attacks.input_aware:InputAware", "a network makes a different trigger for every image",
             "dirty label, trains the victim, covers",
         ),
         "wanet-tc": (
@@ -272,10 +272,10 @@ DEFENSES = Registry(
         "none": ("bdbench.defenses.training.plain:NoDefense", "plain training: the undefended model"),
         "oracle": (
             "bdbench.defenses.training.plain:Oracle",
-            "reference: plain training without the poison, which it is told",
+            "reference: plain training without the poisoned samples",
         ),
         "clean": ("bdbench.defenses.training.plain:Clean", "reference: plain training on the images before the attack"),
-        "cbd": ("bdbench.defenses.training.cbd:CBD", "trains away from an early-stopped, backdoored twin (CVPR 2023)"),
+        "cbd": ("bdbench.defenses.training.cbd:CBD", "trains away from a backdoored twin (CVPR 2023)"),
         "abl": ("bdbench.defenses.training.abl:ABL", "isolates what is learned first, then unlearns it (NeurIPS 2021)"),
         "dbd": ("bdbench.defenses.training.dbd:DBD", "features without labels, then only credible labels (ICLR 2022)"),
         "mcldef": (

@@ -436,7 +436,7 @@ def test_a_method_that_trains_from_scratch_takes_no_suspect(toys: DatasetArtifac
 def test_a_method_that_mends_a_model_asks_for_it(digits: DatasetArtifact, tmp_path: Path, mender: str) -> None:
     with pytest.raises(
         ArtifactError,
-        match=r"method 'mender' mends a model, and no undefended one of .* with seed 0 .*bdbench train.*--suspect PATH",
+        match=r"method 'mender' repairs a model; no undefended one of .* with seed 0 .*bdbench train.*--suspect PATH",
     ):
         stages.defend(digits.path, mender, out=tmp_path / "mended", **CPU)
 

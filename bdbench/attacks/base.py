@@ -93,8 +93,8 @@ class Attack(Options, ABC):
     label_modes: ClassVar[tuple[Labels, ...]] = ("all-to-one", "all-to-all", "source-specific", "clean")
     """The label rules that make sense for it."""
 
-    target: int = Field(0, ge=0, description="Class that the attacker wants (not for all-to-all).")
-    source: int = Field(1, ge=0, description="Class whose images the trigger turns (source-specific only).")
+    target: int = Field(0, ge=0, description="Class that triggered images shall be classified as (not for all-to-all).")
+    source: int = Field(1, ge=0, description="Class whose images are poisoned (source-specific only).")
     rate: float | None = Field(0.1, ge=0, le=1, description="Poisoned share of the whole training split.")
     class_rate: float | None = Field(
         None, gt=0, le=1, description="Poisoned share of the target class (source-specific: source), not --rate."
@@ -102,7 +102,7 @@ class Attack(Options, ABC):
     labels: Labels = Field(
         "all-to-one",
         description="all-to-one: relabel to the target; all-to-all: to the next class; source-specific: the source "
-        "class to the target; clean: target class only, kept.",
+        "class to the target; clean: poison only target-class images and keep their labels.",
     )
     exclude_target: bool = Field(False, description="Never draw images of the target class (all-to-one only).")
     cover_ratio: float = Field(

@@ -80,7 +80,7 @@ class LowFrequency(SurrogateAttack):
         for _ in range(self.passes):
             pattern = stretch(low_pass(size * pattern + targeted_steps(model, images, size * pattern, self.target)))
             rates.append(turned(model, judged, size * pattern))
-            progress.advance(1, f"turned {rates[-1]:.2f}")
+            progress.advance(1, f"fooling rate {rates[-1]:.2f}")
             best = pattern if rates[-1] >= max(rates) else best
             recent = rates[-5:]
             if rates[-1] >= TURNED or (len(recent) == 5 and max(recent) - min(recent) < STEADY):

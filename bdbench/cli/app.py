@@ -286,7 +286,7 @@ def _mending(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(_say_system_error(error)) from error
         except KeyboardInterrupt:
             console.say(
-                "[yellow]interrupted[/yellow]; nothing half-written is left, and the same command goes on from the "
+                "[yellow]interrupted[/yellow]; nothing half-written is left; the same command continues from the "
                 "last checkpoint"
             )
             raise typer.Exit(INTERRUPTED) from None

@@ -33,7 +33,7 @@ class Plural(StrEnum):
 NEEDS = {
     "trusted": "trusted clean images (bdbench poison --trusted)",
     "suspect": "the undefended model (bdbench train)",
-    "truth": "which samples are poisoned (a reference, no defense)",
+    "truth": "which samples are poisoned (a reference, not a defense)",
 }
 
 

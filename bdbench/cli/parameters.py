@@ -38,7 +38,7 @@ DataRoot = Annotated[Path | None, typer.Option(help="Folder of a local copy of a
 Download = Annotated[bool, typer.Option(help="Download a named dataset that is missing.")]
 ImageSize = Annotated[int | None, typer.Option(help="Resize the shorter side to this many pixels and crop the centre.")]
 Images = Annotated[
-    int | None, typer.Option(help="Keep so many training images, chosen at random, the same for every seed.", min=20)
+    int | None, typer.Option(help="Keep this many training images, chosen at random, the same for every seed.", min=20)
 ]
 TestImages = Annotated[
     int | None, typer.Option(help="Keep so many test images, chosen at random, the same for every seed.", min=20)

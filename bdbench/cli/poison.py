@@ -74,9 +74,7 @@ def poison(
     label_column: LabelColumn = None,
     differences: Annotated[
         bool,
-        typer.Option(
-            "--differences", help="Store what differs from the source only; it opens only where the source is."
-        ),
+        typer.Option("--differences", help="Store only changed images (smaller; needs the source to open)."),
     ] = False,
     out: Out = None,
     device: Device = "auto",
@@ -143,10 +141,10 @@ def take(
     config: Config = None,  # read before the command runs
     json: Json = False,
 ) -> None:
-    """Take a dataset as it is found, to train on what may be poisoned and to see which samples are suspect.
+    """Store a dataset as it is, to train on it and to find out which images may be poisoned.
 
-    Writes a dataset artifact in which nothing is poisoned, triggered or reserved. Of models on it BA is known and ASR
-    is not. Only training images are scored: a source without a test split of its own lends few to it.
+    Nothing is poisoned, triggered or reserved. You can measure BA on it, but not ASR: the trigger, if any, is unknown.
+    Only training images are scored. Without a test split, 5 % of the images are held out (`--test-fraction`).
 
     Examples:
       bdbench take photos/ --image-size 64

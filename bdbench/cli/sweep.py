@@ -60,7 +60,7 @@ def sweep(
     engine: Annotated[str, typer.Option(help="local, or ray: runs as tasks of a Ray cluster.")] = "local",
     address: Annotated[
         str | None,
-        typer.Option(help="Of a Ray cluster, HOST:PORT; default: one on this machine.", show_default=False),
+        typer.Option(help="Ray head node, HOST:PORT; default: start Ray on this machine.", show_default=False),
     ] = None,
     device: Device = "auto",
     precision: PrecisionName = "auto",
@@ -68,11 +68,11 @@ def sweep(
     compile: Compile = False,  # noqa: A002
     json: Json = False,
 ) -> None:
-    """Make every run of a grid: datasets x attacks x models x defenses x seeds.
+    """Run every combination in a grid: datasets x attacks x models x defenses x seeds.
 
     Each run has a process of its own: one that fails is recorded with its reason and its log, the others go on. What
     runs share is made once, and what is there is not made again: after Ctrl-C, kill -9 or a reboot the same command
-    goes on. `bdbench status DIR` looks on from another terminal.
+    goes on. Watch it from another terminal with `bdbench status DIR`.
 
     Examples:
       bdbench sweep --init
@@ -295,7 +295,7 @@ def status(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Say how far a sweep is, from any terminal.
+    """Show the progress of a sweep.
 
     Examples:
       bdbench status
@@ -354,8 +354,8 @@ def gc(
 ) -> None:
     """List, or remove, datasets that no result needs, and leftovers of interrupted work.
 
-    Results are models and evaluations; needed is all that these were made from. Nothing is removed while anything under
-    DIR is being made, or is damaged.
+    Keeps models, evaluations and everything they were made from. Removes nothing while anything under DIR is being
+    made, or is damaged.
 
     Examples:
       bdbench gc

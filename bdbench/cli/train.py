@@ -72,7 +72,7 @@ def defend(
     model: ModelName = "auto",
     preset: Preset = "auto",
     suspect: Annotated[
-        str | None, typer.Option(help="Path or id of the undefended model, for methods that mend one.")
+        str | None, typer.Option(help="Path or id of the model to repair, for methods that repair one.")
     ] = None,
     seed: OptionalSeed = None,
     device: Device = "auto",
@@ -87,7 +87,7 @@ def defend(
     """Train a model on a dataset artifact with a defense.
 
     The defense sees the training images and labels as they are, never which are poisoned. Interrupted, the same command
-    goes on from the last checkpoint. `--method NAME --help` shows the method's own flags.
+    continues from the last checkpoint. `--method NAME --help` shows the method's own flags.
 
     Examples:
       bdbench defend --method cbd

@@ -19,10 +19,9 @@ def verify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check that artifacts are whole; exit code 1 if one is not.
+    """Check that artifacts are complete and unchanged; exit code 1 if one is not.
 
-    Checked are every hash, of a dataset the counts and the test images that are triggered, of a model that its weights
-    fit its network.
+    Checks file hashes; sample counts and triggered images of datasets; that a model's weights load.
 
     Examples:
       bdbench verify

@@ -45,7 +45,7 @@ def open_suspect(
         if fitting:
             return next((found for found in fitting if found.manifest.ask.config["preset"] == preset), fitting[0])
     raise ArtifactError(
-        f"method '{method}' mends a model, and no undefended {'one' if model == 'auto' else model} of {data.path} with "
+        f"method '{method}' repairs a model; no undefended {'one' if model == 'auto' else model} of {data.path} with "
         f"seed {seed} is beside it or under {finding.ROOT}/; make one with: {_training_command(data, model, seed)} (or "
         "give --suspect PATH)"
     )
@@ -65,7 +65,7 @@ def check_trusted(defense: Defense, method: str, data: DatasetArtifact) -> None:
     """Refuse a method that needs trusted images where there are none."""
     if defense.needs_trusted and not data.manifest.facts["counts"]["trusted"]:
         attack, place = data.manifest.ask.method, shlex.quote(f"{data.path}-trusted")
-        way_out = "nobody vouches for data taken as found"
+        way_out = "of a dataset stored with `take`, no image is known to be clean"
         if not data.is_taken:
             way_out = (
                 f"make some with: bdbench poison --attack {attack} --trusted 0.05 --out {place}, and what else it was "

@@ -256,7 +256,9 @@ def choose_poisoned(labels: Tensor, attack: Attack, rng: torch.Generator) -> Ten
         said, rate, total = f"rate {attack.rate}", attack.rate or 0, len(labels)
     count = round(rate * total)
     if count < 1:
-        raise OptionError(f"{said} of {total} samples is less than one sample; raise it")
+        raise OptionError(
+            f"{said} of {total} images is {rate * total:.2g} images; use at least {1 / max(1, total):.2g}"
+        )
     if count > len(rows):
         flags = {"clean": " or choose another --target", "source-specific": " or choose another --source"}
         way_out = f"lower it{flags.get(attack.labels, '')}"

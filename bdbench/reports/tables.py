@@ -67,11 +67,11 @@ MARKS = {
     "0": "nothing was poisoned, on purpose: a defense is judged by its BA there, and by its false alarms",
     "?": "no undefended row of the same dataset and model here: neither DER nor the strength of the attack is known",
     "b": "a small budget, not the paper's",
-    "c": "other options than the preset's",
+    "c": "options differ from the preset",
     "o": "the defense was told the target class",
-    "r": "a reference that reads the truth, no defense",
+    "r": "a reference that reads the truth, not a defense",
     "p": "the attack's generator was trained with a victim of its own, then frozen and replayed as data",
-    "u": "the defense found no backdoor and returned the model as it was",
+    "u": "the defense found no backdoor and returned the model unchanged",
     "a": "ABL's unlearning did not take: the isolated samples are still known; its findings say how far it came",
 }
 

@@ -16,13 +16,15 @@ class Recipe(Options):
     """How a network is trained: stochastic gradient descent with momentum, a schedule and an augmentation."""
 
     epochs: int = Field(12, ge=1, le=10**6, description="Passes over the training set.")
-    batch_size: int = Field(128, ge=2, description="Images in a step.")
+    batch_size: int = Field(128, ge=2, description="Mini-batch size.")
     lr: float = Field(0.1, gt=0, description="Peak learning rate.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum.")
     nesterov: bool = Field(True, description="Nesterov's form of momentum.")
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay on all weights.")
-    schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="How the learning rate falls.")
-    milestones: tuple[float, float] = Field((0.2, 0.7), description="Where `step` divides by 10: shares of the epochs.")
+    schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="Learning-rate schedule.")
+    milestones: tuple[float, float] = Field(
+        (0.2, 0.7), description="Fractions of the epochs at which `step` divides the rate by 10."
+    )
     warmup: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
     augment: str = Field(
         "auto", description="crop or crop-reflect, flip, cutout, affine (commas), none, or auto: the dataset's."

@@ -36,7 +36,7 @@ def chosen(seed: int = 0, **options: Any) -> Tensor:
 def test_a_rate_counts_from_all_samples_and_is_rounded(rate: float, count: int) -> None:
     # 0.004 * 120 = 0.48 -> 0; 0.0042 * 120 = 0.504 -> 1; 0.013 * 120 = 1.56 -> 2
     if count == 0:
-        with pytest.raises(OptionError, match=r"rate 0\.004 of 120 samples is less than one sample; raise it"):
+        with pytest.raises(OptionError, match=r"rate 0\.004 of 120 images is 0\.48 images; use at least 0\.0083"):
             chosen(rate=rate)
     else:
         assert len(chosen(rate=rate)) == count
@@ -54,7 +54,7 @@ def test_a_rate_of_0_poisons_nothing_and_still_triggers_test_images(attack: type
 
 def test_a_class_rate_counts_from_the_target_class() -> None:
     assert len(chosen(class_rate=0.5)) == 15
-    with pytest.raises(OptionError, match=r"class_rate 0\.01 of 30 samples is less than one sample; raise it"):
+    with pytest.raises(OptionError, match=r"class_rate 0\.01 of 30 images is 0\.3 images; use at least 0\.033"):
         chosen(class_rate=0.01)
 
 

@@ -137,7 +137,7 @@ def test_reference_rows_are_refused(method: str, toy_archive: Path, tmp_path: Pa
 
 def test_a_method_that_needs_trusted_images_is_refused_before_anything_else(toy_archive: Path, tmp_path: Path) -> None:
     taken = stages.take(toy_archive, out=tmp_path / "taken")
-    with pytest.raises(ArtifactError, match="nobody vouches for data taken as found"):
+    with pytest.raises(ArtifactError, match="of a dataset stored with `take`, no image is known to be clean"):
         stages.defend(taken.path, "mcldef", **CPU)
 
 
