@@ -141,7 +141,7 @@ class Registry:
 
 NOT_YET = {
     "nc": "Neural Cleanse", "neural-cleanse": "Neural Cleanse", "fp": "Fine-Pruning", "fine-pruning": "Fine-Pruning",
-    "ft": "fine-tuning", "fine-tuning": "fine-tuning", "ft-sam": "FT-SAM", "nad": "Neural Attention Distillation",
+    "nad": "Neural Attention Distillation",
     "anp": "Adversarial Neuron Pruning", "clp": "Channel Lipschitz Pruning", "i-bau": "I-BAU", "ibau": "I-BAU",
     "strip": "STRIP", "ac": "Activation Clustering", "activation-clustering": "Activation Clustering",
     "spectral": "Spectral Signatures", "spectral-signatures": "Spectral Signatures",
@@ -282,6 +282,8 @@ DEFENSES = Registry(
             "bdbench.defenses.repair.mcldef:MCLDef",
             "inverts the trigger and purifies the model by contrast (2022)",
         ),
+        "ft": ("bdbench.defenses.repair.ft:FineTuning", "fine-tunes on trusted images: the baseline of every repair"),
+        "ft-sam": ("bdbench.defenses.repair.ft:FineTuningSAM", "fine-tunes towards flat minima (ICCV 2023)"),
     },
 )
 

@@ -14,6 +14,7 @@ class ConvNet(nn.Module):
     """
 
     size = 256
+    stages = ("layers.2", "layers.5", "layers.9")
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -35,6 +36,7 @@ class HalvingConvNet(nn.Module):
     """`ConvNet` for images of 16 pixels at the price of 8: the first convolution, 4x4, takes every second place."""
 
     size = 256
+    stages = ("layers.2", "layers.5", "layers.9")
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()

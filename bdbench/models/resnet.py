@@ -23,12 +23,14 @@ STAGES = [
     (256, 512, 2),
     (512, 512, 1),
 ]
+STAGE_ENDS = ("blocks.1", "blocks.3", "blocks.5", "blocks.7")
 
 
 class PreActResNet18(nn.Module):
     """Pre-activation ResNet-18: 64 to 512 channels, two blocks a stage; D is 512."""
 
     size = 512
+    stages = STAGE_ENDS
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -50,6 +52,7 @@ class OpenPreActResNet18(nn.Module):
     """
 
     size = 512
+    stages = STAGE_ENDS
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -66,6 +69,7 @@ class ResNet18(nn.Module):
     """ResNet-18: convolution, norm, ReLU; 64 to 512 channels, two blocks a stage; D is 512."""
 
     size = 512
+    stages = STAGE_ENDS
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ class WideResNet(nn.Module):
     """
 
     size = 64
+    stages = ("blocks.1", "blocks.3", "blocks.5")
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         super().__init__()

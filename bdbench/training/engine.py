@@ -93,6 +93,7 @@ class Engine:
         stop: Callable[[Module], bool] | None = None,
         companions: Mapping[str, Stateful] | None = None,
         frozen_norms: bool = False,
+        compiled: bool = True,
         lr_flag: str = "--lr",
         unit: Unit = "epoch",
     ) -> Module:
@@ -117,6 +118,8 @@ class Engine:
             stop: asked after every epoch, with the model in evaluation mode; True ends the phase.
             companions: objects whose state belongs to the phase.
             frozen_norms: keep batch-norm statistics as they are and use them instead of the batch's own.
+            compiled: let the engine compile the network if it compiles; not for a loss that replaces parameters of the
+                network, hooks it or differentiates twice.
             lr_flag: what sets the recipe's learning rate, for the message of an error.
             unit: what progress, messages and reports count the phase in; "step" where its dose is `max_steps`.
 
@@ -130,8 +133,8 @@ class Engine:
         with advice, eager(self.compile):  # but for the steps of a phase that trains a network
             model.to(self.device).to(memory_format=torch.channels_last)
             run = Phase(
-                self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, dict(companions or {}), lr_flag,
-                unit,
+                self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, compiled,
+                dict(companions or {}), lr_flag, unit,
             )  # fmt: skip
             run.limit(epoch_steps, max_steps)
             run.train(before_epoch, stop)

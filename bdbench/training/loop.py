@@ -73,6 +73,7 @@ class Phase(Generic[Module]):
         name: str,
         optimizer: torch.optim.Optimizer | None,
         frozen_norms: bool,
+        compiled: bool,
         companions: dict[str, Stateful],
         lr_flag: str,
         unit: Unit,
@@ -87,7 +88,7 @@ class Phase(Generic[Module]):
         self.optimizer = optimizer or recipe.optimizer(model)
         self.state: dict[str, Stateful] = {"model": model, "optimizer": self.optimizer, **companions}
         networks = [part for part in model.modules() if isinstance(part, Classifier)]
-        self.compiles = engine.may_compile and bool(networks)
+        self.compiles = engine.may_compile and compiled and bool(networks)
         self.proven = False
         if self.compiles:
             for network in networks:

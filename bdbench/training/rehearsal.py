@@ -59,11 +59,14 @@ class Rehearsal(Engine):
         stop: Callable[[Module], bool] | None = None,  # noqa: ARG002 - what it would say is not known yet
         companions: Mapping[str, Stateful] | None = None,
         frozen_norms: bool = False,
+        compiled: bool = True,
         lr_flag: str = "--lr",
         unit: Unit = "epoch",
     ) -> Module:
         """Do as `Engine.fit`, for a few steps."""
-        whole = Phase(self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, {}, lr_flag, unit)
+        whole = Phase(
+            self, model, data, rows, loss, recipe, phase, optimizer, frozen_norms, compiled, {}, lr_flag, unit
+        )
         whole.limit(epoch_steps, max_steps)
         passes, added, begun = self.seconds.get("passes", 0.0), self._added, time.perf_counter()
         visited = before_epoch(0) if before_epoch else None
@@ -78,8 +81,8 @@ class Rehearsal(Engine):
             begun = time.perf_counter()
             super().fit(
                 model, data, loss, short, phase=phase, rows=visited[: steps * short.batch_size], optimizer=optimizer,
-                epoch_steps=steps, max_steps=steps, companions=companions, frozen_norms=frozen_norms, lr_flag=lr_flag,
-                unit=unit,
+                epoch_steps=steps, max_steps=steps, companions=companions, frozen_norms=frozen_norms, compiled=compiled,
+                lr_flag=lr_flag, unit=unit,
             )  # fmt: skip
             step = (time.perf_counter() - begun) / steps
             if step > TIMED_SECONDS:

@@ -25,6 +25,10 @@ WHOLE = {"mcldef": {"oracle_target": 0}}
 """Options with which a method does not end early, having found nothing."""
 
 
+TRAINS_NOTHING: set[str] = set()
+"""Methods without a step of training."""
+
+
 @pytest.fixture(scope="module")
 def suspect(toys: DatasetArtifact, tmp_path_factory: pytest.TempPathFactory) -> ModelArtifact:
     return stages.defend(toys.path, "none", options={"epochs": 1}, out=tmp_path_factory.mktemp("suspect") / "none")
@@ -37,13 +41,14 @@ def test_every_defense_trains_and_is_judged_there_without_waiting_in_its_steps(
     monkeypatch.setenv("BDBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("bdbench.defenses.repair.mcldef.SUCCESS", 0.0)
     method = DEFENSES.load(name)
+    few = {"batch_size": 3} if method.needs_trusted else {}  # of 12 images, or of the half of them
     with pretended(monkeypatch) as device:
         made = stages.defend(
-            toys.path, name, preset="tiny", options=small(method) | WHOLE.get(name, {}), out=tmp_path / name,
+            toys.path, name, preset="tiny", options=small(method) | few | WHOLE.get(name, {}), out=tmp_path / name,
             suspect=suspect.path if method.needs_suspect else None,
         )  # fmt: skip
         stages.evaluate(made.path, data=toys.path)
-    assert device.steps >= 2
+    assert device.steps >= 2 or name in TRAINS_NOTHING
     assert device.waits == []
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Defense, Task, lowest
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
-from bdbench.models.structure import norms_of
+from bdbench.models.structure import untracked_norms
 from bdbench.seeds import generator
 from bdbench.training.augment import parse_augment
 from bdbench.training.devices import sent
@@ -280,20 +280,6 @@ def capped_loss(logits: Tensor, labels: Tensor, per: Cap, cap: float) -> Tensor:
     if per == "batch":
         return F.cross_entropy(logits, labels).clamp_max(cap)
     return F.cross_entropy(logits, labels, reduction="none").clamp_max(cap).mean()
-
-
-@contextmanager
-def untracked_norms(model: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch norm in training mode, while batches are normalised by their own."""
-    norms = norms_of(model)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
 
 
 def trapped_loss(trap: Trap, gamma: float) -> LossFunction:
