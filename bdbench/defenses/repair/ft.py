@@ -26,10 +26,10 @@ TINY: Mapping[str, Any] = {**TUNING, "epochs": 20, "batch_size": 16, "lr": 0.05}
 class FineTuning(Repair):
     """Fine-tunes the suspect on the trusted images: the baseline of every repair.
 
-    Cross entropy, batch norm in training mode, the last epoch is kept. It has no paper of its own; `paper` is the setting
-    of BackdoorBench (Wu et al., NeurIPS 2022), https://arxiv.org/abs/2206.12654. The learning rate is the method: 0.1
-    forgets far more than 0.01, of the backdoor and of the rest. `--trainable head` trains the last layer alone (a
-    linear probe), `features` all but the last layer. Frozen features keep their batch-norm statistics.
+    Cross entropy, batch norm in training mode, the last epoch is kept. It has no paper of its own; `paper` is the
+    setting of BackdoorBench (Wu et al., NeurIPS 2022), https://arxiv.org/abs/2206.12654. The learning rate is the
+    method: 0.1 forgets far more than 0.01, of the backdoor and of the rest. `--trainable head` trains the last layer
+    alone (a linear probe), `features` all but the last layer. Frozen features keep their batch-norm statistics.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2206.12654"
