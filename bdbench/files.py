@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import os
@@ -91,6 +90,8 @@ def written_file(path: Path) -> Iterator[Path]:
 
 def exchange(one: Path, other: Path) -> bool:
     """Swap what two names stand for at once, so that neither is ever absent; False where the system cannot."""
+    import ctypes
+
     library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     names = os.fsencode(one), os.fsencode(other)
     if swap := getattr(library, "renameat2", None):  # Linux

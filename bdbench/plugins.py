@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +64,8 @@ class Plugin(NamedTuple):
 
 def installed(kind: str, plural: str) -> dict[str, Plugin]:
     """Return the plugins of a kind by name, from the entry points ``bdbench.PLURAL`` of all installed packages."""
+    from importlib.metadata import entry_points
+
     return {
         point.name: Plugin(
             kind,

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bdbench.artifacts.manifest_forms import misfit
 from bdbench.errors import ArtifactError, DamagedError
 from bdbench.files import file_sha256
 from bdbench.reading import read_json
@@ -89,6 +88,8 @@ def read_manifest(path: Path, kind: Kind | None = None) -> Manifest:
         ArtifactError: no artifact, unreadable manifest, another kind, a newer schema, an id that does not belong
             to what was asked, or other facts than were written.
     """
+    from bdbench.artifacts.manifest_forms import misfit  # pydantic: not for the help
+
     file = path / MANIFEST
     if not path.exists():
         raise ArtifactError(f"{path} does not exist")

@@ -178,7 +178,7 @@ def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:
         except BdbenchError:
             if not completed:  # a name that is still being typed
                 raise
-        command = with_options(function, groups)
+        command = with_options(function, groups, _names_told(name) if name == named else {})
         application.command(name, rich_help_panel=panels.get(name, MORE))(_mending(command))
         if name == named and named in arguments:
             start = arguments.index(named) + 1
@@ -221,6 +221,16 @@ def _option_groups(command: str, arguments: Sequence[str] | None) -> dict[str, t
         own = {f"Options of {name}": cls} if cls.model_fields else {}
         return {**own, "Recipe (the preset's values where left out)": Recipe}
     return {}
+
+
+def _names_told(command: str) -> dict[str, str]:
+    """Return the help of the flag that names a method; looking for plugins takes time that other commands spare."""
+    from bdbench.registry import ATTACKS, DEFENSES
+
+    if command not in ("poison", "defend"):
+        return {}
+    flag, registry = ("attack", ATTACKS) if command == "poison" else ("method", DEFENSES)
+    return {flag: f"One of: {', '.join(registry.names())}."}
 
 
 def _help_of(command: str, arguments: Sequence[str]) -> str:

@@ -32,14 +32,20 @@ def value_of(arguments: Sequence[str], flag: str) -> str | None:
     return found
 
 
-def with_options(command: Callable[..., None], groups: Mapping[str, type[Options]]) -> Callable[..., None]:
+def with_options(
+    command: Callable[..., None],
+    groups: Mapping[str, type[Options]],
+    texts: Mapping[str, str] = types.MappingProxyType({}),
+) -> Callable[..., None]:
     """Return a command that also takes the options of some classes as typed flags.
 
     Args:
         command: if it has a parameter `options`, that receives what the user gave: name -> value.
         groups: heading in the help -> class of options.
+        texts: parameter -> help, in place of its own.
     """
     hints = get_type_hints(command, include_extras=True)
+    hints |= {name: _with_help(hints[name], text) for name, text in texts.items()}
     own = [
         parameter.replace(annotation=hints[name])
         for name, parameter in inspect.signature(command).parameters.items()
@@ -68,6 +74,13 @@ def with_options(command: Callable[..., None], groups: Mapping[str, type[Options
     call.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *extra)}
     return call
+
+
+def _with_help(annotation: Any, text: str) -> Any:  # noqa: ANN401 - a type with its flag
+    kind, info = get_args(annotation)
+    info = copy.copy(info)
+    info.help = text
+    return Annotated[kind, info]
 
 
 def _turned(name: str, on: Any, off: bool | None) -> Any:  # noqa: ANN401 - any option's value, if it is no switch

@@ -54,12 +54,8 @@ LabelColumn = Annotated[
     typer.Option(help="Label column of Parquet files; default: label, labels or fine_label.", show_default=False),
 ]
 TestFraction = Annotated[float, typer.Option(help="Test share, where the source has no test split.")]
-AttackName = Annotated[
-    str, typer.Option(help=f"One of: {', '.join(ATTACKS.names())}.", autocompletion=names_of(ATTACKS))
-]
-MethodName = Annotated[
-    str, typer.Option(help=f"One of: {', '.join(DEFENSES.names())}.", autocompletion=names_of(DEFENSES))
-]
+AttackName = Annotated[str, typer.Option(help="A registered attack.", autocompletion=names_of(ATTACKS))]
+MethodName = Annotated[str, typer.Option(help="A registered defense.", autocompletion=names_of(DEFENSES))]
 ModelName = Annotated[
     str,
     typer.Option(
