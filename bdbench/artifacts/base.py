@@ -30,6 +30,7 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
     "places.parquet": {"file": "text"},
     "history.parquet": {"phase": "text", "epoch": "integer", "loss": "number", "lr": "number", "seconds": "number"},
     "samples.parquet": {"row": "integer", "score": "number", "set_aside": "truth"},
+    "rounds.parquet": {"phase": "text", "epoch": "integer", "row": "integer"},
     "predictions.parquet": {
         "split": "text", "row": "integer", "label": "integer", "clean_label": "integer", "prediction": "integer",
         "confidence": "number",
@@ -37,6 +38,10 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
     "metrics.parquet": {
         "metric": "text", "value": "number", "low": "number", "high": "number", "numerator": "integer",
         "denominator": "integer",
+    },
+    "epochs.parquet": {
+        "phase": "text", "epoch": "integer", "metric": "text", "value": "number", "low": "number", "high": "number",
+        "numerator": "integer", "denominator": "integer",
     },
 }  # fmt: skip
 """Columns that each Parquet file must have, and of which type."""

@@ -27,6 +27,14 @@ class EvaluationArtifact(Artifact):
         """metric, value, low, high, numerator, denominator."""
         return self.frame("metrics.parquet")
 
+    @property
+    def epochs(self) -> pd.DataFrame | None:
+        """phase, epoch, and the columns of `metrics`, of what the method would have set aside after each epoch.
+
+        None where it does not choose epoch by epoch, and of evaluations of 0.1.
+        """
+        return self.frame("epochs.parquet") if "epochs.parquet" in self.manifest.files else None
+
 
 OPENERS: dict[str, type[Artifact]] = {cls.kind: cls for cls in (DatasetArtifact, ModelArtifact, EvaluationArtifact)}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd  # pyarrow would import it in the middle of its own work, where a Ctrl-C is lost
@@ -17,6 +18,7 @@ from bdbench.artifacts.base import Artifact, write_frame
 from bdbench.artifacts.manifests import AGAIN
 from bdbench.artifacts.store import Draft
 from bdbench.data import ImageDataset
+from bdbench.defenses.base import Round, are_samples
 from bdbench.errors import ArtifactError, DamagedError
 from bdbench.models.classifier import Classifier, build_classifier, check_range
 from bdbench.registry import MODELS
@@ -28,6 +30,8 @@ HISTORY = pa.schema({
     "images_per_second": pa.float64(), "seconds": pa.float64(), "step": pa.int64(),
 })  # fmt: skip
 """Columns of a model's history; `step` is null in a phase that is counted in epochs."""
+ROUNDS = pa.schema({"phase": pa.string(), "epoch": pa.int32(), "row": pa.int64()})
+"""Columns of what a method would have set aside after each epoch."""
 
 
 class ModelArtifact(Artifact):
@@ -85,6 +89,24 @@ class ModelArtifact(Artifact):
             raise DamagedError(self.path, f"{self.path} scored {len(samples)} samples, not these {count}; {AGAIN}")
         return samples
 
+    def rounds_of(self, count: int) -> list[Round]:
+        """Return what the method would have set aside after each epoch, of `count` samples; none where it told none.
+
+        Raises:
+            DamagedError: an epoch has a sample twice, or one that is not there.
+        """
+        if "rounds.parquet" not in self.manifest.files:
+            return []
+        rounds = []
+        for place, chosen in self.frame("rounds.parquet").groupby(["phase", "epoch"], sort=False):
+            phase, epoch = cast("tuple[str, int]", place)
+            rows = torch.from_numpy(chosen["row"].to_numpy(dtype=np.int64, copy=True))
+            if not are_samples(rows, count):
+                said = f"does not name {len(rows)} different samples of {count} after {phase} {epoch}"
+                raise DamagedError(self.path, f"{self.path / 'rounds.parquet'} {said}; {AGAIN}")
+            rounds.append(Round(phase, int(epoch), rows))
+        return rounds
+
     @property
     def dataset_id(self) -> str:
         """Id of the dataset it was trained on."""
@@ -105,6 +127,7 @@ def write_model(
     history: list[dict[str, Any]],
     scores: Tensor | None = None,
     set_aside: Tensor | None = None,
+    rounds: Sequence[Round] = (),
 ) -> None:
     """Write the files and facts of a model artifact.
 
@@ -116,6 +139,7 @@ def write_model(
         history: rows of the engine.
         scores: (N,) float, higher is more suspect; None takes the decision, if there is one, for a score.
         set_aside: (N,) bool, the samples that the method took for poison, or None if it takes no decision.
+        rounds: what it would have set aside after each epoch.
     """
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_tensors(weights, draft.folder / "model.safetensors")
@@ -125,6 +149,11 @@ def write_model(
     if scores is not None:
         chosen = torch.zeros(len(scores), dtype=torch.bool) if set_aside is None else set_aside
         write_frame(draft, "samples.parquet", {"score": scores.float(), "set_aside": chosen})
+    if rounds:
+        phases, epochs, rows = zip(*rounds, strict=True)
+        counts = [len(chosen) for chosen in rows]
+        columns = [np.repeat(phases, counts), np.repeat(epochs, counts), torch.cat(rows).cpu().numpy()]
+        pq.write_table(pa.table(columns, schema=ROUNDS), draft.folder / "rounds.parquet")
     draft.facts |= {
         "model": name,
         "class_names": list(data.class_names),

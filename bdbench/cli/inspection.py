@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ from bdbench.wording import counted
 if TYPE_CHECKING:
     from bdbench.artifacts.base import Artifact
     from bdbench.artifacts.dataset import DatasetArtifact
+    from bdbench.artifacts.kinds import EvaluationArtifact
     from bdbench.artifacts.model import ModelArtifact
 
 
@@ -33,7 +36,8 @@ def inspect(
 ) -> None:
     """Say what is inside an artifact and how it was made.
 
-    Opens the truth of a dataset: which samples are poisoned, per class and role.
+    Opens the truth of a dataset: which samples are poisoned, per class and role. Of an evaluation it shows the row
+    and, where the defense chooses samples epoch by epoch (abl), how many of them were poison after each epoch.
 
     Examples:
       bdbench inspect runs/digits-badnets-s0 --image sheet.png
@@ -56,8 +60,12 @@ def inspect(
 
 
 def _facts(found: Artifact) -> dict[str, Any]:
+    from bdbench.artifacts.kinds import EvaluationArtifact
+
     manifest = found.manifest
-    return {"path": found.path, "id": found.id, **vars(manifest.ask), "facts": manifest.facts, "made": manifest.made}
+    said = {"path": found.path, "id": found.id, **vars(manifest.ask), "facts": manifest.facts, "made": manifest.made}
+    epochs = found.epochs if isinstance(found, EvaluationArtifact) else None
+    return said if epochs is None else said | {"epochs": epochs.to_dict("records")}
 
 
 def _say(found: Artifact) -> None:
@@ -73,8 +81,9 @@ def _say(found: Artifact) -> None:
         from bdbench.artifacts.kinds import EvaluationArtifact
         from bdbench.reports import results, tables
 
-        row = results.evaluation_row(EvaluationArtifact(found.path, found.manifest))
-        console.show(tables.render(results.mark_rows([row]), "rich"))
+        evaluation = EvaluationArtifact(found.path, found.manifest)
+        console.show(tables.render(results.mark_rows([results.evaluation_row(evaluation)]), "rich"))
+        _say_epochs(evaluation)
 
 
 def _say_manifest(found: Artifact) -> None:
@@ -182,6 +191,31 @@ def _say_model(found: ModelArtifact) -> None:
     if samples is not None:
         aside = f", {int(samples['set_aside'].sum()):,} set aside" if found.manifest.facts["sets_aside"] else ""
         console.show(f"{len(samples):,} training samples scored{aside}")
+
+
+def _say_epochs(found: EvaluationArtifact) -> None:
+    """Print how right the method would have been after each epoch, where it chooses epoch by epoch."""
+    from rich.table import Table
+
+    from bdbench.protocol.metric_list import METRICS, SET_ASIDE
+
+    if (epochs := found.epochs) is None:
+        return
+    for phase, rows in epochs.groupby("phase", sort=False):
+        names = [name for name in SET_ASIDE if (rows["metric"] == name).any()]
+        headings = [METRICS[name].heading.removeprefix("set aside: ") for name in names]
+        table = Table("epoch", *headings, title=f"What would be set aside after each epoch of {phase}")
+        for epoch, told in rows.groupby("epoch", sort=False):
+            rates = {rate["metric"]: rate for rate in told.to_dict("records")}
+            table.add_row(str(epoch), *(_share(rates.get(name)) for name in names))
+        console.show(table)
+
+
+def _share(rate: Mapping[Any, Any] | None) -> str:
+    """Return a rate with its interval; a dash where it counts nothing."""
+    if rate is None or not math.isfinite(rate["value"]):
+        return "-"
+    return f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
 
 
 def _draw(opened: list[Artifact], image: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -70,6 +70,19 @@ class Task:
         return self.truth
 
 
+class Round(NamedTuple):
+    """What a defense would set aside if it chose after this epoch.
+
+    Attributes:
+        phase, epoch: as in the engine's history, where epochs count from 1.
+        rows: (M,) int64, the samples.
+    """
+
+    phase: str
+    epoch: int
+    rows: Tensor
+
+
 class Defended(NamedTuple):
     """What a defense delivers.
 
@@ -78,12 +91,15 @@ class Defended(NamedTuple):
         scores: (N,) float, how suspect each training sample is, higher is more; None if it scores none.
         set_aside: (N,) bool, the samples it took for poison; None if it takes no decision.
         findings: JSON values that a reader of the model should know, such as the target class it inferred.
+        rounds: of a method that chooses epoch by epoch, what it would set aside after each, the last one included.
+            Stored with the model; `evaluate` says how many of them are poison.
     """
 
     model: Classifier
     scores: Tensor | None = None
     set_aside: Tensor | None = None
     findings: Mapping[str, Any] = MappingProxyType({})
+    rounds: Sequence[Round] = ()
 
 
 class Defense(Options, ABC):
@@ -110,13 +126,27 @@ def check_defended(result: Defended, count: int, method: str) -> None:
     """Refuse what a defense must not give.
 
     Raises:
-        MethodError: no `Defended`, or scores or a decision of another length than the training set's.
+        MethodError: no `Defended`, scores or a decision of another length than the training set's, or a round that
+            names an epoch twice, a sample twice, or a sample that is not there.
     """
     if not isinstance(result, Defended) or not isinstance(result.model, Classifier):
         raise MethodError(f"`run` of defense '{method}' must return Defended(model=...), a Classifier first")
     for name, values in (("scores", result.scores), ("set_aside", result.set_aside)):
         if values is not None and values.shape != (count,):
             raise MethodError(f"defense '{method}' returned {name} of shape {tuple(values.shape)} for {count} samples")
+    told = [(each.phase, each.epoch) for each in result.rounds]
+    if len(set(told)) < len(told):
+        raise MethodError(f"defense '{method}' returned two rounds of one epoch")
+    for phase, epoch, rows in result.rounds:
+        if rows.dtype != torch.int64 or rows.dim() != 1 or not are_samples(rows, count):
+            raise MethodError(
+                f"defense '{method}' returned a round ({phase} {epoch}) that does not name different samples of {count}"
+            )
+
+
+def are_samples(rows: Tensor, count: int) -> bool:
+    """Say whether integers (M,) name different ones of `count` samples."""
+    return not len(rows) or bool(rows.min() >= 0 and rows.max() < count and len(rows.unique()) == len(rows))
 
 
 def lowest(losses: Tensor, count: int) -> Tensor:

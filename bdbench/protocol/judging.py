@@ -96,6 +96,29 @@ def measure(
     return rates, metrics.score_metrics(torch.from_numpy(samples["score"].to_numpy(copy=True)), is_poison)
 
 
+def epochs_frame(source: DatasetArtifact, model: ModelArtifact) -> pd.DataFrame | None:
+    """Return phase, epoch and the columns of `metrics_frame` of what a method would have set aside after each epoch.
+
+    None where it told nothing of the kind, and of a dataset as it was found.
+    """
+    rounds = [] if source.is_taken else model.rounds_of(source.manifest.facts["counts"]["train"])
+    if not rounds:
+        return None
+    is_poison = source.is_poison
+    frames = []
+    for phase, epoch, rows in rounds:
+        set_aside = torch.zeros(len(is_poison), dtype=torch.bool)
+        set_aside[rows] = True
+        rates = metrics.set_aside_rates(set_aside, is_poison)
+        if not source.is_attacked:
+            rates = {"false_alarms": rates["false_alarms"]}
+        frame = metrics_frame(rates, {})
+        frame.insert(0, "phase", phase)
+        frame.insert(1, "epoch", epoch)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
 def _set_aside(samples: pd.DataFrame) -> Tensor:
     return torch.from_numpy(samples["set_aside"].to_numpy(copy=True))
 

@@ -124,6 +124,9 @@ METRICS = {
 
 RATES = tuple(name for name, metric in METRICS.items() if metric.kind == "rate")
 
+SET_ASIDE = ("detection_precision", "detection_recall", "false_alarms")
+"""Of the samples that a method sets aside."""
+
 SCORES = ("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr")
 """Of training samples, from the scores of a method that scores them."""
 

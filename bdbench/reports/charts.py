@@ -15,7 +15,7 @@ HEIGHT = 320
 
 
 def specifications(defenses: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the charts by name; the page fills in the datasets `cells`, `detection` and `history`.
+    """Return the charts by name; the page fills in the datasets `cells`, `detection`, `history` and `rounds`.
 
     Args:
         defenses: all columns of the report, so that each has one colour everywhere.
@@ -25,6 +25,7 @@ def specifications(defenses: Sequence[str]) -> dict[str, dict[str, Any]]:
         "cost": _cost(defenses),
         "detection": _detection(defenses),
         "loss": _loss(),
+        "rounds": _rounds(),
     }
     return {name: chart.to_dict() for name, chart in charts.items()}
 
@@ -116,6 +117,23 @@ def _loss() -> alt.Chart:
             y=alt.Y("loss:Q", scale=alt.Scale(zero=False)),
             color=alt.Color("seed:N"),
             tooltip=["seed:N", "count:Q", alt.Tooltip("loss:Q", format=".4g")],
+        )
+        .properties(width="container", height=150)
+    )
+    return chart
+
+
+def _rounds() -> alt.Chart:
+    """Return how right a method would have been after each epoch: a line per metric and seed."""
+    chart: alt.Chart = (
+        alt.Chart(alt.NamedData("rounds"))
+        .mark_line(point=True, strokeWidth=1.8)
+        .encode(
+            x=alt.X("epoch:Q", axis=alt.Axis(labelExpr="datum.value % 1 ? '' : format(datum.value, 'd')")),
+            y=alt.Y("value:Q", title="share", scale=alt.Scale(domain=[0, 1])),
+            color=alt.Color("seed:N"),
+            strokeDash=alt.StrokeDash("metric:N", title="set aside", sort=None),
+            tooltip=["seed:N", "epoch:Q", "metric:N", alt.Tooltip("value:Q", format=".3f")],
         )
         .properties(width="container", height=150)
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from bdbench.artifacts.dataset import DatasetArtifact
+from bdbench.artifacts.kinds import EvaluationArtifact
 from bdbench.artifacts.made import plain
 from bdbench.artifacts.manifests import Manifest
 from bdbench.artifacts.model import ModelArtifact
@@ -87,10 +88,10 @@ def model_command(model: ModelArtifact, data: DatasetArtifact, suspect: str | No
     return _line([*words, *options, *_arithmetic(model.manifest), "--out", _place(model.path.name)])
 
 
-def evaluate_command(model: ModelArtifact, evaluation: Manifest | None) -> str:
+def evaluate_command(model: ModelArtifact, evaluation: EvaluationArtifact | None) -> str:
     """Return the command that judges a model."""
     words = ["bdbench", "evaluate", _place(model.path.name)]
-    return _line([*words, *(_arithmetic(evaluation) if evaluation else [])])
+    return _line([*words, *(_arithmetic(evaluation.manifest) if evaluation else [])])
 
 
 def _arithmetic(manifest: Manifest) -> list[str]:

@@ -19,11 +19,13 @@ from torch import Tensor
 from bdbench import wording
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.finding import find_artifacts
+from bdbench.artifacts.kinds import EvaluationArtifact
 from bdbench.artifacts.made import arithmetic
 from bdbench.artifacts.manifests import Manifest
 from bdbench.artifacts.model import ModelArtifact, counted
 from bdbench.errors import BdbenchError
 from bdbench.protocol import metrics
+from bdbench.protocol.metric_list import METRICS, SET_ASIDE
 from bdbench.reports import commands
 from bdbench.reports.pictures import shared_row, triggered_example
 
@@ -39,13 +41,12 @@ class Shelf:
     """Artifacts by id.
 
     Attributes:
-        datasets, models: opened lazily; what they hold is read when it is needed.
-        evaluations: manifests.
+        datasets, models, evaluations: opened lazily; what they hold is read when it is needed.
     """
 
     datasets: Mapping[str, DatasetArtifact]
     models: Mapping[str, ModelArtifact]
-    evaluations: Mapping[str, Manifest]
+    evaluations: Mapping[str, EvaluationArtifact]
 
     @classmethod
     def of(cls, folders: Sequence[Path]) -> Shelf:
@@ -57,14 +58,15 @@ class Shelf:
         return cls(
             {manifest.id: DatasetArtifact(path, manifest) for path, manifest in kinds["dataset"]},
             {manifest.id: ModelArtifact(path, manifest) for path, manifest in kinds["model"]},
-            {manifest.id: manifest for _, manifest in kinds["evaluation"]},
+            {manifest.id: EvaluationArtifact(path, manifest) for path, manifest in kinds["evaluation"]},
         )
 
 
 def describe_runs(rows: Sequence[Mapping[str, Any]], shelf: Shelf) -> list[dict[str, Any]]:
     """Return for every row what a reader can look up: facts, history, detection, commands and what is missing.
 
-    `history` is from phase to [epoch or step, counts of these, losses]; `detection` the true-positive rates at
+    `history` is from phase to [epoch or step, counts of these, losses]; `rounds` from phase to {heading of a metric:
+    [epochs, values]} of what the method would have set aside after each epoch; `detection` the true-positive rates at
     `FALSE_POSITIVE`.
     """
 
@@ -79,18 +81,21 @@ def describe_runs(rows: Sequence[Mapping[str, Any]], shelf: Shelf) -> list[dict[
     described = []
     for row in rows:
         data, model = shelf.datasets.get(row["dataset_id"]), shelf.models.get(row["model_id"])
-        run: dict[str, Any] = {"missing": [], "history": {}, "detection": None, "commands": []}
+        judged = shelf.evaluations.get(row["evaluation_id"])
+        run: dict[str, Any] = {"missing": [], "history": {}, "rounds": {}, "detection": None, "commands": []}
         if data is None:
             run["missing"].append(f"The dataset {row['dataset_id']} is not here: no detection curve, no commands.")
         if model is None:
             run["missing"].append(f"The model {row['model_id']} is not here: no curves, no commands.")
-        run["facts"] = _facts(model, data, shelf.evaluations.get(row["evaluation_id"]))
+        run["facts"] = _facts(model, data, judged)
+        if judged is not None:
+            _fill(run, "rounds", partial(_rounds, judged))
         if model is not None:
             _fill(run, "history", partial(_history, model))
         if model is not None and data is not None:
             _fill(run, "detection", partial(_detection, model, partial(is_poison, data.id)))
             lines = [poison_line(data.id), *_model_lines(model, data, shelf, run["missing"])]
-            run["commands"] = [*lines, commands.evaluate_command(model, shelf.evaluations.get(row["evaluation_id"]))]
+            run["commands"] = [*lines, commands.evaluate_command(model, judged)]
         described.append(run)
     return described
 
@@ -103,7 +108,9 @@ def _fill(run: dict[str, Any], part: str, read: Callable[[], object]) -> None:
         run["missing"].append(f"No {part}: {error}")
 
 
-def _facts(model: ModelArtifact | None, data: DatasetArtifact | None, judged: Manifest | None) -> dict[str, Any]:
+def _facts(
+    model: ModelArtifact | None, data: DatasetArtifact | None, judged: EvaluationArtifact | None
+) -> dict[str, Any]:
     """Return heading -> text, as short as a reader wants it."""
     facts: dict[str, Any] = {}
     if model is not None:
@@ -119,18 +126,41 @@ def _facts(model: ModelArtifact | None, data: DatasetArtifact | None, judged: Ma
         facts["images"] = ", ".join(f"{count:,} {split}" for split, count in counts.items())
         facts["dataset made in"] = f"{data.manifest.made['seconds']:.1f} s"
     if judged is not None:
-        facts["evaluated in"] = f"{judged.made['seconds']:.1f} s"
+        facts["evaluated in"] = f"{judged.manifest.made['seconds']:.1f} s"
     return facts
 
 
 def _history(model: ModelArtifact) -> dict[str, list[Any]]:
     history: dict[str, list[Any]] = {}
     for phase, rows in model.history.groupby("phase", sort=False):
-        places = np.unique(np.linspace(0, len(rows) - 1, min(LOSS_POINTS, len(rows))).round().astype(int))
-        losses = [float(f"{loss:.4g}") if np.isfinite(loss) else None for loss in rows["loss"].to_numpy()[places]]
+        places = _some(len(rows))
         unit, count = counted(rows)
-        history[str(phase)] = [unit, count[places].tolist(), losses]
+        history[str(phase)] = [unit, count[places].tolist(), _short(rows["loss"].to_numpy()[places])]
     return history
+
+
+def _rounds(judged: EvaluationArtifact) -> dict[str, dict[str, list[Any]]]:
+    rounds: dict[str, dict[str, list[Any]]] = {}
+    if (epochs := judged.epochs) is None:
+        return rounds
+    for phase, told in epochs.groupby("phase", sort=False):
+        for metric in SET_ASIDE:
+            rows = told[told["metric"] == metric]
+            if len(rows):
+                places = _some(len(rows))
+                values = [rows["epoch"].to_numpy()[places].tolist(), _short(rows["value"].to_numpy()[places])]
+                rounds.setdefault(str(phase), {})[METRICS[metric].heading.removeprefix("set aside: ")] = values
+    return rounds
+
+
+def _some(count: int) -> np.ndarray:
+    """Return at most `LOSS_POINTS` of so many places, evenly chosen, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(LOSS_POINTS, count)).round().astype(int))
+
+
+def _short(values: np.ndarray) -> list[float | None]:
+    """Return four digits of each number, None of what is none."""
+    return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]
 
 
 def _detection(model: ModelArtifact, truth: Callable[[], Tensor]) -> list[float] | None:

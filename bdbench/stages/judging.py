@@ -68,6 +68,8 @@ def evaluate(
         frame.to_parquet(draft.folder / "predictions.parquet", index=False)
         rates, values = judging.measure(frame, source, judged)
         judging.metrics_frame(rates, values).to_parquet(draft.folder / "metrics.parquet", index=False)
+        if (epochs := judging.epochs_frame(source, judged)) is not None:
+            epochs.to_parquet(draft.folder / "epochs.parquet", index=False)
         draft.facts |= {**facts, **judging.row_facts(judged, source)}
         draft.made |= watch.made(place, bf16=bf16)
     return EvaluationArtifact.open(out, is_new=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.made import Stopwatch, plain, plugins_of
 from bdbench.artifacts.manifests import Ask
 from bdbench.artifacts.model import ModelArtifact, write_model
-from bdbench.defenses.base import check_defended
+from bdbench.defenses.base import Round, check_defended
 from bdbench.errors import OptionError
-from bdbench.limits import MEMORY_GB
+from bdbench.limits import MEMORY_GB, ROWS
 from bdbench.plugins import blamed
 from bdbench.progress import Progress, Silent
 from bdbench.protocol import naming
@@ -126,7 +126,10 @@ def defend(
                 progress.note(plan_text(method, planned_seconds(defense, task)))
             result = defense.run(task)
             check_defended(result, len(data.train), method)
-        write_model(draft, model, result.model, data.train, engine.history, result.scores, result.set_aside)
+        write_model(
+            draft, model, result.model, data.train, engine.history, result.scores, result.set_aside,
+            _kept(result.rounds, progress),
+        )  # fmt: skip
         draft.facts |= {**facts, "findings": plain(dict(result.findings)), "reads_truth": defense.needs_truth}
         draft.facts["trained_on"] = data.content
         draft.facts["changed"] = [name for name, value in settings.items() if value != usual[name]]
@@ -158,6 +161,15 @@ def estimate_seconds(
     suspect = fresh_model(name, data.train, engine.seed, "suspect").eval() if defense.needs_suspect else None
     with suited_threads(place, work_of(name, data.image_shape), lambda _: None):
         return planned_seconds(defense, task_for(data, defense, recipe, engine, name, suspect))
+
+
+def _kept(rounds: Sequence[Round], progress: Progress) -> Sequence[Round]:
+    """Return the rounds of a method, none if they are more than an artifact may hold."""
+    rows = sum(len(each.rows) for each in rounds)
+    if rows <= ROWS:
+        return rounds
+    progress.note(f"what was set aside after each epoch is not kept: {rows:,} rows, an artifact holds {ROWS:,}")
+    return ()
 
 
 def _image_bytes(gigabytes: float | None) -> int | None:

@@ -70,6 +70,9 @@ class Rehearsal(Engine):
         whole.limit(epoch_steps, max_steps)
         passes, added, begun = self.seconds.get("passes", 0.0), self._added, time.perf_counter()
         visited = before_epoch(0) if before_epoch else None
+        if before_epoch and whole.total_steps > whole.steps_per_epoch:  # before the first there may be less to do
+            added, begun = self._added, time.perf_counter()
+            before_epoch(1)
         between = time.perf_counter() - begun + self._added - added
         if before_epoch:
             self.seconds["passes"] = passes

@@ -203,6 +203,16 @@ def test_inspect_says_what_was_set_aside_only_where_the_method_decides(in_walk: 
     assert "set aside" not in scored
 
 
+def test_inspect_of_an_evaluation_tells_each_epoch_of_isolating(in_walk: Path, bdbench: Any) -> None:
+    evaluation = next(Path("runs").glob("*-abl-eval"))
+    told = bdbench("inspect", evaluation).out
+    assert "What would be set aside after each epoch of isolate" in told
+    epochs = bdbench("inspect", evaluation, "--json").json["epochs"]
+    assert {row["metric"] for row in epochs} == {"detection_precision", "detection_recall", "false_alarms"}
+    for row in epochs:
+        assert f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in told
+
+
 def test_inspect_refuses_a_picture_of_an_unknown_kind(in_walk: Path, bdbench: Any, tmp_path: Path) -> None:
     result = bdbench("inspect", "runs/digits-badnets-s0", "--image", tmp_path / "sheet.xyz")
     assert result.code == 1

@@ -177,6 +177,17 @@ def test_the_mean_loss_is_that_of_all_epochs_of_isolating() -> None:
     torch.testing.assert_close(-found, torch.stack(losses).mean(0))
 
 
+@pytest.mark.parametrize("by", ["last", "mean"])
+def test_each_round_is_what_a_run_that_ended_there_would_have_isolated(by: str) -> None:
+    options = {"isolate_by": by, "finetune": False, "unlearn_steps": 0}
+    rounds = defend(isolation_epochs=3, **options)[0].rounds
+    assert [(each.phase, each.epoch) for each in rounds] == [("isolate", 1), ("isolate", 2), ("isolate", 3)]
+    for epochs, each in enumerate(rounds, 1):
+        set_aside = defend(isolation_epochs=epochs, **options)[0].set_aside
+        assert set_aside is not None
+        assert torch.equal(torch.nonzero(set_aside).flatten(), each.rows)
+
+
 def test_poison_without_loss_is_isolated_purely() -> None:
     is_poison = torch.arange(20) % 5 == 0
     assert torch.equal(lowest((~is_poison).float(), 4), is_poison)
@@ -220,6 +231,11 @@ def defend(count: int = 80, **options: Any) -> tuple[Defended, Watched]:
     quick = {"isolation_epochs": 1, "isolation_rate": 0.1, "unlearn_steps": 4, "unlearn_stop": 100.0}
     quick |= {"unlearn_step_limit": 0}
     return ABL.parse(quick | options).run(task), engine
+
+
+def scores_of(result: Defended) -> Tensor:
+    assert result.scores is not None
+    return result.scores
 
 
 def test_the_isolated_count_is_the_rate_rounded_down() -> None:
@@ -597,16 +613,16 @@ def test_a_recipe_without_momentum_has_none_to_keep() -> None:
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(finetune: bool, momentum: str, tmp_path: Path) -> None:
     data = toy_data(80)
     options = {
-        "isolation_epochs": 2, "isolation_rate": 0.1, "unlearn_steps": 12, "unlearn_batch_size": 4,
+        "isolation_epochs": 3, "isolation_rate": 0.1, "unlearn_steps": 12, "unlearn_batch_size": 4,
         "unlearn_weight_decay": 0.1, "unlearn_norms": "untracked", "finetune": finetune, "unlearn_momentum": momentum,
-        "isolate_by": "mean", "unlearn_step_limit": 16,
+        "isolate_by": "mean" if finetune else "last", "unlearn_step_limit": 16,
     }  # fmt: skip
 
-    def run(engine: Engine) -> dict[str, Tensor]:
+    def run(engine: Engine) -> Defended:
         def new_model(purpose: str) -> Classifier:
             return toy_model(data, purpose, features=DroppedFeatures)
 
-        return weights_of(ABL.parse(options).run(Task(data, new_model, toy_recipe(), engine)).model)
+        return ABL.parse(options).run(Task(data, new_model, toy_recipe(), engine))
 
     interrupted = 0
     while interrupted < 20:
@@ -617,7 +633,13 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(finetune: bool, momentu
         except KeyboardInterrupt:
             interrupted += 1
     assert interrupted > 3
-    assert are_equal(resumed, run(toy_engine()))
+    whole = run(toy_engine())
+    assert are_equal(weights_of(resumed.model), weights_of(whole.model))
+    assert len(whole.rounds) == 3
+    for one, other in zip(resumed.rounds, whole.rounds, strict=True):
+        assert one[:2] == other[:2]
+        assert torch.equal(one.rows, other.rows)
+    assert torch.equal(scores_of(resumed), scores_of(whole))
 
 
 def test_unlearning_decays_no_weights_and_augments_nothing_it_ascends() -> None:

@@ -85,6 +85,21 @@ def test_what_comes_before_each_epoch_counts_with_its_passes(clock: list[float])
     assert engine.seconds["passes"] == 0
 
 
+def test_what_comes_before_each_epoch_but_the_first_counts_too(clock: list[float]) -> None:
+    data = toy_data(128)
+    engine = Rehearsal(torch.device("cpu"), bf16=False, seed=0)
+
+    def before_epoch(epoch: int) -> None:
+        clock[0] += 5 * min(epoch, 1)
+
+    for epochs, seconds in ((1, 128), (4, 4 * (128 + 5))):
+        engine.fit(
+            toy_model(data), data, second_an_image(clock), toy_recipe(epochs=epochs), phase=f"{epochs}",
+            before_epoch=before_epoch,
+        )  # fmt: skip
+        assert engine.seconds[f"{epochs}"] == seconds
+
+
 @pytest.mark.parametrize("name", sorted(DEFENSES.rows))
 def test_an_estimate_leaves_no_trace_in_the_model(
     name: str, toys: DatasetArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bdbench.data import ImageDataset
-from bdbench.defenses.base import Defended, Defense, Task, lowest
+from bdbench.defenses.base import Defended, Defense, Round, Task, lowest
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.models.structure import untracked_norms
@@ -27,6 +27,7 @@ from bdbench.training.loop import Batch, LossFunction, mean_cross_entropy
 Trap = Literal["batch", "sample", "flooding"]
 Cap = Literal["batch", "sample"]
 Norms = Literal["batch", "apart", "untracked", "frozen"]
+Ranking = Literal["last", "mean"]
 
 REACHED = 0.85
 """Share of the cap at which the isolated samples count as unlearned: there the capped loss moves up and down."""
@@ -102,7 +103,7 @@ class ABL(Defense):
     isolation_rate: float = Field(0.01, gt=0, lt=1, description="Share of the training set that is isolated.")
     isolation_augment: str = Field("none", description="Augmentation while isolating; see --augment.")
     isolation_lr: float = Field(0.1, gt=0, description="Constant learning rate while isolating.")
-    isolate_by: Literal["last", "mean"] = Field(
+    isolate_by: Ranking = Field(
         "last",
         description="Isolate by the loss after the isolating phase (paper, code), or by the mean of those after each "
         "epoch of it (ours), so that one bad last epoch does not decide.",
@@ -159,15 +160,15 @@ class ABL(Defense):
         model = task.new_model("model")
         # The optimiser that goes on into unlearning takes the steps of the phase before it; None makes fresh ones.
         kept = recipe.optimizer(model) if self.unlearn_momentum == "kept" else None
-        seen = _Seen(engine, model, task.train)
-        by_mean = self.isolate_by == "mean"
+        isolating = _Isolating(engine, model, task.train, count, self.isolate_by)
         model = engine.fit(
             model, task.train, trapped_loss(self.trap, self.gamma), isolation, phase="isolate",
             optimizer=None if self.finetune else kept, lr_flag="--isolation-lr",
-            before_epoch=seen.look if by_mean else None, companions={"seen": seen} if by_mean else None,
+            before_epoch=isolating.look, companions={"isolating": isolating},
         )  # fmt: skip
-        losses = seen.mean(self.isolation_epochs) if by_mean else engine.margins(model, task.train)
-        isolated = lowest(losses, count)
+        isolating.look(self.isolation_epochs)
+        isolated = torch.zeros(len(task.train), dtype=torch.bool)
+        isolated[isolating.rows[-1]] = True
         rest = torch.nonzero(~isolated).flatten()
         if self.finetune:
             model = engine.fit(
@@ -177,7 +178,8 @@ class ABL(Defense):
         if self.unlearn_steps or self.unlearn_epochs:
             findings = self._unlearn(task, model, task.train.take(isolated), rest, kept)
             engine.progress.note(findings["said"])
-        return Defended(model, scores=-losses, set_aside=isolated, findings=findings)
+        rounds = [Round("isolate", epoch, rows) for epoch, rows in enumerate(isolating.rows, 1)]
+        return Defended(model, scores=-isolating.losses, set_aside=isolated, findings=findings, rounds=rounds)
 
     def _unlearn(
         self,
@@ -305,32 +307,38 @@ def trap_losses(losses: Tensor, trap: Trap, gamma: float) -> Tensor:
     return (mean.detach() - gamma).sign() * mean
 
 
-class _Seen:
-    """The losses of all samples, summed over the epochs of the isolating phase so far; part of its checkpoint."""
+class _Isolating:
+    """What would be isolated after each epoch of the isolating phase so far; part of its checkpoint.
 
-    def __init__(self, engine: Engine, model: Classifier, data: ImageDataset) -> None:
-        self.engine, self.model, self.data = engine, model, data
-        self.total, self.epochs = torch.zeros(len(data), dtype=torch.float64), 0
+    Attributes:
+        losses: (N,), by which the samples were ranked last: margins, or mean losses.
+        total: (N,) float64, the losses after each epoch, summed; where the last ones decide, 0.
+        rows: (epochs, M) int64, the M samples that would be isolated after each epoch.
+    """
 
-    def look(self, epoch: int) -> None:
-        """Add the losses before an epoch, counted from 0; before the first there are none."""
-        if epoch > self.epochs:
+    def __init__(self, engine: Engine, model: Classifier, data: ImageDataset, count: int, by: Ranking) -> None:
+        self.engine, self.model, self.data, self.count, self.by = engine, model, data, count, by
+        self.losses = self.total = torch.zeros(len(data), dtype=torch.float64)
+        self.rows = torch.empty(0, count, dtype=torch.int64)
+
+    def look(self, epochs: int) -> None:
+        """Rank the samples after so many epochs; before the first there is nothing to rank."""
+        if not epochs:
+            return
+        self.losses = self.engine.margins(self.model, self.data)
+        if self.by == "mean":
             # in double precision no loss is exactly 0, so that sure samples do not tie
-            self.total += F.softplus(self.engine.margins(self.model, self.data).double())
-            self.epochs = epoch
-
-    def mean(self, epochs: int) -> Tensor:
-        """Return the mean losses (N,) over all epochs."""
-        self.look(epochs)
-        return self.total / epochs
+            self.total = self.total + F.softplus(self.losses.double())
+            self.losses = self.total / epochs
+        self.rows = torch.cat([self.rows, torch.nonzero(lowest(self.losses, self.count)).T])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums and how many epochs they hold."""
-        return {"total": self.total, "epochs": torch.tensor(self.epochs)}
+        """Return the sums, and what would have been isolated."""
+        return {"total": self.total, "rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them back."""
-        self.total, self.epochs = state_dict["total"], int(state_dict["epochs"])
+        self.total, self.rows = state_dict["total"], state_dict["rows"]
 
 
 class _Descent:

@@ -222,6 +222,12 @@
       const chart = make("div", { class: "chart", role: "img", "aria-label": `Loss over the ${unit}s of phase ${phase}` });
       return [make("figure", {}, make("figcaption", {}, make("b", {}, phase)), chart), chart, values, unit];
     });
+    const judged = [...new Set(cell.runs.flatMap((run) => Object.keys(data.runs[run].rounds)))].map((phase) => {
+      const values = cell.runs.flatMap((run) => Object.entries(data.runs[run].rounds[phase] || {}).flatMap(([metric, [epochs, shares]]) =>
+        epochs.map((epoch, index) => ({ epoch, value: shares[index], metric, seed: data.rows[run].seed }))));
+      const chart = make("div", { class: "chart", role: "img", "aria-label": `What would be set aside after each epoch of phase ${phase}: precision, recall and false alarms` });
+      return [make("figure", {}, make("figcaption", {}, make("b", {}, phase), ": would be set aside"), chart), chart, values];
+    });
     const curves = detection([place]);
     const roc = make("div", { class: "chart", role: "img", "aria-label": "ROC curve of every seed" });
     dialog.replaceChildren(
@@ -232,7 +238,8 @@
         close),
       ...marks,
       make("h3", {}, "Runs"), runTable(rows),
-      ...(charts.length ? [make("h3", {}, "Loss"), make("div", { class: "losses" }, ...charts.map(([figure]) => figure))] : []),
+      ...(charts.length || judged.length ? [make("h3", {}, judged.length ? "Loss, and what would be set aside" : "Loss"),
+        make("div", { class: "losses" }, ...[...charts, ...judged].map(([figure]) => figure))] : []),
       ...(curves.length ? [make("h3", {}, "Detection"), roc] : []),
       make("h3", {}, "Make it again"),
       ...cell.runs.map((run) => runArticle(data.runs[run], data.rows[run])));
@@ -245,6 +252,7 @@
       spec.encoding.x.title = spec.encoding.tooltip[1].title = unit;
       return spec;
     });
+    for (const [, chart, values] of judged) draw(chart, "rounds", { rounds: values });
     if (curves.length) draw(roc, "detection", { detection: curves.map((point) => ({ ...point, seed: String(point.seed) })) },
       (spec) => {
         spec.encoding.color = { field: "seed", type: "nominal" };
