@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bdbench.data import ImageDataset
 from bdbench.models.classifier import Classifier, build_classifier
@@ -25,10 +29,26 @@ def model_name(model: str, image_shape: tuple[int, int, int]) -> str:
 
 def work_of(name: str, image_shape: tuple[int, int, int]) -> int:
     """Return the weights of a network times the pixels of an image: how much there is to do for an image, roughly."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         features = MODELS.load(model_name(name, image_shape))(image_shape)
     weights: int = sum(weight.numel() for weight in features.parameters())
     return weights * image_shape[1] * image_shape[2]
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves weights as they are that would be drawn from a normal distribution.
+
+    On the device "meta", where there is nothing to fill, torch would import its compiler for it: 2 seconds.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - what the function returns
+        """Call a function of torch."""
+        named = kwargs or {}
+        if getattr(func, "__name__", "") == "normal_":
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
 
 
 def fresh_model(name: str, train: ImageDataset, seed: int, purpose: str) -> Classifier:

@@ -521,11 +521,12 @@ def test_a_switch_is_turned_off_and_on_and_a_flag_wins_over_the_file(here: Path,
     assert "unknown key 'no_exclude_target'" in bdbench("poison", "--config", "no.toml").err
 
 
-def test_help_starts_without_torch_pandas_and_pyarrow() -> None:
+def test_help_starts_without_torch_pandas_and_pyarrow_and_looks_for_no_plugin() -> None:
     code = (
         "import sys\nfrom bdbench.cli.app import run\n"
         "try: run(['--help'])\nexcept SystemExit: pass\n"
-        "print([name for name in ('torch', 'pandas', 'pyarrow', 'sklearn') if name in sys.modules])"
+        "slow = 'torch', 'pandas', 'pyarrow', 'sklearn', 'pydantic', 'importlib.metadata'\n"
+        "print([name for name in slow if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
