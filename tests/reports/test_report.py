@@ -31,7 +31,7 @@ from bdbench.reports.runs import FALSE_POSITIVE, Shelf, describe_runs
 LIMIT = 2_000_000
 NOTHING = Shelf({}, {}, {})
 SHORT = {"epochs": 1, "batch_size": 32, "lr": 0.05}
-ABL = {**SHORT, "isolation_epochs": 1, "unlearn_steps": 2, "unlearn_step_limit": 0, "unlearn_batch_size": 16}
+ABL = {**SHORT, "isolation_epochs": 2, "unlearn_steps": 2, "unlearn_step_limit": 0, "unlearn_batch_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +191,16 @@ def test_a_run_tells_its_losses_by_phase(grid: Path) -> None:
         assert {phase: unit for phase, (unit, _, _) in found["history"].items() if unit == "step"} == (
             {"unlearn": "step"} if item["defense"] == "abl" else {}
         )
+
+
+def test_a_run_tells_what_would_have_been_isolated_after_each_epoch(grid: Path) -> None:
+    rows = results.read_rows([grid])
+    for item, found in zip(rows, describe_runs(rows, Shelf.of([grid])), strict=True):
+        assert list(found["rounds"]) == (["isolate"] if item["defense"] == "abl" else [])
+        for metric, (epochs, values) in found["rounds"].get("isolate", {}).items():
+            name = {"precision": "detection_precision", "recall": "detection_recall"}.get(metric, "false_alarms")
+            assert epochs == [1, 2]
+            assert values[-1] == pytest.approx(item[name], abs=1e-3)
 
 
 def test_the_commands_of_a_run_make_the_same_artifacts(
@@ -420,11 +430,13 @@ def test_the_page_works_in_a_browser_without_network_and_without_errors(browser:
         assert f"n = {item['asr_n']}" in shown.text
     assert tables.MARKS["b"] in shown.text
     assert data["runs"][data["cells"][place]["runs"][0]]["commands"][1] in shown.text
-    until(browser, "document.querySelectorAll('dialog .chart svg').length >= 4")
+    until(browser, "document.querySelectorAll('dialog .chart svg').length >= 5")
     axes = browser.execute_script(
         "return [...document.querySelectorAll('dialog .losses .role-axis-title')].map((it) => it.textContent)"
     )
-    assert [axis for axis in axes if axis != "loss"] == ["epoch", "epoch", "step"]
+    assert [axis for axis in axes if axis != "loss"] == ["epoch", "epoch", "step", "epoch", "share"]
+    legend = browser.execute_script("return document.querySelector('dialog .losses figure:last-child').textContent")
+    assert all(name in legend for name in ("isolate", "precision", "recall", "false alarms"))
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     until(browser, "!document.querySelector('dialog').open")
     assert browser.switch_to.active_element == cell
