@@ -30,7 +30,7 @@ DataArgument = Annotated[
 Preset = Annotated[
     str,
     typer.Option(
-        help="Budget: paper, fast, tiny, or auto by the size of the data.",
+        help="Budget: paper, fast, tiny, code where the method has it (abl), or auto by the size of the data.",
         autocompletion=one_of("auto", "paper", "fast", "tiny"),
     ),
 ]

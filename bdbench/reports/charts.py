@@ -132,7 +132,9 @@ def _rounds() -> alt.Chart:
             x=alt.X("epoch:Q", axis=alt.Axis(labelExpr="datum.value % 1 ? '' : format(datum.value, 'd')")),
             y=alt.Y("value:Q", title="share", scale=alt.Scale(domain=[0, 1])),
             color=alt.Color("seed:N"),
-            strokeDash=alt.StrokeDash("metric:N", title="set aside", sort=None),
+            strokeDash=alt.StrokeDash(
+                "metric:N", title="set aside", sort=None, legend=alt.Legend(symbolType="stroke", columns=1)
+            ),
             tooltip=["seed:N", "epoch:Q", "metric:N", alt.Tooltip("value:Q", format=".3f")],
         )
         .properties(width="container", height=150)

@@ -47,6 +47,9 @@ class ABL(Defense):
     training on the rest. 3. `unlearn`: ascent on the loss of the isolated samples up to a cap, the loss of guessing,
     together with descent on the rest (`--objective joint`) or alone, for a dose of steps.
 
+    What it would isolate is kept after every isolating epoch: `evaluate` says how many of these samples are poison.
+    The pass over the training images that this takes costs about a quarter of such an epoch.
+
     Paper: Li et al., Anti-Backdoor Learning: Training Clean Models on Poisoned Data, NeurIPS 2021,
     https://arxiv.org/abs/2110.11571.
 
