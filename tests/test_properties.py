@@ -19,14 +19,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from toys import seal_again
+from toys import MADE, seal_again, toy_data, toy_model
 
+from bdbench.artifacts import store
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.kinds import verify
-from bdbench.artifacts.manifests import MANIFEST, read_manifest
+from bdbench.artifacts.manifests import MANIFEST, Ask, read_manifest
+from bdbench.artifacts.model import ModelArtifact, write_model
 from bdbench.datasets import npz
 from bdbench.datasets.images import Encoded, decode_readable
 from bdbench.datasets.parquet import Choices, plan_parquet
+from bdbench.defenses.base import Round
 from bdbench.errors import ArtifactError, BdbenchError, DataError, OptionError
 from bdbench.progress import Silent
 from bdbench.reading import read_json, read_toml
@@ -215,6 +218,30 @@ def test_prepared_files_of_an_artifact_are_read_or_an_error(
         pass
     finally:
         shutil.copy(toys.path / name, copied)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelArtifact:
+    """A model that would have set aside 6 of 20 samples after each of two epochs."""
+    path, data = tmp_path_factory.mktemp("model") / "m", toy_data(20)
+    with store.create(path, Ask("model", "abl", 1, {}, 0, {"dataset": "d"})) as draft:
+        rounds = [Round("isolate", epoch, torch.arange(6) * 3) for epoch in (1, 2)]
+        write_model(draft, "convnet", toy_model(data), data, [], rounds=rounds)
+        draft.made |= MADE
+    return ModelArtifact.open(path)
+
+
+@few
+@given(DAMAGE)
+def test_prepared_rounds_name_samples_or_are_an_error(model: ModelArtifact, tmp_path: Path, damage: Damage) -> None:
+    shutil.copytree(model.path, tmp_path / "copy", dirs_exist_ok=True)
+    file = tmp_path / "copy" / "rounds.parquet"
+    file.write_bytes(damaged((model.path / file.name).read_bytes(), damage))
+    seal_again(file.parent, json.loads((model.path / MANIFEST).read_text()))
+    with suppress(ArtifactError):
+        for _, _, rows in ModelArtifact.open(file.parent).rounds_of(20):
+            assert set(rows.tolist()) <= set(range(20))
+            assert len(rows) == len(rows.unique())
 
 
 # checkpoints

@@ -9,7 +9,7 @@ import pytest
 
 from bdbench import stages
 from bdbench.artifacts.dataset import DatasetArtifact
-from bdbench.artifacts.kinds import verify
+from bdbench.artifacts.kinds import EvaluationArtifact, verify
 from bdbench.artifacts.model import ModelArtifact, counted
 from bdbench.datasets import digits
 from bdbench.progress import Silent
@@ -47,6 +47,11 @@ def test_a_history_of_0_1_counts_every_phase_in_epochs(stored: Path) -> None:
     assert {phase: (unit, count.tolist()) for phase, (unit, count) in counts.items()} == {
         phase: ("epoch", [1]) for phase in ("simclr", "head", "mixmatch")
     }
+
+
+def test_what_0_1_stored_tells_no_epochs(stored: Path) -> None:
+    assert ModelArtifact.open(stored / "runs" / "dbd").rounds_of(180) == []
+    assert EvaluationArtifact.open(stored / "runs" / "dbd-eval").epochs is None
 
 
 @pytest.fixture
