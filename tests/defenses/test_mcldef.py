@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from backdoored import CHECKER, TARGET, Watched, accuracies, backdoored_weights, suspect_model, task_of, trusted_data
 from torch import Tensor
-from toys import Fuse, are_equal, toy_batch, toy_data, toy_engine, toy_model, toy_recipe, weights_of
+from toys import Fuse, are_equal, toy_batch, toy_data, toy_engine, toy_model, weights_of
 
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Task
@@ -25,12 +26,6 @@ from bdbench.models.classifier import Classifier
 from bdbench.models.structure import frozen
 from bdbench.progress import Silent
 from bdbench.seeds import generator, scoped
-from bdbench.training.engine import Engine
-from bdbench.training.loop import mean_cross_entropy
-from bdbench.training.recipe import Recipe
-
-TARGET = 1
-CHECKER = torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
 
 FORMS: dict[str, dict[str, Any]] = {
     "mask": {"form": "mask", "inversion_lr": 0.1, "inversion_cost": 0.1, "inversion_epochs": 20},
@@ -48,80 +43,12 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator(seed, "noise"), dtype=torch.float64)
 
 
-def triggered(data: ImageDataset) -> ImageDataset:
-    """All images with the 3x3 patch in the lower right corner."""
-    images = data.images.clone()
-    images[:, :, 5:, 5:] = CHECKER
-    return ImageDataset(images, data.labels, data.class_names)
-
-
 def true_stamp() -> Stamp:
     """The patch as a trigger."""
     keep, add = torch.ones(1, 8, 8), torch.zeros(3, 8, 8)
     keep[:, 5:, 5:] = 0
     add[:, 5:, 5:] = CHECKER / 255
     return Stamp(keep, add)
-
-
-def trusted_data(count: int = 32) -> ImageDataset:
-    return toy_data(count, seed=2)
-
-
-@cache
-def backdoored() -> dict[str, Tensor]:
-    """Weights of a model for which the patch means class 1; a fifth of its training images have it."""
-    data = toy_data(120)
-    is_poison = torch.arange(120) % 5 == 0
-    images = torch.where(is_poison.view(-1, 1, 1, 1), triggered(data).images, data.images)
-    poisoned = ImageDataset(images, torch.where(is_poison, TARGET, data.labels), data.class_names)
-    recipe = toy_recipe(epochs=15, lr=0.1, weight_decay=0)
-    return weights_of(toy_engine().fit(toy_model(data), poisoned, mean_cross_entropy, recipe, phase="train"))
-
-
-def suspect_model() -> Classifier:
-    model = toy_model(toy_data())
-    model.load_state_dict(backdoored())
-    return model.eval()
-
-
-def accuracies(model: Classifier) -> tuple[float, float]:
-    """The share of clean images classified right, and of triggered images of other classes taken for the target."""
-    test = toy_data(80, seed=1)
-    right = toy_engine().logits(model, test.images).argmax(1) == test.labels
-    taken = toy_engine().logits(model, triggered(test).images).argmax(1) == TARGET
-    return right.double().mean().item(), taken[test.labels != TARGET].double().mean().item()
-
-
-class Watched(Engine):
-    """An engine that keeps what every phase was given."""
-
-    def __init__(self, **settings: Any) -> None:
-        base = toy_engine()
-        super().__init__(base.device, base.bf16, base.seed, checkpoint_seconds=0.0, **settings)
-        self.recipes: dict[str, Recipe] = {}
-        self.optimizers: dict[str, Any] = {}
-        self.data: dict[str, ImageDataset] = {}
-
-    def fit(self, model: Any, data: ImageDataset, loss: Any, recipe: Recipe, *, phase: str, **settings: Any) -> Any:
-        self.recipes[phase], self.data[phase] = recipe, data
-        self.optimizers[phase] = settings.get("optimizer")
-        return super().fit(model, data, loss, recipe, phase=phase, **settings)
-
-    def losses_of(self, phase: str) -> list[Any]:
-        return [row["loss"] for row in self.history if row["phase"] == phase]
-
-
-def task_of(
-    engine: Engine | None = None,
-    trusted: ImageDataset | None = None,
-    suspect: Classifier | None = None,
-    **recipe: Any,
-) -> Task:
-    chosen = {"epochs": 20, "lr": 0.1, "schedule": "constant", "nesterov": False} | recipe
-    return Task(
-        train=toy_data(), new_model=lambda purpose: toy_model(toy_data(), purpose), recipe=toy_recipe(**chosen),
-        engine=engine or toy_engine(), trusted=trusted or trusted_data(), suspect=suspect or suspect_model(),
-    )  # fmt: skip
 
 
 def defend(task: Task | None = None, **options: Any) -> Defended:
@@ -342,7 +269,7 @@ def test_the_purified_model_forgets_the_trigger_and_nothing_else(form: str) -> N
 
 @every_form
 def test_the_head_stays_as_it_was_and_the_features_do_not(form: str) -> None:
-    before, after = backdoored(), weights_of(walk(form).defended.model)
+    before, after = backdoored_weights(), weights_of(walk(form).defended.model)
     heads = [name for name in before if name.startswith("head.")]
     assert len(heads) == 2
     assert all(torch.equal(before[name], after[name]) for name in heads)
@@ -351,7 +278,7 @@ def test_the_head_stays_as_it_was_and_the_features_do_not(form: str) -> None:
 
 @every_form
 def test_the_suspect_is_not_touched(form: str) -> None:
-    assert are_equal(weights_of(walk(form).suspect), backdoored())
+    assert are_equal(weights_of(walk(form).suspect), backdoored_weights())
     assert walk(form).defended.model is not walk(form).suspect
 
 
@@ -407,7 +334,7 @@ def unchanged(**options: Any) -> str:
     defended = defend(task_of(engine), **options)
     assert defended.findings["unchanged"] is True
     assert defended.findings["target"] is None
-    assert are_equal(weights_of(defended.model), backdoored())
+    assert are_equal(weights_of(defended.model), backdoored_weights())
     assert not defended.model.training
     assert "purify" not in engine.data
     said: str = defended.findings["said"]
@@ -453,7 +380,7 @@ def purified(trusted: ImageDataset | None = None, stamp: Stamp | None = None, **
     trusted, suspect = trusted or trusted_data(), suspect_model()
     task = task_of(None, trusted, suspect, **{"epochs": 2} | recipe)
     model = MCLDef.parse(settings)._purify(task, suspect, trusted, stamp or true_stamp())
-    assert are_equal(weights_of(suspect), backdoored())
+    assert are_equal(weights_of(suspect), backdoored_weights())
     return weights_of(model)
 
 
@@ -480,7 +407,7 @@ def test_a_trigger_that_changes_nothing_leaves_the_weights_to_their_decay() -> N
     """Positive and negative are equal, so the gradient is nothing."""
     nothing = Stamp(torch.ones(1, 8, 8), torch.zeros(3, 8, 8))
     after = purified(stamp=nothing, weight_decay=0.0)
-    for name, value in backdoored().items():
+    for name, value in backdoored_weights().items():
         if "running" not in name and "tracked" not in name:
             torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
 
@@ -502,7 +429,7 @@ def test_batch_norm_sees_stamped_images_and_clean_ones_only_if_told_so(options: 
     if options:
         seen = (seen + convolved(clean)) / 2
     # one step: a tenth of the batch's mean
-    expected = 0.9 * backdoored()["features.layers.1.running_mean"] + 0.1 * seen
+    expected = 0.9 * backdoored_weights()["features.layers.1.running_mean"] + 0.1 * seen
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -522,7 +449,7 @@ def test_the_first_loss_by_hand_with_clean_images_weighed() -> None:
 
 def test_weighing_clean_images_holds_the_head_too() -> None:
     after = purified(clean_weight=1.0)
-    assert all(torch.equal(after[name], backdoored()[name]) for name in ("head.weight", "head.bias"))
+    assert all(torch.equal(after[name], backdoored_weights()[name]) for name in ("head.weight", "head.bias"))
 
 
 @pytest.mark.parametrize("options", [{"tau": 0.1}, {"clean_weight": 0.1}, {"clean_norms": True}])
