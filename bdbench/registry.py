@@ -284,6 +284,10 @@ DEFENSES = Registry(
         ),
         "ft": ("bdbench.defenses.repair.ft:FineTuning", "fine-tunes on trusted images: the baseline of every repair"),
         "ft-sam": ("bdbench.defenses.repair.ft:FineTuningSAM", "fine-tunes towards flat minima (ICCV 2023)"),
+        "fst": (
+            "bdbench.defenses.repair.fst:FeatureShiftTuning",
+            "fine-tunes with a new head, pushed away from the old one (NeurIPS 2023)",
+        ),
     },
 )
 
