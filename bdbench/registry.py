@@ -288,6 +288,10 @@ DEFENSES = Registry(
             "bdbench.defenses.repair.fst:FeatureShiftTuning",
             "fine-tunes with a new head, pushed away from the old one (NeurIPS 2023)",
         ),
+        "seam": (
+            "bdbench.defenses.repair.seam:SelectiveAmnesia",
+            "forgets by wrong labels, then learns the right ones again (S&P 2023)",
+        ),
     },
 )
 

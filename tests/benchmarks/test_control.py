@@ -19,7 +19,7 @@ TRUSTED = toy_data(160, 1, 16, seed=2, classes=CLASSES)
 TEST = toy_data(400, 1, 16, seed=1, classes=CLASSES)
 
 COST = {"cbd": 0.05, "abl": 0.02, "dbd": 0.1, "mcldef": 0.02, "ft": 0.02, "ft-sam": 0.02}
-COST |= {"fst": 0.02}
+COST |= {"fst": 0.02, "seam": 0.02}
 """The most BA that each may cost on these images."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dbd": {"ssl_epochs": 4, "ssl_batch_size": 128, "head_epochs": 20, "steps_per_epoch": 40, "split_by": "class"},
     "mcldef": {"inversion_epochs": 30},
     "ft-sam": {"rho": 0.2},
+    "seam": {"forget_share": 1.0},
 }
 FINDS_NOTHING = {"mcldef"}
 """Methods that cost nothing here because they find nothing."""
@@ -38,6 +39,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "ft": {"epochs": 5, "lr": 0.01},
     "ft-sam": {"epochs": 5, "lr": 0.01},
     "fst": {"epochs": 30, "lr": 0.05},
+    "seam": {"epochs": 40, "lr": 0.01},
 }
 
 
