@@ -292,6 +292,10 @@ DEFENSES = Registry(
             "bdbench.defenses.repair.seam:SelectiveAmnesia",
             "forgets by wrong labels, then learns the right ones again (S&P 2023)",
         ),
+        "sft": (
+            "bdbench.defenses.repair.sft:SuperFineTuning",
+            "fine-tunes with a learning rate that rises and falls (2022)",
+        ),
     },
 )
 

@@ -49,6 +49,12 @@ def mean_cross_entropy(model: Classifier, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch.images), batch.labels)
 
 
+def steps_of_pass(images: int, batch_size: int) -> int:
+    """Return the steps of a pass over so many images: a last batch of one is left out."""
+    whole, rest = divmod(images, batch_size)
+    return whole + (rest > 1)
+
+
 class Stateful(Protocol):
     """Anything a phase trains beside its model, such as a critic or its optimiser."""
 
@@ -101,8 +107,7 @@ class Phase(Generic[Module]):
 
     def limit(self, epoch_steps: int | None, max_steps: int | None) -> None:
         """Settle how many steps an epoch and the phase have."""
-        whole, rest = divmod(len(self.rows_seen), self.recipe.batch_size)
-        self.steps_per_epoch = epoch_steps or whole + (rest > 1)
+        self.steps_per_epoch = epoch_steps or steps_of_pass(len(self.rows_seen), self.recipe.batch_size)
         if len(self.rows_seen) < 2:
             raise TrainingError(f"phase '{self.name}' has {len(self.rows_seen)} images; training needs at least 2")
         self.total_steps = min(self.recipe.epochs * self.steps_per_epoch, max_steps or sys.maxsize)

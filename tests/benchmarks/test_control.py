@@ -19,7 +19,7 @@ TRUSTED = toy_data(160, 1, 16, seed=2, classes=CLASSES)
 TEST = toy_data(400, 1, 16, seed=1, classes=CLASSES)
 
 COST = {"cbd": 0.05, "abl": 0.02, "dbd": 0.1, "mcldef": 0.02, "ft": 0.02, "ft-sam": 0.02}
-COST |= {"fst": 0.02, "seam": 0.02}
+COST |= {"fst": 0.02, "seam": 0.02, "sft": 0.02}
 """The most BA that each may cost on these images."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -40,6 +40,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "ft-sam": {"epochs": 5, "lr": 0.01},
     "fst": {"epochs": 30, "lr": 0.05},
     "seam": {"epochs": 40, "lr": 0.01},
+    "sft": {"epochs": 20, "lr": 0.5, "momentum": 0.0, "schedule": "constant"},
 }
 
 
