@@ -296,6 +296,10 @@ DEFENSES = Registry(
             "bdbench.defenses.repair.sft:SuperFineTuning",
             "fine-tunes with a learning rate that rises and falls (2022)",
         ),
+        "nft": (
+            "bdbench.defenses.repair.nft:NeuralMaskFineTuning",
+            "tunes a mask for every channel on mixed images (ECCV 2024)",
+        ),
     },
 )
 

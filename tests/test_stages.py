@@ -47,6 +47,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "abl": {"isolation_epochs": 1, "isolation_rate": 0.05, "unlearn_steps": 2, "unlearn_step_limit": 0},
     "dbd": {"ssl_epochs": 1, "ssl_batch_size": 64, "head_epochs": 1, "steps_per_epoch": 2},
     "mcldef": {"significance": 1.0, "inversion_epochs": 40, "inversion_cost": 0.0},
+    "nft": {"steps_per_epoch": 2},
 }
 """Budgets for 120 images; a method that is not named here runs its tiny preset with one epoch."""
 

@@ -19,7 +19,7 @@ TRUSTED = toy_data(160, 1, 16, seed=2, classes=CLASSES)
 TEST = toy_data(400, 1, 16, seed=1, classes=CLASSES)
 
 COST = {"cbd": 0.05, "abl": 0.02, "dbd": 0.1, "mcldef": 0.02, "ft": 0.02, "ft-sam": 0.02}
-COST |= {"fst": 0.02, "seam": 0.02, "sft": 0.02}
+COST |= {"fst": 0.02, "seam": 0.02, "sft": 0.02, "nft": 0.02}
 """The most BA that each may cost on these images."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mcldef": {"inversion_epochs": 30},
     "ft-sam": {"rho": 0.2},
     "seam": {"forget_share": 1.0},
+    "nft": {"steps_per_epoch": 40},
 }
 FINDS_NOTHING = {"mcldef"}
 """Methods that cost nothing here because they find nothing."""
@@ -41,6 +42,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "fst": {"epochs": 30, "lr": 0.05},
     "seam": {"epochs": 40, "lr": 0.01},
     "sft": {"epochs": 20, "lr": 0.5, "momentum": 0.0, "schedule": "constant"},
+    "nft": {"epochs": 5, "lr": 0.05, "momentum": 0.95},
 }
 
 
