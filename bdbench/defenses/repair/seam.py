@@ -45,8 +45,8 @@ class SelectiveAmnesia(Repair):
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.04687"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": RECOVERY,
-        "fast": {**RECOVERY, "epochs": 30},
-        "tiny": {**RECOVERY, "epochs": 100, "batch_size": 16, "lr": 0.01},
+        "fast": {**RECOVERY, "epochs": 20},
+        "tiny": {**RECOVERY, "epochs": 50, "batch_size": 16, "lr": 0.003},
     }
 
     forget_share: float = Field(0.2, gt=0, le=1, description="Share of the trusted images that it forgets with.")
