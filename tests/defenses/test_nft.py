@@ -140,7 +140,7 @@ def test_an_interrupted_run_has_the_same_statistics_of_norms(tmp_path: Path) -> 
 
 def test_without_bounds_the_mended_model_forgets_the_trigger_and_nothing_else() -> None:
     suspect = suspect_model()
-    defended = defend(task_of(suspect=suspect, **RECIPE), steps_per_epoch=40, floor=0.0)
+    defended = defend(task_of(suspect=suspect, **RECIPE), steps_per_epoch=40, mask_floor=0.0)
     right, taken = accuracies(defended.model)
     assert right >= 0.9
     assert taken <= 0.2

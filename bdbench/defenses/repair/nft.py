@@ -17,7 +17,6 @@ from bdbench.defenses.parts.masks import Masks
 from bdbench.defenses.parts.replacing import called
 from bdbench.defenses.repair.base import Repair, copied
 from bdbench.models.classifier import Classifier
-from bdbench.models.structure import frozen
 from bdbench.seeds import generator
 from bdbench.training.loop import Batch
 from bdbench.training.recipe import Recipe
@@ -42,9 +41,9 @@ class NeuralMaskFineTuning(Repair):
 
     The loss is the cross entropy of mixed images (MixUp: pairs of images, and their labels alike, in a share that is
     uniform in [0, 1]), plus `penalty` times the sum of |1 - mask| over the trusted images of a class. The masks of the
-    i-th norm stay between floor * exp(-decay * i) and 1: the first layers can change least. At the end every mask is
-    multiplied into the weight of its norm; nothing is pruned. Batch norm is in training mode, so that its statistics
-    become those of the trusted images.
+    i-th norm stay between mask_floor * exp(-mask_decay * i) and 1: the first layers can change least. At the end every
+    mask is multiplied into the weight of its norm; nothing is pruned. Batch norm is in training mode, so that its
+    statistics become those of the trusted images.
 
     Paper: Karim et al., Augmented Neural Fine-Tuning for Efficient Backdoor Purification, ECCV 2024,
     https://arxiv.org/abs/2407.10052.
@@ -63,15 +62,15 @@ class NeuralMaskFineTuning(Repair):
 
     steps_per_epoch: int = Field(200, ge=1, description="Steps in an epoch; images are drawn with replacement.")
     penalty: float = Field(0.001, ge=0, description="Weight of the distance of the masks from 1.")
-    floor: float = Field(0.8, ge=0, le=1, description="Scale of the lowest values that masks may have.")
-    decay: float = Field(0.5, ge=0, description="How fast they fall from norm to norm.")
+    mask_floor: float = Field(0.8, ge=0, le=1, description="Scale of the lowest values that masks may have.")
+    mask_decay: float = Field(0.5, ge=0, description="How fast they fall from norm to norm.")
     end_lr: float = Field(0.02, ge=0, description="Learning rate at the end of the schedule.")
 
     def mend(self, task: Task, suspect: Classifier, trusted: ImageDataset) -> Defended:
         """Tune masks of a copy, and multiply them into it."""
-        model = frozen(copied(suspect)).train()
+        model = copied(suspect).requires_grad_(False).train()
         masks = Masks(model, "nft")
-        lows = lowest(len(masks.factors), self.floor, self.decay)
+        lows = lowest(len(masks.factors), self.mask_floor, self.mask_decay)
         weight = self.penalty / images_of_a_class(trusted)
         size = self.steps_per_epoch * task.recipe.batch_size
 

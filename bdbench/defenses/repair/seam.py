@@ -37,7 +37,7 @@ class SelectiveAmnesia(Repair):
     Paper: Zhu et al., Selective Amnesia: On Efficient, High-Fidelity and Blind Suppression of Backdoor Effects in
     Trojaned Machine Learning Models, IEEE S&P 2023, https://arxiv.org/abs/2212.04687.
 
-    The paper's own code is not public; `paper` is the setting of the copy in backdoor-toolbox, which takes 1 % of the
+    No code of its authors was at hand; `paper` is the setting of the copy in backdoor-toolbox, which takes 1 % of the
     training images to forget with and 10 % to recover with. Here both phases share the trusted images, as every other
     repair has them. Few images may not be enough to recover with: then the accuracy falls.
     """

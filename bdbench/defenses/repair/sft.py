@@ -50,11 +50,11 @@ class SuperFineTuning(Repair):
     Paper: Sha et al., Fine-Tuning Is All You Need to Mitigate Backdoor Attacks, 2022,
     https://arxiv.org/abs/2212.09067.
 
-    The paper's own code is not public; `paper` is the setting of the copy in backdoor-toolbox: steps without momentum
+    No code of its authors was at hand; `paper` is the setting of the copy in backdoor-toolbox: steps without momentum
     or weight decay. There every rate is set after its step, so that the first tooth comes one step late. A peak of 2.5
-    without momentum is about as high as one of 0.25 with 0.9. In small networks it destroys more than a few epochs bring
-    back, so the presets `fast` and `tiny` have lower ones, with which held-out trusted images stay classified. Where
-    the loss is not finite, lower `--lr`.
+    without momentum is about as high as one of 0.25 with 0.9. In a small network it destroys more than a few epochs
+    bring back, so the presets `fast` and `tiny` have lower ones, after which held-out trusted images are still
+    classified right. Where the loss is not finite, lower `--lr`.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.09067"
