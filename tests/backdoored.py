@@ -13,7 +13,7 @@ from bdbench.data import ImageDataset
 from bdbench.defenses.base import Task
 from bdbench.models.classifier import Classifier
 from bdbench.training.engine import Engine
-from bdbench.training.loop import mean_cross_entropy
+from bdbench.training.loop import Batch, mean_cross_entropy
 from bdbench.training.recipe import Recipe
 
 TARGET = 1
@@ -65,11 +65,17 @@ class Watched(Engine):
         self.recipes: dict[str, Recipe] = {}
         self.optimizers: dict[str, Any] = {}
         self.data: dict[str, ImageDataset] = {}
+        self.batches: list[Batch] = []
 
     def fit(self, model: Any, data: ImageDataset, loss: Any, recipe: Recipe, *, phase: str, **settings: Any) -> Any:
         self.recipes[phase], self.data[phase] = recipe, data
         self.optimizers[phase] = settings.get("optimizer")
-        return super().fit(model, data, loss, recipe, phase=phase, **settings)
+
+        def seen(model: Any, batch: Batch) -> Any:
+            self.batches.append(batch)
+            return loss(model, batch)
+
+        return super().fit(model, data, seen, recipe, phase=phase, **settings)
 
     def losses_of(self, phase: str) -> list[Any]:
         return [row["loss"] for row in self.history if row["phase"] == phase]
