@@ -142,7 +142,7 @@ class Registry:
 NOT_YET = {
     "nc": "Neural Cleanse", "neural-cleanse": "Neural Cleanse", "fp": "Fine-Pruning", "fine-pruning": "Fine-Pruning",
     "nad": "Neural Attention Distillation",
-    "anp": "Adversarial Neuron Pruning", "clp": "Channel Lipschitz Pruning", "i-bau": "I-BAU", "ibau": "I-BAU",
+    "clp": "Channel Lipschitz Pruning", "i-bau": "I-BAU", "ibau": "I-BAU",
     "strip": "STRIP", "ac": "Activation Clustering", "activation-clustering": "Activation Clustering",
     "spectral": "Spectral Signatures", "spectral-signatures": "Spectral Signatures",
 }  # fmt: skip
@@ -300,6 +300,10 @@ DEFENSES = Registry(
             "bdbench.defenses.repair.nft:NeuralMaskFineTuning",
             "tunes a mask for every channel on mixed images (ECCV 2024)",
         ),
+        "anp": ("bdbench.defenses.repair.anp:ANP", "prunes channels that noise harms most (NeurIPS 2021)"),
+        "rnp": ("bdbench.defenses.repair.rnp:RNP", "prunes channels that recovery does not need (ICML 2023)"),
+        "ban": ("bdbench.defenses.repair.ban:BAN", "fine-tunes under noise on batch norms (NeurIPS 2024)"),
+        "awm": ("bdbench.defenses.repair.awm:AWM", "masks weights that perturbations need (NeurIPS 2022)"),
     },
 )
 

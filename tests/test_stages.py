@@ -48,6 +48,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "dbd": {"ssl_epochs": 1, "ssl_batch_size": 64, "head_epochs": 1, "steps_per_epoch": 2},
     "mcldef": {"significance": 1.0, "inversion_epochs": 40, "inversion_cost": 0.0},
     "nft": {"steps_per_epoch": 2},
+    "anp": {"steps_per_epoch": 4, "lr": 1.0, "holdout": 0.7},
+    "rnp": {"unlearn_steps": 40, "unlearn_lr": 0.1, "lr": 1.0, "holdout": 0.7},
 }
 """Budgets for 120 images; a method that is not named here runs its tiny preset with one epoch."""
 

@@ -20,6 +20,7 @@ TEST = toy_data(400, 1, 16, seed=1, classes=CLASSES)
 
 COST = {"cbd": 0.05, "abl": 0.02, "dbd": 0.1, "mcldef": 0.02, "ft": 0.02, "ft-sam": 0.02}
 COST |= {"fst": 0.02, "seam": 0.02, "sft": 0.02, "nft": 0.02}
+COST |= {"anp": 0.0, "rnp": 0.03, "ban": 0.01, "awm": 0.02}
 """The most BA that each may cost on these images."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -30,8 +31,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ft-sam": {"rho": 0.2},
     "seam": {"forget_share": 1.0},
     "nft": {"steps_per_epoch": 40},
+    "awm": {"radius": 10.0},
 }
-FINDS_NOTHING = {"mcldef"}
+FINDS_NOTHING = {"mcldef", "anp"}
 """Methods that cost nothing here because they find nothing."""
 
 RECIPE: dict[str, dict[str, Any]] = {
@@ -43,6 +45,10 @@ RECIPE: dict[str, dict[str, Any]] = {
     "seam": {"epochs": 40, "lr": 0.01},
     "sft": {"epochs": 20, "lr": 0.5, "momentum": 0.0, "schedule": "constant"},
     "nft": {"epochs": 5, "lr": 0.05, "momentum": 0.95},
+    "anp": {"epochs": 2, "lr": 0.2, "weight_decay": 0.0},
+    "rnp": {"epochs": 10, "lr": 0.04, "weight_decay": 0.0},
+    "ban": {"epochs": 5, "lr": 0.01},
+    "awm": {"epochs": 3, "lr": 0.01, "weight_decay": 0.0},
 }
 
 

@@ -21,7 +21,7 @@ from bdbench.registry import DEFENSES
 from bdbench.training.loop import Batch, mean_cross_entropy
 from bdbench.training.views import contrastive_view
 
-WHOLE = {"mcldef": {"oracle_target": 0}}
+WHOLE: dict[str, dict[str, Any]] = {"mcldef": {"oracle_target": 0}, "anp": {"holdout": 0.7}, "rnp": {"holdout": 0.7}}
 """Options with which a method does not end early, having found nothing."""
 
 
