@@ -142,7 +142,7 @@ class Registry:
 NOT_YET = {
     "nc": "Neural Cleanse", "neural-cleanse": "Neural Cleanse", "fp": "Fine-Pruning", "fine-pruning": "Fine-Pruning",
     "nad": "Neural Attention Distillation",
-    "clp": "Channel Lipschitz Pruning", "i-bau": "I-BAU", "ibau": "I-BAU",
+    "clp": "Channel Lipschitz Pruning",
     "strip": "STRIP", "ac": "Activation Clustering", "activation-clustering": "Activation Clustering",
     "spectral": "Spectral Signatures", "spectral-signatures": "Spectral Signatures",
 }  # fmt: skip
@@ -304,6 +304,18 @@ DEFENSES = Registry(
         "rnp": ("bdbench.defenses.repair.rnp:RNP", "prunes channels that recovery does not need (ICML 2023)"),
         "ban": ("bdbench.defenses.repair.ban:BAN", "fine-tunes under noise on batch norms (NeurIPS 2024)"),
         "awm": ("bdbench.defenses.repair.awm:AWM", "masks weights that perturbations need (NeurIPS 2022)"),
+        "i-bau": (
+            "bdbench.defenses.repair.ibau:IBAU",
+            "unlearns the one perturbation that misleads most, by implicit gradients (ICLR 2022)",
+        ),
+        "sau": (
+            "bdbench.defenses.repair.sau:SAU",
+            "unlearns perturbations that mislead the model as they mislead the suspect (NeurIPS 2023)",
+        ),
+        "npd": (
+            "bdbench.defenses.repair.npd:NPD",
+            "a linear map inside the network turns perturbed features back (NeurIPS 2023)",
+        ),
     },
 )
 

@@ -102,6 +102,18 @@ def pairs(model: Classifier, image_shape: tuple[int, int, int]) -> list[Pair]:
     return found
 
 
+def convolutions(model: Classifier, image_shape: tuple[int, int, int]) -> list[str]:
+    """Return the names of the convolutions of all channels with all, in the order of the data."""
+    found: list[str] = []
+    with ExitStack() as hooks:
+        for name, part in model.named_modules():
+            if isinstance(part, nn.Conv2d) and part.groups == 1:
+                handle = part.register_forward_hook(lambda _, __, ___, name=name: found.append(name))
+                hooks.callback(handle.remove)
+        _try(model, image_shape)
+    return found
+
+
 def stages_of(model: Classifier, image_shape: tuple[int, int, int]) -> list[str]:
     """Return the names of the modules that end a stage: those that the network declares in `stages`, else by data flow.
 

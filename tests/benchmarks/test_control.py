@@ -21,6 +21,7 @@ TEST = toy_data(400, 1, 16, seed=1, classes=CLASSES)
 COST = {"cbd": 0.05, "abl": 0.02, "dbd": 0.1, "mcldef": 0.02, "ft": 0.02, "ft-sam": 0.02}
 COST |= {"fst": 0.02, "seam": 0.02, "sft": 0.02, "nft": 0.02}
 COST |= {"anp": 0.0, "rnp": 0.03, "ban": 0.01, "awm": 0.02}
+COST |= {"i-bau": 0.02, "sau": 0.02, "npd": 0.15}  # the map of npd is one number in this network
 """The most BA that each may cost on these images."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -49,6 +50,9 @@ RECIPE: dict[str, dict[str, Any]] = {
     "rnp": {"epochs": 10, "lr": 0.04, "weight_decay": 0.0},
     "ban": {"epochs": 5, "lr": 0.01},
     "awm": {"epochs": 3, "lr": 0.01, "weight_decay": 0.0},
+    "i-bau": {"epochs": 2, "lr": 1e-4},
+    "sau": {"epochs": 5, "lr": 1e-3},
+    "npd": {"epochs": 5, "lr": 0.01},
 }
 
 

@@ -73,6 +73,13 @@ def test_what_lies_inside_stays_as_it_is(norm: Norm) -> None:
 
 
 @every_norm
+def test_a_large_perturbation_is_not_taken_for_none(norm: Norm) -> None:
+    """Its square is infinite in float32."""
+    found = projected(1e30 * noise(), Ball(norm, 0.7))
+    torch.testing.assert_close(lengths(found, norm), torch.full((5,), 0.7))
+
+
+@every_norm
 def test_a_ball_of_radius_0_has_one_point(norm: Norm) -> None:
     assert not projected(noise(), Ball(norm, 0.0)).any()
 

@@ -32,14 +32,18 @@ def projected(delta: Tensor, ball: Ball) -> Tensor:
     """
     if ball.norm == "linf":
         return torch.where(delta.isfinite(), delta.clamp(-ball.radius, ball.radius), delta)
+    sizes = delta.abs()
+    largest = sizes.amax((1, 2, 3), keepdim=True)
     if ball.norm == "l2":
-        length: Tensor = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
+        scale = largest.clamp_min(1e-12)  # else large numbers, squared, would be infinite
+        length: Tensor = scale * torch.linalg.vector_norm(delta / scale, dim=(1, 2, 3), keepdim=True)
         return delta * (ball.radius / length.clamp_min(1e-12)).clamp_max(1)
-    sizes = delta.abs().flatten(1)
-    totals = sizes.sort(1, descending=True).values.cumsum(1)
-    excess = (totals - ball.radius) / torch.arange(1, sizes.shape[1] + 1, device=delta.device)
+    # no pixel keeps more than the radius: all lowered until the largest is there, large numbers need not cancel
+    sizes = torch.where(largest > ball.radius, (ball.radius - (largest - sizes)).clamp_min(0), sizes)
+    totals = sizes.flatten(1).sort(1, descending=True).values.cumsum(1)
+    excess = (totals - ball.radius) / torch.arange(1, totals.shape[1] + 1, device=delta.device)
     taken = excess.amax(1).clamp_min(0).view(-1, 1, 1, 1)
-    return delta.sign() * (delta.abs() - taken).clamp_min(0)
+    return delta.sign() * (sizes - taken).clamp_min(0)
 
 
 def perturb(
