@@ -104,6 +104,8 @@ class Registry:
             name: as it was typed.
             own: names that would do too, such as labels of a grid.
         """
+        if self.kind == "defense" and name.lower() in OTHER_NAMES:
+            return OptionError(f"defense '{name}' is called {OTHER_NAMES[name.lower()]} here")
         if self.kind == "defense" and name.lower() in NOT_YET:
             known = f"Known: {', '.join(sorted(self.rows))}"
             return OptionError(f"defense '{name}' ({NOT_YET[name.lower()]}) is not in bdbench yet. {known}")
@@ -139,11 +141,14 @@ class Registry:
         return found
 
 
+OTHER_NAMES = {
+    "fp": "fine-pruning", "fine-tuning": "ft", "finetune": "ft", "nc": "neural-cleanse", "ibau": "i-bau",
+    "super-fine-tuning": "sft", "dde": "ep", "mbns": "bnp",
+}  # fmt: skip
+"""What defenses are called elsewhere."""
 NOT_YET = {
-    "nc": "Neural Cleanse", "neural-cleanse": "Neural Cleanse", "fp": "Fine-Pruning", "fine-pruning": "Fine-Pruning",
-    "nad": "Neural Attention Distillation",
-    "clp": "Channel Lipschitz Pruning",
-    "strip": "STRIP", "ac": "Activation Clustering", "activation-clustering": "Activation Clustering",
+    "neural-cleanse": "Neural Cleanse", "strip": "STRIP", "ac": "Activation Clustering",
+    "activation-clustering": "Activation Clustering",
     "spectral": "Spectral Signatures", "spectral-signatures": "Spectral Signatures",
 }  # fmt: skip
 """Well-known methods against backdoors that users ask for and that are not registered."""
@@ -299,6 +304,26 @@ DEFENSES = Registry(
         "nft": (
             "bdbench.defenses.repair.nft:NeuralMaskFineTuning",
             "tunes a mask for every channel on mixed images (ECCV 2024)",
+        ),
+        "clp": (
+            "bdbench.defenses.repair.clp:ChannelLipschitzPruning",
+            "prunes the channels that small changes move most (ECCV 2022)",
+        ),
+        "ep": (
+            "bdbench.defenses.repair.ep:EntropyPruning",
+            "prunes channels whose inputs form two groups (NeurIPS 2022)",
+        ),
+        "bnp": (
+            "bdbench.defenses.repair.ep:MomentPruning",
+            "prunes channels whose clean inputs differ (NeurIPS 2022)",
+        ),
+        "nad": (
+            "bdbench.defenses.repair.nad:NeuralAttentionDistillation",
+            "fine-tunes towards a tuned copy's attention (ICLR 2021)",
+        ),
+        "fine-pruning": (
+            "bdbench.defenses.repair.fine_pruning:FinePruning",
+            "prunes idle channels, then fine-tunes (RAID 2018)",
         ),
         "anp": ("bdbench.defenses.repair.anp:ANP", "prunes channels that noise harms most (NeurIPS 2021)"),
         "rnp": ("bdbench.defenses.repair.rnp:RNP", "prunes channels that recovery does not need (ICML 2023)"),

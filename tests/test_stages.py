@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import ATTACK_NAMES, TOY_ATTACKS, cannot_compile, sealed, toy_compiler, toy_file, toy_source
+from toys import ATTACK_NAMES, TOY_ATTACKS, TRAINS_NOTHING, cannot_compile, sealed, toy_compiler, toy_file, toy_source
 
 from bdbench import files, stages
 from bdbench.artifacts import finding, manifests, store
@@ -46,6 +46,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "cbd": {"twin_epochs": 1},
     "abl": {"isolation_epochs": 1, "isolation_rate": 0.05, "unlearn_steps": 2, "unlearn_step_limit": 0},
     "dbd": {"ssl_epochs": 1, "ssl_batch_size": 64, "head_epochs": 1, "steps_per_epoch": 2},
+    "nad": {"teacher_epochs": 1},
+    "fine-pruning": {"holdout": 0.7, "tolerance": 1.0},
     "mcldef": {"significance": 1.0, "inversion_epochs": 40, "inversion_cost": 0.0},
     "nft": {"steps_per_epoch": 2},
     "anp": {"steps_per_epoch": 4, "lr": 1.0, "holdout": 0.7},
@@ -265,7 +267,8 @@ def test_equal_seeds_give_equal_models_in_any_folder(name: str, toys: DatasetArt
 def test_another_seed_gives_another_model(name: str, toys: DatasetArtifact, tmp_path: Path) -> None:
     one, other = (defend(toys, name, tmp_path / str(seed), seed=seed) for seed in (0, 1))
     assert one.id != other.id
-    assert hashes(one)["model.safetensors"] != hashes(other)["model.safetensors"]
+    is_drawn = name not in TRAINS_NOTHING
+    assert (hashes(one)["model.safetensors"] != hashes(other)["model.safetensors"]) == is_drawn
 
 
 def test_weights_begin_from_seed_and_purpose(toys: DatasetArtifact) -> None:
@@ -306,7 +309,7 @@ def test_an_interrupted_defense_ends_as_an_uninterrupted_one(
         except KeyboardInterrupt:
             interrupted += 1
             assert not (tmp_path / "resumed").exists()
-    assert interrupted
+    assert interrupted or name in TRAINS_NOTHING
     assert hashes(model) == hashes(whole)
 
 
@@ -709,7 +712,7 @@ def other_value(value: Any, annotation: Any) -> Any:
     if get_origin(annotation) is tuple:
         kind = get_args(annotation)[0]
         return (
-            tuple(kind(number) for number in (0.25, 0.5))
+            tuple(kind((place + 1) / 4) for place in range(len(get_args(annotation))))
             if value is not None
             else tuple([9] * len(get_args(annotation)))
         )

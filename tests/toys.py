@@ -60,6 +60,9 @@ def flat(value: int, channels: int = 3, side: int = 32, count: int = 1) -> Image
 ATTACK_NAMES = [name for name in ATTACKS.names() if name != "none"]
 """Every registered attack that attacks."""
 
+TRAINS_NOTHING = {"clp", "ep", "bnp"}
+"""Defenses without a step of training."""
+
 TOY_ATTACKS: dict[str, dict[str, Any]] = {
     "lc": {"steps": 5},
     "fc": {"steps": 5},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from toys import toy_data, toy_engine, toy_model, toy_recipe
+from toys import TRAINS_NOTHING, toy_data, toy_engine, toy_model, toy_recipe
 
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Task
@@ -22,6 +22,7 @@ COST = {"cbd": 0.05, "abl": 0.02, "dbd": 0.1, "mcldef": 0.02, "ft": 0.02, "ft-sa
 COST |= {"fst": 0.02, "seam": 0.02, "sft": 0.02, "nft": 0.02}
 COST |= {"anp": 0.0, "rnp": 0.03, "ban": 0.01, "awm": 0.02}
 COST |= {"i-bau": 0.02, "sau": 0.02, "npd": 0.15}  # the map of npd is one number in this network
+COST |= {"clp": 0.0, "ep": 0.0, "bnp": 0.0, "nad": 0.02, "fine-pruning": 0.05}
 """The most BA that each may cost on these images."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -33,8 +34,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "seam": {"forget_share": 1.0},
     "nft": {"steps_per_epoch": 40},
     "awm": {"radius": 10.0},
+    "nad": {"teacher_epochs": 3},
 }
-FINDS_NOTHING = {"mcldef", "anp"}
+FINDS_NOTHING = {"mcldef", "anp"} | TRAINS_NOTHING
 """Methods that cost nothing here because they find nothing."""
 
 RECIPE: dict[str, dict[str, Any]] = {
@@ -53,6 +55,8 @@ RECIPE: dict[str, dict[str, Any]] = {
     "i-bau": {"epochs": 2, "lr": 1e-4},
     "sau": {"epochs": 5, "lr": 1e-3},
     "npd": {"epochs": 5, "lr": 0.01},
+    "nad": {"epochs": 5, "lr": 0.01},
+    "fine-pruning": {"epochs": 5, "lr": 0.01},
 }
 
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 from pretend import THERE, pretended, small
 from torch import Tensor
-from toys import ATTACK_NAMES, toy_attack, toy_data, toy_engine, toy_lab, toy_model, toy_recipe, toy_source
+from toys import (
+    ATTACK_NAMES,
+    TRAINS_NOTHING,
+    toy_attack,
+    toy_data,
+    toy_engine,
+    toy_lab,
+    toy_model,
+    toy_recipe,
+    toy_source,
+)
 
 from bdbench import stages
 from bdbench.artifacts.dataset import DatasetArtifact
@@ -22,11 +32,8 @@ from bdbench.training.loop import Batch, mean_cross_entropy
 from bdbench.training.views import contrastive_view
 
 WHOLE: dict[str, dict[str, Any]] = {"mcldef": {"oracle_target": 0}, "anp": {"holdout": 0.7}, "rnp": {"holdout": 0.7}}
+WHOLE |= {"fine-pruning": {"holdout": 0.7, "tolerance": 1.0}}
 """Options with which a method does not end early, having found nothing."""
-
-
-TRAINS_NOTHING: set[str] = set()
-"""Methods without a step of training."""
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +102,15 @@ def strongest(
         "sweep": sweep,
     }  # fmt: skip
     return Choice(chosen, findings)
+
+
+def unmet(findings: Mapping[str, Any]) -> str:
+    """Say that no setting keeps the accuracy, from the findings of a choice."""
+    best = max(tried["accuracy"] for tried in findings["sweep"])
+    return (
+        f"no setting keeps the accuracy on {findings['held_out']} held-out images: the best has {best:.3f}, the floor "
+        f"is {findings['accuracy_floor']:.3f}; model unchanged; a larger --tolerance allows more"
+    )
 
 
 def _share(answers: Tensor, labels: Tensor) -> float:
