@@ -344,6 +344,12 @@ DEFENSES = Registry(
     },
 )
 
+
+def repairs() -> list[str]:
+    """Return the defenses of bdbench that repair a model; the others, and plugins, are not asked what they do."""
+    return [name for name, row in DEFENSES.rows.items() if row.target.startswith("bdbench.defenses.repair.")]
+
+
 DATASETS = Registry(
     "dataset",
     "datasets",

@@ -71,12 +71,15 @@ def _value(name: str, text: str) -> Any:  # noqa: ANN401 - JSON
 
 
 def reported(path: Path = PAPER) -> list[dict[str, Any]]:
-    """Return the reported entries; an entry has what its source has, and its own values."""
+    """Return the reported entries; an entry has what its source has, and its own values.
+
+    Those of methods that are not in bdbench yet are left out.
+    """
     entries = []
     for source in tomllib.loads(path.read_text(encoding="utf-8"))["source"]:
         common = {name: value for name, value in source.items() if name != "entries"}
         entries += [common | entry for entry in source["entries"]]
-    return entries
+    return [entry for entry in entries if entry["defense"] in (*DEFENSES.rows, "victim")]
 
 
 def measured(results: Path, suites: Sequence[str]) -> list[dict[str, Any]]:
@@ -103,16 +106,28 @@ def comparable(entry: dict[str, Any], settings: Sequence[dict[str, Any]]) -> lis
 def distance(entry: Mapping[str, Any], setting: Mapping[str, Any]) -> tuple[Any, ...]:
     """Say how far a measured setting is from the reported one: model, rate, target, budget, variant; never results.
 
-    Rates are as far from each other as their ratio is from 1.
+    Rates are as far from each other as their ratio is from 1. The preset that an entry names is the nearest.
     """
     options = setting["attack_options"]
     return (
         setting["model"] != entry["model"],
         abs(math.log(options["rate"] / entry["rate"])) if options["rate"] else math.inf,
         options["target"] != entry["target"],
+        setting["preset"] != entry.get("preset", setting["preset"]),
         PRESETS.index(setting["preset"]) if setting["preset"] in PRESETS else len(PRESETS),
         setting["variant"] != entry.get("variant", ""),
     )
+
+
+def agrees(entry: Mapping[str, Any], setting: Mapping[str, Any]) -> bool:
+    """Say whether a difference means something: model, rate, target and budget are the reported ones.
+
+    An entry whose budget is that of a preset names it; others agree with none.
+    """
+    options, variant = setting["attack_options"], entry.get("variant", "")
+    is_preset = setting["preset"] == entry.get("preset") and (variant or "c" not in setting["marks"])
+    is_attack = all(options[name] == entry[name] for name in ("rate", "target"))
+    return bool(setting["model"] == entry["model"] and is_attack and is_preset and setting["variant"] == variant)
 
 
 def ba_column(entry: dict[str, Any]) -> str:
@@ -139,9 +154,10 @@ def line(entry: dict[str, Any], setting: dict[str, Any], count: int) -> list[str
         entry["ba_over"],
     ]
     for said, found in ((entry["ba"], setting[ba_column(entry)]), (entry["asr"], setting["asr"])):
-        cells.append(f"{100 * said:.1f}")
+        cells += [f"{100 * said:.1f}", "" if found is None else f"{100 * found:.1f}"]
         # Adding 0.0 takes the sign from a difference that rounds to none.
-        cells += ["", ""] if found is None else [f"{100 * found:.1f}", f"{round(100 * (found - said), 1) + 0.0:+.1f}"]
+        is_told = found is not None and agrees(entry, setting)
+        cells.append(f"{round(100 * (found - said), 1) + 0.0:+.1f}" if is_told else "")
     return cells
 
 

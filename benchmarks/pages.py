@@ -111,6 +111,29 @@ def grid(rows: Sequence[Row]) -> str:
     return compare.table(("attack", *defenses), lines, first_number=1)
 
 
+def repairs(rows: Sequence[Row]) -> str:
+    """Return BA / ASR in percent, means over seeds, a line a defense, a column an attack; then ranks by DER."""
+    if not rows:
+        return "The sweep has not been run."
+    merged = results.merge([dict(row) for row in rows])
+    attacks = list(dict.fromkeys(row["attack"] for row in merged))
+    shown = {(row["defense"], row["attack"]): row for row in merged}
+    lines = [
+        [f"`{name}`", *(percent(shown.get((name, attack))) for attack in attacks)]
+        for name in sorted({name for name, _ in shown}, key=list(DEFENSES.rows).index)
+    ]
+    ranks = str(tables.render_ranking([dict(row) for row in rows], "der", "markdown"))
+    return "\n\n".join([compare.table(("BA / ASR, %", *attacks), lines, first_number=1), ranks])
+
+
+def percent(row: Row | None) -> str:
+    """Return BA / ASR in percent, or nothing; the marks that matter for a rank beside them."""
+    if row is None:
+        return ""
+    marks = "".join(mark for mark in "wlu" if mark in row["marks"])
+    return f"{100 * row['ba']:.1f} / {100 * row['asr']:.1f}{f' ({marks})' if marks else ''}"
+
+
 def rate(row: Row | None, name: str) -> str:
     """Return a share with three digits, or nothing."""
     return "" if row is None or row[name] is None else f"{row[name]:.3f}"
@@ -126,6 +149,7 @@ TABLES: Mapping[str, tuple[Path, str, Callable[[Sequence[Row]], str]]] = Mapping
         "overview": (README, "cifar10-cpu", overview),
         "cifar": (compare.PAGE, "cifar10-cpu", cifar),
         "grid": (compare.PAGE, "grid", grid),
+        "repairs": (compare.PAGE, "repairs", repairs),
         "quickstart": (compare.PAGE, "quickstart", quickstart),
         "attacks": (compare.PAGE, "attacks", attacks),
         "budget": (compare.PAGE, "cifar10-budget", cifar),

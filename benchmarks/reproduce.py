@@ -428,6 +428,10 @@ def state(cell: Cell, runs: Path) -> str:
     return next((name for name, there in found.items() if there), "-")
 
 
+SWEEP = "repairs"
+"""Results of the sweep of `repairs.toml`, of the form of a suite's."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -446,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suite, *others = given.suites
     if suite == "compare":
         pages.write(given.results)
-        return compare(given.results, others or list(suites()))
+        return compare(given.results, others or [*suites(), SWEEP])
     if others:
         parser.error("one suite at a time")
     cells = [cell for cell in suites()[suite] if not given.only or any(part in cell.name for part in given.only)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -36,6 +38,7 @@ from bdbench.defenses.training.cbd import CBD
 from bdbench.defenses.training.dbd import DBD
 from bdbench.defenses.training.plain import NoDefense
 from bdbench.models.classifier import Classifier
+from bdbench.registry import DEFENSES, repairs
 from bdbench.training.engine import Engine
 from bdbench.training.recipe import Recipe
 from bdbench.training.views import contrastive_view
@@ -125,6 +128,45 @@ def run_defense(bench: Bench, data: ImageDataset, defense: Defense, engine: Some
     return engine
 
 
+def repair_rows(bench: Bench) -> Iterator[Row]:
+    """An epoch, or as many steps, of every registered repair beside as many plain steps, all by bdbench's engine."""
+    data = first(bench.train, bench.sizes.epoch)
+    suspect = bench.model("suspect").eval()
+    names = repairs()
+    turns = [per_image(bench, data, defense, suspect) for defense in (NoDefense(), *map(one_epoch_of(data), names))]
+    plain, *measured = take_turns(turns, bench.sizes.rounds, bench.until)
+    for name, own in zip(names, measured, strict=True):
+        yield summarise(f"repair-{name}", plain, own, "images/s", note="baseline: plain steps")
+
+
+def one_epoch_of(data: ImageDataset) -> Callable[[str], Defense]:
+    """Return what makes a repair whose phases have one epoch or round, or the steps of one, over such data."""
+    lengths = {"epochs": 1, "rounds": 1, "steps": len(data) // BATCH}
+
+    def make(name: str) -> Defense:
+        method: type[Defense] = DEFENSES.load(name)
+        options = {option: lengths.get(option.rpartition("_")[2]) for option in method.model_fields}
+        return method.parse({option: length for option, length in options.items() if length is not None})
+
+    return make
+
+
+def per_image(bench: Bench, data: ImageDataset, defense: Defense, suspect: Classifier) -> Turn:
+    """Return a turn that runs a defense and says images/s over all its steps; over all it does, where it has none."""
+
+    def turn() -> float:
+        engine, begun = bench.engine(), time.perf_counter()
+        recipe = Recipe(epochs=1, batch_size=BATCH, augment="crop,flip")
+        defense.run(Task(data, bench.model, recipe, engine, trusted=data, suspect=copy.deepcopy(suspect)))
+        if not engine.history:
+            return len(data) / (time.perf_counter() - begun)
+        seconds = [float(row["seconds"]) for row in engine.history]
+        images = [float(row["images_per_second"]) * float(row["seconds"]) for row in engine.history]
+        return sum(images) / sum(seconds)
+
+    return turn
+
+
 def view_rows(bench: Bench) -> Iterator[Row]:
     """The views of a SimCLR step, alone and beside the whole step."""
     data = first(bench.train, bench.sizes.epoch)
@@ -194,4 +236,9 @@ def inversion_flops(bench: Bench, suspect: Classifier, options: dict[str, Any]) 
     return invert(engine, first(bench.train, 4), suspect, options).flops_per_image("invert") / CLASSES
 
 
-ROWS: dict[str, Rows] = {"epochs": epoch_rows, "dbd-views": view_rows, "mcldef-inversion": inversion_rows}
+ROWS: dict[str, Rows] = {
+    "epochs": epoch_rows,
+    "repairs": repair_rows,
+    "dbd-views": view_rows,
+    "mcldef-inversion": inversion_rows,
+}

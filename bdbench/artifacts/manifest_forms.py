@@ -129,6 +129,7 @@ class ModelFacts(_Form):
     findings: Table = {}
     reads_truth: StrictBool = False
     changed: list[StrictStr] = []
+    suspect: Table = {}
     plugins: Plugins = {}
 
 
@@ -141,6 +142,8 @@ class EvaluationFacts(_Form):
     source_options: Table | None = None
     model: StrictStr
     model_id: StrictStr
+    suspect_id: StrictStr | None = None
+    suspect: Table | None = None
     attack: StrictStr
     replay: StrictBool = False
     attack_options: Table

@@ -225,12 +225,15 @@ def _option_groups(command: str, arguments: Sequence[str] | None) -> dict[str, t
 
 def _names_told(command: str) -> dict[str, str]:
     """Return the help of the flag that names a method; looking for plugins takes time that other commands spare."""
-    from bdbench.registry import ATTACKS, DEFENSES
+    from bdbench.registry import ATTACKS, DEFENSES, repairs
 
-    if command not in ("poison", "defend"):
+    if command == "poison":
+        return {"attack": f"One of: {', '.join(ATTACKS.names())}."}
+    if command != "defend":
         return {}
-    flag, registry = ("attack", ATTACKS) if command == "poison" else ("method", DEFENSES)
-    return {flag: f"One of: {', '.join(registry.names())}."}
+    mend = repairs()
+    training = [name for name in DEFENSES.names() if name not in mend]
+    return {"method": f"Training: {', '.join(training)}, or repair of a model: {', '.join(mend)}."}
 
 
 def _help_of(command: str, arguments: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, cast, get_args
@@ -14,9 +15,9 @@ from bdbench.artifacts.finding import ROOT
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName, one_of, with_folder
 from bdbench.cli.train import newest_dataset
-from bdbench.errors import ArtifactError, OptionError
+from bdbench.errors import ArtifactError, BdbenchError, OptionError
 from bdbench.files import written_file
-from bdbench.protocol.metric_list import METRICS, check_metrics
+from bdbench.protocol.metric_list import METRICS, MIN_BA, check_metrics
 from bdbench.text import printable
 
 COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -76,7 +77,7 @@ def evaluate(
 
     BA counts all clean test images. ASR counts the triggered test images of other classes. The floor is the share of
     the same images that are classified as the target without any trigger: an ASR near its floor is no attack.
-    `bdbench list metrics` has all of them.
+    `bdbench list metrics` has all of them. A repaired model is shown beside the model that it repaired.
 
     Examples:
       bdbench evaluate
@@ -88,17 +89,62 @@ def evaluate(
     from bdbench.training.devices import Precision
 
     checks, shown = read_checks(assertions, junit), chosen_columns(columns, wide=wide)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     with console.live_progress() as progress:
-        for model in _models(models):
+
+        def judge(model: Path, *, again: bool) -> None:
             made = stages.evaluate(
-                model, data=data, device=device, precision=cast("Precision", precision), force=force, progress=progress
+                model, data=data, device=device, precision=cast("Precision", precision), force=again, progress=progress
             )
             rows[made.id] = results.evaluation_row(made)
+
+        for model in (places := _models(models)):
+            judge(model, again=force)
+        asked = set(rows)
+        _judge_suspects(rows, places[0].parent, judge)
     marked = results.mark_rows(list(rows.values()))
-    console.show_json({"rows": marked}) if json else console.show(tables.render(marked, "rich", shown))
-    console.say_next(f"bdbench table {quote(str(Path(marked[0]['path']).parent))} --format markdown")
-    _check(marked, checks, junit)
+    own = [row for row in marked if row["evaluation_id"] in asked]
+    if json:
+        console.show_json({"rows": own, "suspects": [row for row in marked if row["evaluation_id"] not in asked]})
+    else:
+        console.show(tables.render(marked, "rich", shown))
+    console.say_next(f"bdbench table {quote(str(Path(own[0]['path']).parent))} --format markdown", *_comparison(marked))
+    _check(own, checks, junit)
+
+
+def _judge_suspects(rows: Mapping[str, dict[str, Any]], near: Path, judge: Callable[..., None]) -> None:
+    """Judge the models that were repaired, those that were repaired before them too; say which is not here.
+
+    Args:
+        rows: by the id of the evaluation; `judge` adds to them.
+        near: a folder to look in, beside ``runs/``.
+        judge: judges the model of a folder.
+    """
+    from bdbench.protocol.inputs import find_suspect
+
+    known: set[str] = set()
+    while waiting := {row["suspect_id"]: row for row in rows.values() if row["suspect_id"]}.keys() - known:
+        known |= {row["model_id"] for row in rows.values()}
+        for wanted in waiting - known:
+            place = find_suspect(wanted, near)
+            said = f"it is neither under {near} nor under {ROOT}/"
+            try:
+                if place is not None:
+                    judge(place, again=False)
+                    continue
+            except BdbenchError as error:
+                said = str(error)
+            console.say_plainly(f"the row of the suspect, model {wanted}, is missing: {said}")
+        known |= waiting
+
+
+def _comparison(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the command that compares a model with its suspect image by image, where one model is repaired."""
+    places = {row["model_id"]: row["path"] for row in rows}
+    repaired = [row for row in rows if row["suspect_id"] in places]
+    if len(repaired) != 1:
+        return []
+    return [f"bdbench compare {quote(places[repaired[0]['suspect_id']])} {quote(repaired[0]['path'])}"]
 
 
 def table(
@@ -111,6 +157,16 @@ def table(
         typer.Option(
             metavar="METRIC",
             help="Rank the defenses over attacks by der, ba or asr, with Friedman's test, instead.",
+            show_default=False,
+        ),
+    ] = None,
+    min_ba: Annotated[
+        float | None,
+        typer.Option(
+            help="With --ranks der or asr: the share of the undefended model's BA that a defense must keep; one that "
+            f"keeps less shares the last rank. Default: {MIN_BA:g}; 0 for no bound.",
+            min=0,
+            max=1,
             show_default=False,
         ),
     ] = None,
@@ -149,9 +205,12 @@ def table(
     checks, shown = read_checks(assertions, junit), chosen_columns(columns, wide=wide)
     if ranks is not None and shown is not None:
         raise OptionError("--ranks has its own columns; drop --columns and --wide")
+    if min_ba is not None and ranks not in ("der", "asr"):
+        raise OptionError("--min-ba bounds the ranks by DER and ASR; add --ranks der or --ranks asr, or drop it")
+    bound = MIN_BA if min_ba is None else min_ba
     rows = results.read_rows(places or [ROOT], strict=bool(checks))  # what is passed over might not hold
     written = cast("tables.Format", style)
-    rendered = tables.render_ranking(rows, ranks, written) if ranks else tables.render(rows, written, shown)
+    rendered = tables.render_ranking(rows, ranks, written, bound) if ranks else tables.render(rows, written, shown)
     if out is None:
         console.show(rendered)
     elif isinstance(rendered, str):

@@ -14,7 +14,7 @@ from bdbench.cli.flags import shown
 from bdbench.cli.parameters import Json
 from bdbench.errors import unknown_name
 from bdbench.protocol.metric_list import METRICS
-from bdbench.registry import REGISTRIES, Registry, Row
+from bdbench.registry import DEFENSES, REGISTRIES, Registry, Row, repairs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,6 +29,9 @@ class Plural(StrEnum):
     MODELS = "models"
     METRICS = "metrics"
 
+
+GROUPS = {"repairs": "defenses that start from a trained model"}
+"""What is said beside the headings of a list."""
 
 NEEDS = {
     "trusted": "trusted clean images (bdbench poison --trusted)",
@@ -66,14 +69,26 @@ def list_names(
     from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    for plural, listed in rows.items():
-        table.add_row(Text(plural, style="bold"), "")
+    for heading, listed in _in_groups(rows).items():
+        table.add_row(Text(heading, style="bold"), Text(GROUPS.get(heading, ""), style="dim"))
         for item in listed:
             summary = Text(f"broken: {item['broken']}", style="red") if item["broken"] else Text(item["summary"])
             origin = f"plugin of {item['plugin']}" if item["plugin"] else item["threat"]
             table.add_row(Text(f"  {item['name']}"), summary, Text(origin, style="dim"))
     console.show(table)
     console.say("more: [cyan]bdbench show NAME[/cyan], [cyan]bdbench list metrics[/cyan]")
+
+
+def _in_groups(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Return what is listed under its headings: of the defenses those that repair a model have their own."""
+    groups, mend = {}, repairs()
+    for plural, listed in rows.items():
+        if plural == DEFENSES.plural:
+            groups[plural] = [item for item in listed if item["name"] not in mend]
+            groups["repairs"] = [item for item in listed if item["name"] in mend]
+        else:
+            groups[plural] = listed
+    return groups
 
 
 def _metric(name: str) -> dict[str, Any]:

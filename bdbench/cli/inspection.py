@@ -186,11 +186,39 @@ def _say_model(found: ModelArtifact) -> None:
         table.add_row(
             str(phase), length, f"{first:.4f}", f"{last:.4f}", f"{speed:,.0f}", f"{rows['seconds'].sum():.1f}"
         )
-    console.show(table)
+    if table.row_count:
+        console.show(table)
     samples = found.samples
     if samples is not None:
         aside = f", {int(samples['set_aside'].sum()):,} set aside" if found.manifest.facts["sets_aside"] else ""
         console.show(f"{len(samples):,} training samples scored{aside}")
+    _say_findings(found)
+
+
+def _say_findings(found: ModelArtifact) -> None:
+    """Print what the method found, and the settings that it chose from."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from bdbench.reports import findings
+
+    facts = found.manifest.facts
+    told = facts.get("findings", {})
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in findings.lines(told, facts["class_names"]).items():
+        table.add_row(Text(name, style="bold"), Text(text))
+    if table.row_count:
+        console.show(table)
+    tried = findings.sweep(told)
+    if tried is None:
+        return
+    console.show_wrapped(f"settings tried, from the weakest repair to the strongest, {tried.held_to}")
+    table = Table("setting")
+    table.add_column("accuracy", justify="right")
+    table.add_column("")
+    for one in tried.tried:
+        table.add_row(*map(Text, one), style="bold" if one.remark == "chosen" else None)
+    console.show(table)
 
 
 def _say_epochs(found: EvaluationArtifact) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from bdbench.artifacts import finding
 from bdbench.artifacts.dataset import DatasetArtifact
@@ -31,7 +32,10 @@ def open_suspect(
     if suspect is not None:
         found = ModelArtifact.open(finding.locate(suspect, "model"))
         if found.dataset_id != data.id:
-            raise ArtifactError(f"suspect {found.path} was trained on dataset {found.dataset_id}, not on {data.id}")
+            raise ArtifactError(
+                f"suspect {found.path} was trained on dataset {found.dataset_id}, not on {data.id} ({data.path}); name "
+                "the dataset that it was trained on, or a suspect of this one"
+            )
         if model not in ("auto", found.manifest.facts["model"]):
             raise OptionError(f"suspect {found.path} is a {found.manifest.facts['model']}, not a {model}; drop --model")
         return found
@@ -49,6 +53,38 @@ def open_suspect(
         f"seed {seed} is beside it or under {finding.ROOT}/; make one with: {_training_command(data, model, seed)} (or "
         "give --suspect PATH)"
     )
+
+
+def unusual_suspect(suspect: ModelArtifact | None, preset: str) -> dict[str, Any]:
+    """Return what tells a suspect from the one that is repaired by default, which is plain training of the same preset.
+
+    Nothing for such a one, and where nothing is repaired; else its method, its preset if that is another one, and
+    options that differ from its preset.
+    """
+    if suspect is None:
+        return {}
+    asked = suspect.manifest.ask
+    changed = [name for name in suspect.manifest.facts.get("changed", []) if name in asked.config]
+    is_other = asked.method != "victim" and asked.config["preset"] != preset
+    told = {"preset": asked.config["preset"]} if is_other else {}
+    told |= {name: asked.config[name] for name in changed}
+    return {"method": asked.method, **told} if told or asked.method != "none" else {}
+
+
+def suspect_line(suspect: ModelArtifact) -> str:
+    """Return where a suspect lies, and what made it if that is not plain training."""
+    method = suspect.manifest.ask.method
+    made_by = {"none": "", "victim": " (the attacker's own model)"}
+    return f"{suspect.path}{made_by.get(method, f' (made by {method})')}"
+
+
+def find_suspect(wanted: str, near: Path) -> Path | None:
+    """Return the folder of the model of an id under a folder or ``runs/``; None if it is not there."""
+    for root in (near, finding.ROOT):
+        for path, manifest in finding.find_artifacts(root, "model"):
+            if manifest.id == wanted:
+                return path
+    return None
 
 
 def _training_command(data: DatasetArtifact, model: str, seed: int) -> str:

@@ -163,6 +163,8 @@ def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
         "source_options": dict(source.manifest.facts.get("source_options", {})),
         "model": asked.config["model"],
         "model_id": model.id,
+        "suspect_id": asked.inputs.get("suspect"),
+        "suspect": model.manifest.facts.get("suspect") if "suspect" in asked.inputs else None,
         "attack": attacked.method,
         "replay": source.manifest.facts.get("replay", False),
         "attack_options": dict(attacked.config),

@@ -13,14 +13,15 @@ class Metric(NamedTuple):
 
     Attributes:
         heading: of its column.
-        kind: rate: a share with its count and 95 % interval; score: a number in [0, 1]; cost: seconds or bytes.
+        kind: rate: a share with its count and 95 % interval; score: a number in [0, 1]; change: a difference of two
+            rates; cost: seconds or bytes.
         counts: what is counted or measured.
         over: of what.
         better: which values are good for a defender; "" where neither is.
     """
 
     heading: str
-    kind: Literal["rate", "score", "cost"]
+    kind: Literal["rate", "score", "change", "cost"]
     counts: str
     over: str
     better: Literal["high", "low", ""] = ""
@@ -71,8 +72,18 @@ METRICS = {
         "DER",
         "score",
         "defense effectiveness: (fall of ASR - fall of BA + 1) / 2",
-        "against the undefended model of the same dataset, network and seed",
+        "against the undefended model (`ba_change` says which)",
         "high",
+    ),
+    "ba_change": Metric(
+        "BA change",
+        "change",
+        "BA minus that of the undefended model",
+        "against the model that was repaired; else the undefended one of the same dataset, network and seed",
+        "high",
+    ),
+    "asr_change": Metric(
+        "ASR change", "change", "ASR minus that of the undefended model", "against the same model as BA change", "low"
     ),
     "detection_precision": Metric(
         "set aside: precision",
@@ -121,6 +132,10 @@ METRICS = {
         "peak MiB", "cost", "highest memory of the training process", "CPU: of the process; GPU: of the device", "low"
     ),
 }  # fmt: skip
+
+MIN_BA = 0.9
+"""Share of the undefended model's BA below which a defended model is of little use, whatever its ASR: BackdoorBench
+takes no setting of a method that costs more."""
 
 RATES = tuple(name for name, metric in METRICS.items() if metric.kind == "rate")
 

@@ -15,7 +15,7 @@ COMPARED = ("asr", "ba", "lift")
 """What a matrix can show; lift is ASR minus floor."""
 
 SUMMARISED = ("ba", "asr", "lift", "der", "auroc")
-DEFENSE_ORDER = ("none", "clean", "oracle")
+DEFENSE_ORDER = (*results.UNDEFENDED, "clean", "oracle")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from bdbench.artifacts.finding import find_artifacts
 from bdbench.artifacts.kinds import EvaluationArtifact
 from bdbench.artifacts.manifests import AGAIN
 from bdbench.errors import ArtifactError, DamagedError, DamageWarning
-from bdbench.protocol.metric_list import METRICS, RATES, SCORES
+from bdbench.protocol.metric_list import METRICS, MIN_BA, RATES, SCORES
 from bdbench.protocol.metrics import defense_effectiveness, mean_interval
 
 KEYS = ("dataset", "model", "attack", "attack_options", "defense", "defense_options", "preset")
@@ -22,6 +22,10 @@ KEYS = ("dataset", "model", "attack", "attack_options", "defense", "defense_opti
 
 SOURCE = ("source", "source_options")
 """What tells datasets of one name apart; rows from before it was kept have None."""
+
+
+UNDEFENDED = ("none", "victim")
+"""What no defense has touched: plain training, and an attacker's own model."""
 
 
 PUBLISHED = ("paper", "code")
@@ -66,7 +70,7 @@ def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
         DamagedError: its numbers cannot be read, or one that every evaluation has is missing.
     """
     facts = evaluation.manifest.facts
-    row: dict[str, Any] = {**facts, **{name: facts.get(name) for name in SOURCE}}
+    row: dict[str, Any] = {**facts, **{name: facts.get(name) for name in (*SOURCE, "suspect_id", "suspect")}}
     row |= {"evaluation_id": evaluation.id, "path": str(evaluation.path)}
     entries = {entry["metric"]: entry for entry in evaluation.records("metrics.parquet")}
     for name in (*RATES, *SCORES):
@@ -81,34 +85,57 @@ def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
 
 
 def mark_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add `der` against the undefended row of the same dataset, model, seed and, if there is one, preset.
+    """Add what follows from the undefended row of each: `der`, `ba_change`, `asr_change`, `attack_failed` and `marks`.
 
-    Also `attack_failed` and `marks`. An undefended row tells by its own ASR whether the attack failed: a dataset may
-    have several, of other budgets.
+    That of a repaired model is the row of its suspect, if it is there (of a suspect that was repaired itself, the row
+    of the first one), else the undefended row of the same dataset, model, seed and, if there is one, preset. An
+    undefended row tells by its own ASR whether the attack failed: a dataset may have several, of other budgets.
     """
     undefended = {_pairing(row): row for row in rows if row["defense"] == "none"}
     undefended |= {(*_pairing(row), row["preset"]): row for row in rows if row["defense"] == "none"}
+    by_model = {row["model_id"]: row for row in rows if "model_id" in row}
     marked = []
     for row in rows:
-        near = undefended.get((*_pairing(row), row["preset"]), undefended.get(_pairing(row)))
-        base = row if row["defense"] == "none" else near
+        base = row if row["defense"] in UNDEFENDED else _first_suspect(row, by_model)
+        if base is None:
+            base = undefended.get((*_pairing(row), row["preset"]), undefended.get(_pairing(row)))
         attacked = row["asr"] is not None and not has_no_poison(row)
-        failed = None
+        failed = der = ba_change = asr_change = None
         if base is not None and base["asr"] is not None and attacked:
             failed = bool(base["asr"] < WEAK_ATTACK or base["asr"] - base["floor"] < FLOOR_MARGIN)
-        der = None
-        if failed is not None and base is not None and row["defense"] != "none" and not row.get("reads_truth"):
-            der = defense_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
-        marks = "0" if has_no_poison(row) else "n" if not attacked else "?" if base is None else "w" if failed else ""
-        marks += "" if row["preset"] in PUBLISHED else "b"
-        marks += "c" if row.get("changed") else ""
-        marks += "o" if row["defense_options"].get("oracle_target") is not None else ""
-        marks += "r" if row.get("reads_truth") else ""
-        marks += "p" if row.get("replay") else ""
-        marks += "u" if row.get("findings", {}).get("unchanged") else ""
-        marks += "a" if row.get("findings", {}).get("took") is False else ""
-        marked.append({**row, "der": der, "attack_failed": failed, "marks": marks})
+        if base is not None and base is not row:
+            ba_change = row["ba"] - base["ba"]
+            if failed is not None:
+                asr_change = row["asr"] - base["asr"]
+                if not row.get("reads_truth"):
+                    der = defense_effectiveness(base["ba"], base["asr"], row["ba"], row["asr"])
+        told = {"der": der, "ba_change": ba_change, "asr_change": asr_change}
+        marked.append({**row, **told, "attack_failed": failed, "marks": _marks(row, base, failed=failed)})
     return marked
+
+
+def _marks(row: Mapping[str, Any], base: Mapping[str, Any] | None, *, failed: bool | None) -> str:
+    """Return the letters of `tables.MARKS` that are true of a row, beside its undefended row."""
+    attacked = row["asr"] is not None and not has_no_poison(row)
+    marks = "0" if has_no_poison(row) else "n" if not attacked else "?" if base is None else "w" if failed else ""
+    marks += "" if row["preset"] in PUBLISHED else "b"
+    marks += "c" if row.get("changed") else ""
+    marks += "o" if row["defense_options"].get("oracle_target") is not None else ""
+    marks += "r" if row.get("reads_truth") else ""
+    marks += "p" if row.get("replay") else ""
+    marks += "u" if row.get("findings", {}).get("unchanged") else ""
+    marks += "a" if row.get("findings", {}).get("took") is False else ""
+    return marks + ("l" if attacked and base is not None and row["ba"] < MIN_BA * base["ba"] else "")
+
+
+def _first_suspect(row: Mapping[str, Any], by_model: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the row of the model that was repaired, that which no repair made, or None if it is not there."""
+    found: dict[str, Any] | None = None
+    suspect = row.get("suspect_id")
+    while suspect is not None:
+        found = by_model.get(suspect)
+        suspect = None if found is None else found.get("suspect_id")
+    return found
 
 
 def has_no_poison(row: Mapping[str, Any]) -> bool:
@@ -136,7 +163,7 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     merged = []
     for group in by_setting(rows):
         seeds = sorted({row["seed"] for row in group})
-        out: dict[str, Any] = {key: group[0].get(key) for key in (*KEYS, *SOURCE)}
+        out: dict[str, Any] = {key: group[0].get(key) for key in (*KEYS, *SOURCE, "suspect")}
         out |= {"seeds": seeds, "marks": "".join(sorted({mark for row in group for mark in row["marks"]}))}
         for name in METRICS:
             out |= mean_and_spread(name, [row.get(name) for row in group])
@@ -158,6 +185,7 @@ def merge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if row["attack"] == UNPOISONED and has_no_poison(row):
             row["attack"] = "no poison"
     attacks = _tell_apart(merged, "attack", ("dataset",))
+    attacks = _suspects_apart([row | {"attack": attack} for row, attack in zip(merged, attacks, strict=True)])
     defenses = _tell_apart(merged, "defense", ("dataset", "model", "preset"))
     return [
         row | {"attack": attack, "defense": defense}
@@ -169,7 +197,8 @@ def by_setting(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return rows in groups that differ in seeds only, both in the order of the rows."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(json.dumps([row.get(key) for key in (*KEYS, *SOURCE)], sort_keys=True), []).append(row)
+        setting = [*(row.get(key) for key in (*KEYS, *SOURCE)), row.get("suspect") or {}]
+        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(row)
     return list(groups.values())
 
 
@@ -205,4 +234,23 @@ def _tell_apart(rows: list[dict[str, Any]], name: str, among: Sequence[str]) -> 
         differing = [key for key, value in own.items() if any(other.get(key) != value for other in others)]
         differing = [key for key in differing if own[key] is not None]
         told.append(" ".join([row[name], *(f"{key}={own[key]}" for key in differing)]))
+    return told
+
+
+def _suspects_apart(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the name of each row's attack, with what tells apart the models that its repairs started from.
+
+    An attacker's own model is another model to repair than one that was trained on the attacker's dataset.
+    """
+    repaired: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["suspect"] is not None:
+            repaired.setdefault((row["dataset"], row["model"], row["attack"]), []).append(row["suspect"])
+    told = []
+    for row in rows:
+        own = {"method": "victim"} if row["defense"] == "victim" else row["suspect"] or {}
+        others = repaired.get((row["dataset"], row["model"], row["attack"]), [])
+        differing = [key for key in own if any(other.get(key) != own[key] for other in others)]
+        names = {key: "suspect" if key == "method" else f"suspect_{key}" for key in differing}
+        told.append(" ".join([row["attack"], *(f"{names[key]}={own[key]}" for key in differing)]))
     return told

@@ -26,7 +26,7 @@ from bdbench.artifacts.model import ModelArtifact, counted
 from bdbench.errors import BdbenchError
 from bdbench.protocol import metrics
 from bdbench.protocol.metric_list import METRICS, SET_ASIDE
-from bdbench.reports import commands
+from bdbench.reports import commands, findings
 from bdbench.reports.pictures import shared_row, triggered_example
 
 CURVE_POINTS = 100
@@ -63,11 +63,11 @@ class Shelf:
 
 
 def describe_runs(rows: Sequence[Mapping[str, Any]], shelf: Shelf) -> list[dict[str, Any]]:
-    """Return for every row what a reader can look up: facts, history, detection, commands and what is missing.
+    """Return for every row what a reader can look up: facts, findings, history, detection, commands, what is missing.
 
-    `history` is from phase to [epoch or step, counts of these, losses]; `rounds` from phase to {heading of a metric:
-    [epochs, values]} of what the method would have set aside after each epoch; `detection` the true-positive rates at
-    `FALSE_POSITIVE`.
+    `findings` is from heading to text, `sweep` the settings that were tried; `history` is from phase to [epoch or step,
+    counts of these, losses]; `rounds` from phase to {heading of a metric: [epochs, values]} of what the method would
+    have set aside after each epoch; `detection` the true-positive rates at `FALSE_POSITIVE`.
     """
 
     @cache
@@ -83,6 +83,9 @@ def describe_runs(rows: Sequence[Mapping[str, Any]], shelf: Shelf) -> list[dict[
         data, model = shelf.datasets.get(row["dataset_id"]), shelf.models.get(row["model_id"])
         judged = shelf.evaluations.get(row["evaluation_id"])
         run: dict[str, Any] = {"missing": [], "history": {}, "rounds": {}, "detection": None, "commands": []}
+        told = row.get("findings", {})
+        names = model.manifest.facts["class_names"] if model else ()
+        run |= {"findings": findings.lines(told, names), "sweep": findings.sweep(told)}
         if data is None:
             run["missing"].append(f"The dataset {row['dataset_id']} is not here: no detection curve, no commands.")
         if model is None:
@@ -119,8 +122,6 @@ def _facts(
         facts["versions"] = f"bdbench {made['bdbench']}, torch {made['torch']}, Python {made['python']}"
         facts["trained"] = made["at"]
         facts["method version"] = model.manifest.ask.version
-        findings = model.manifest.facts.get("findings")
-        facts |= {"findings": ", ".join(f"{key} {value}" for key, value in findings.items())} if findings else {}
     if data is not None:
         counts = data.manifest.facts["counts"]
         facts["images"] = ", ".join(f"{count:,} {split}" for split, count in counts.items())

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from bdbench.errors import ArtifactError
-from bdbench.protocol.metric_list import METRICS
+from bdbench.protocol.metric_list import METRICS, MIN_BA
 from bdbench.registry import DEFENSES
 from bdbench.reports.formats import Column, latex, markdown, safe_table
 from bdbench.reports.ranking import Ranking, rank
-from bdbench.reports.results import finite, merge
+from bdbench.reports.results import UNDEFENDED, finite, merge
 from bdbench.wording import counted
 
 Format = Literal["rich", "markdown", "csv", "latex", "json"]
@@ -44,8 +44,8 @@ COLUMNS = (
     *NAMES, *(Column(name, METRICS[name].heading) for name in USUAL), Column("marks", "", is_number=False)
 )  # fmt: skip
 
-WITHOUT_POISON = Column("false_alarms", METRICS["false_alarms"].heading)
-"""What a table with rows without poison shows too."""
+CHANGES = ("ba_change", "asr_change")
+"""What a table with repaired models shows too, after ASR."""
 
 SHARED = ("dataset", "model", "attack", "preset", "seeds")
 """Columns that stand once above the printed table where all its rows agree."""
@@ -71,15 +71,16 @@ MARKS = {
     "o": "the defense was told the target class",
     "r": "a reference that reads the truth, not a defense",
     "p": "the attack's generator was trained with a victim of its own, then frozen and replayed as data",
-    "u": "the defense found no backdoor and returned the model unchanged",
+    "u": "the defense returned the model unchanged: it found no backdoor, or no setting kept the accuracy",
     "a": "ABL's unlearning did not take: the isolated samples are still known; its findings say how far it came",
+    "l": f"BA under {MIN_BA:g} of the undefended model's; `--ranks` puts it last",
 }
 
 
 def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Bring what belongs to one dataset, model and attack together, its defenses in the registry's order."""
     settings: dict[tuple[str | None, ...], int] = {}
-    places = {name: place for place, name in enumerate(DEFENSES.names())}
+    places = {name: place for place, name in enumerate(dict.fromkeys((*UNDEFENDED, *DEFENSES.names())))}
     return sorted(
         rows,
         key=lambda row: (
@@ -107,13 +108,16 @@ def render(rows: Sequence[dict[str, Any]], style: Format, columns: Sequence[str]
     merged = _grouped(merge(rows))
     shown = COLUMNS
     if any("0" in row["marks"] for row in merged):
-        place = len(NAMES) + USUAL.index("auroc")
-        shown = (*COLUMNS[:place], WITHOUT_POISON, *COLUMNS[place:])
+        shown = _with(shown, "auroc", "false_alarms")
+    if any(row.get("suspect_id") for row in rows):
+        shown = _with(shown, "floor", *CHANGES)
     if columns is not None:
         shown = (*NAMES, *(Column(name, METRICS[name].heading) for name in columns), COLUMNS[-1])
     shown = tuple(column for column in shown if any(cell(row, column) for row in merged))
     cells = [[cell(row, column) for column in shown] for row in merged]
     notes = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in row["marks"] for row in merged)]
+    if set(CHANGES) & {column.key for column in shown}:
+        notes.append("change: against the undefended model; of a repair, the model that it repaired")
     if any(" ± " in text for line in cells for text in line):
         notes.append("±: standard deviation over seeds")
     if style == "rich":
@@ -124,14 +128,21 @@ def render(rows: Sequence[dict[str, Any]], style: Format, columns: Sequence[str]
     return latex(shown, cells, [*notes, *(["bold: the best defense of a setting"] if best else [])], best)
 
 
+def _with(columns: Sequence[Column], before: str, *metrics: str) -> tuple[Column, ...]:
+    """Return columns with those of some metrics before the one of another."""
+    place = next(place for place, column in enumerate(columns) if column.key == before)
+    return (*columns[:place], *(Column(name, METRICS[name].heading) for name in metrics), *columns[place:])
+
+
 def _best(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> set[tuple[int, int]]:
     """Return the places (row, column) of the highest BA and DER and the lowest ASR of each setting's defenses.
 
-    Undefended and reference rows do not compete, nor do rows whose attack failed; one defense alone is not the best.
+    Undefended and reference rows do not compete, nor do rows whose attack failed, nor those that lost too much BA; one
+    defense alone is not the best.
     """
     settings: dict[tuple[str | None, ...], list[int]] = {}
     for place, row in enumerate(rows):
-        if row["defense"].split()[0] != "none" and not {"r", "w", "n", "0", "?"} & set(row["marks"]):
+        if row["defense"].split()[0] not in UNDEFENDED and not set("rwn0?l") & set(row["marks"]):
             settings.setdefault(_setting(row), []).append(place)
     best = set()
     for number, column in enumerate(columns):
@@ -160,22 +171,23 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
 
 RANKING = (
     Column("defense", "defense", is_number=False), Column("preset", "preset", is_number=False),
-    Column("rank", "average rank"), Column("mean", "mean"),
+    Column("rank", "average rank"), Column("mean", "mean"), Column("lost", "BA lost"),
 )  # fmt: skip
 
 
-def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -> Fitting | str:
+def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format, min_ba: float = MIN_BA) -> Fitting | str:
     """Return the defenses by their average ranks over attacks, with Friedman's test, in one of the formats.
 
     Args:
         rows: from `read_rows`.
         metric: der, ba or asr.
         style: as in `render`; CSV and JSON hold the same lines.
+        min_ba: see `bdbench.reports.ranking.rank`.
 
     Raises:
         ArtifactError: there is no row of a defense, or all attacks failed.
     """
-    found = rank(merge(rows), metric)
+    found = rank(merge(rows), metric, min_ba)
     if not found.defenses:
         raise ArtifactError(f"nothing to rank: {'; '.join(left_out(found)) or 'no row is of a defense'}")
     lines = [own._asdict() for own in found.defenses]
@@ -184,18 +196,22 @@ def render_ranking(rows: Sequence[dict[str, Any]], metric: str, style: Format) -
         return json.dumps({**facts, "defenses": lines}, indent=1)
     if style == "csv":
         return safe_table(lines).to_csv(index=False)
+    shown = RANKING if found.lost else RANKING[:-1]
     cells = [
-        [f"{line[column.key]:.3f}" if column.is_number else str(line[column.key]) for column in RANKING]
+        [f"{value:.3f}" if isinstance(value := line[column.key], float) else str(value) for column in shown]
         for line in lines
     ]
     if style == "rich":
-        return Fitting(RANKING, cells, [line | {"marks": ""} for line in lines], ranking_notes(found))
-    return (markdown if style == "markdown" else latex)(RANKING, cells, ranking_notes(found))
+        return Fitting(shown, cells, [line | {"marks": ""} for line in lines], ranking_notes(found))
+    return (markdown if style == "markdown" else latex)(shown, cells, ranking_notes(found))
 
 
 def ranking_notes(found: Ranking) -> list[str]:
     """Return what has to be said beside ranks: over what, Friedman's test, and what was left out."""
     notes = [f"ranked by {found.metric.upper()} over {counted(found.blocks, 'setting')} of dataset, model and attack"]
+    if found.min_ba:
+        bound = f"a defense must keep {found.min_ba:g} of the undefended model's BA, or it shares the last rank"
+        notes.append(f"{bound} of that setting (--min-ba); below it: {_lost(found) or 'none'}")
     if not math.isnan(found.p):
         notes.append(
             f"Friedman: chi-squared {found.statistic:.2f}, p {found.p:.3g}; critical difference of ranks "
@@ -204,6 +220,20 @@ def ranking_notes(found: Ranking) -> list[str]:
     else:
         notes.append("no test: it needs at least 3 defenses and 2 settings")
     return notes + left_out(found)
+
+
+def _lost(found: Ranking) -> str:
+    """Return which defenses keep too little BA, and in which settings; what these share is left out."""
+    settings: dict[str, list[str]] = {}
+    for defense, setting in found.lost:
+        settings.setdefault(defense, []).append(setting)
+    apart = [name.rpartition(", ") for _, name in found.lost]
+    shared = len({place for place, _, _ in apart}) == 1
+    told = {name: attack if shared else name for (_, name), (_, _, attack) in zip(found.lost, apart, strict=True)}
+    return "; ".join(
+        f"{defense} {'everywhere' if len(where) == found.blocks else 'in ' + ', '.join(told[name] for name in where)}"
+        for defense, where in settings.items()
+    )
 
 
 def left_out(found: Ranking) -> list[str]:
@@ -228,7 +258,9 @@ def cell(row: dict[str, Any], column: Column) -> str:
     if METRICS[column.key].kind == "cost":
         return f"{value / (2**20 if column.key == 'peak_memory_bytes' else 1):,.0f}"
     spread = row[f"{column.key}_sd"]
-    return f"{value:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+    # Adding 0.0 takes the sign from a change that rounds to none.
+    text = f"{round(value, 3) + 0.0:+.3f}" if METRICS[column.key].kind == "change" else f"{value:.3f}"
+    return text + ("" if spread is None else f" ± {spread:.3f}")
 
 
 class Fitting:
@@ -287,7 +319,7 @@ class Fitting:
         for place, row in enumerate(self.rows):
             table.add_row(
                 *(texts[place] for texts in shown.values()),
-                style="bold" if row["defense"] == "none" else "dim" if "r" in row["marks"] else None,
+                style="bold" if row["defense"] in UNDEFENDED else "dim" if "r" in row["marks"] else None,
                 end_section=any(_setting(after) != _setting(row) for after in self.rows[place + 1 : place + 2]),
             )
         return table

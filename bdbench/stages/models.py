@@ -18,7 +18,7 @@ from bdbench.plugins import blamed
 from bdbench.progress import Progress, Silent
 from bdbench.protocol import naming
 from bdbench.protocol.budget import resolve_budget, settings_of, usual_preset, usual_settings
-from bdbench.protocol.inputs import check_trusted, open_suspect, task_for
+from bdbench.protocol.inputs import check_trusted, open_suspect, suspect_line, task_for, unusual_suspect
 from bdbench.protocol.networks import fresh_model, model_name, work_of
 from bdbench.protocol.planning import plan_text, planned_seconds
 from bdbench.registry import DEFENSES, MODELS
@@ -94,7 +94,7 @@ def defend(
     if suspect_model is not None:
         inputs["suspect"] = suspect_model.id
         model = suspect_model.manifest.facts["model"]
-        progress.note(f"suspect: {suspect_model.path}")
+        progress.note(f"suspect: {suspect_line(suspect_model)}")
     model = model_name(model, data.image_shape)
     if data.manifest.facts.get("guessed", {}).get("augment") == recipe.augment:
         progress.note(f"augmentation: {recipe.augment}, nothing mirrored; --augment crop,flip mirrors too")
@@ -131,8 +131,11 @@ def defend(
             _kept(result.rounds, progress),
         )  # fmt: skip
         draft.facts |= {**facts, "findings": plain(dict(result.findings)), "reads_truth": defense.needs_truth}
-        draft.facts["trained_on"] = data.content
-        draft.facts["changed"] = [name for name, value in settings.items() if value != usual[name]]
+        draft.facts |= {
+            "trained_on": data.content,
+            "changed": [name for name, value in settings.items() if value != usual[name]],
+            "suspect": unusual_suspect(suspect_model, preset),
+        }
         draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": engine.trained_seconds}
         draft.made["compiled"] = engine.compiled
     return ModelArtifact.open(out, is_new=True)

@@ -14,6 +14,9 @@ from bdbench.reading import read_json
 TOLD = ("name", "cell", "asked")
 """What a record has from the order."""
 
+PLACES = ("data_root", "download")
+"""Options of a dataset that say where its images lie, not which they are."""
+
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int | float) and 0 <= value < 2**63
@@ -42,6 +45,13 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
     "running": (), "interrupted": (), "failed": ("reason",), "done": ("evaluation",),
 }  # fmt: skip
 """States, and what a record of each needs besides `TOLD` and its seconds."""
+
+
+def without_places(asked: object) -> object:
+    """Return what was asked of a cell but for where its images lie: elsewhere the same ones are the same question."""
+    if not isinstance(asked, dict):
+        return asked
+    return {name: without_places(part) for name, part in asked.items() if name not in PLACES}
 
 
 def sweep_file(folder: Path, kind: str, name: str) -> Path:

@@ -102,7 +102,7 @@ class Sweep:
     def _state(self, cell: Cell, record: Mapping[str, Any] | None) -> State:
         if record is None:
             return State("waiting", {})
-        if record["asked"] != self._asked(cell):
+        if records.without_places(record["asked"]) != records.without_places(self._asked(cell)):
             return State("changed" if manifests.is_artifact(self.folder / self.grid.name(cell)) else "waiting", {})
         state = record["state"]
         if state == "done" and (wrong := damage(self.folder / record["evaluation"])):

@@ -104,7 +104,7 @@ def _end_with_the_giver() -> None:
 def _recorded(order: dict[str, Any], folder: Path) -> int:
     record = Record(
         records.sweep_file(folder, "cells", f"{order['name']}.json"),
-        {name: order[name] for name in TOLD},
+        {name: records.without_places(order[name]) for name in TOLD},
     )
     try:
         record.write()

@@ -6,6 +6,7 @@ import json
 import shutil
 import tarfile
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from bdbench.defenses.training.cbd import CBD
 from bdbench.errors import OptionError, TrainingError
 from bdbench.protocol import budget
 from bdbench.protocol.metric_list import RATES, SCORES
-from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS
+from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS, NOT_YET, repairs
 from bdbench.reports import results, tables
 from bdbench.sweeps import checking, grid, sweep
 from bdbench.training.recipe import Recipe
@@ -160,7 +161,7 @@ def test_a_reported_entry_says_all_that_a_reader_needs(entry: dict[str, Any]) ->
     assert 0 < entry["rate"] < 1
     assert isinstance(entry["target"], int)
     assert entry["ba_over"] in ("all", "non-target")
-    assert set(entry) <= {*texts, "ba", "asr", "rate", "target", "ba_over", "variant", "note"}
+    assert set(entry) <= {*texts, "ba", "asr", "rate", "target", "ba_over", "variant", "note", "preset"}
 
 
 @every_entry
@@ -391,12 +392,15 @@ def test_the_measured_ba_is_over_the_images_of_the_source(
     over: str, measured: str, difference: str, tmp_path: Path
 ) -> None:
     settings = settings_of(tmp_path, one=[row("abl", ba=0.827, ba_non_target=0.854, asr=0.004)])
-    cells = compare.line(entry(ba_over=over), settings[0], 1)
+    cells = compare.line(entry(ba_over=over, preset="fast"), settings[0], 1)
     assert cells[-6:] == ["86.0", measured, difference, "3.0", "0.4", "-2.6"]
 
 
 def test_a_difference_that_rounds_to_none_has_no_minus(tmp_path: Path) -> None:
-    assert compare.line(entry(ba=0.8601), settings_of(tmp_path, one=[row("abl", ba=0.86)])[0], 1)[-4] == "+0.0"
+    assert (
+        compare.line(entry(ba=0.8601, preset="fast"), settings_of(tmp_path, one=[row("abl", ba=0.86)])[0], 1)[-4]
+        == "+0.0"
+    )
 
 
 def test_an_entry_meets_its_own_attack_and_defense_only(tmp_path: Path) -> None:
@@ -414,10 +418,38 @@ def test_the_nearest_setting_is_shown_whatever_its_result(tmp_path: Path) -> Non
         row("abl", ba=0.1, asr=0.9, preset="paper"),
         row("abl", ba=0.9, asr=0.0, model="resnet-18", preset="paper"),
     ]
-    lines = compare.markdown([entry()], settings_of(tmp_path, one=rows)).splitlines()
+    lines = compare.markdown([entry(preset="paper")], settings_of(tmp_path, one=rows)).splitlines()
     assert len(lines) == 3
     assert "paper, seed 0 (`one`; nearest of 3)" in lines[2]
     assert lines[2].endswith("| 86.0 | 10.0 | -76.0 | 3.0 | 90.0 | +87.0 |")
+
+
+@pytest.mark.parametrize(
+    "other", [{"model": "resnet-18"}, {"rate": 0.05}, {"target": 3}, {"preset": "paper"}, {"preset": None}]
+)
+def test_a_difference_is_told_only_where_the_settings_agree(other: dict[str, Any], tmp_path: Path) -> None:
+    (setting,) = settings_of(tmp_path, one=[row("abl", ba=0.8, asr=0.4)])
+    assert compare.line(entry(preset="fast"), setting, 1)[-6:] == ["86.0", "80.0", "-6.0", "3.0", "40.0", "+37.0"]
+    assert compare.line(entry(**{"preset": "fast", **other}), setting, 1)[-6:] == [
+        "86.0",
+        "80.0",
+        "",
+        "3.0",
+        "40.0",
+        "",
+    ]
+
+
+def test_entries_that_wait_for_their_method_have_the_name_that_it_will_have() -> None:
+    sources = tomllib.loads(compare.PAPER.read_text())["source"]
+    told = {entry["defense"] for source in sources for entry in source["entries"]}
+    assert told <= {*DEFENSES.rows, *NOT_YET, "victim", "ep", "bnp"}
+
+
+def test_entries_of_methods_that_are_not_in_bdbench_yet_are_left_out(tmp_path: Path) -> None:
+    told = "".join(f'  {{ defense = "{name}" }},\n' for name in ("abl", "anything"))
+    (tmp_path / "paper.toml").write_text(f"[[source]]\nentries = [\n{told}]\n")
+    assert [found["defense"] for found in compare.reported(tmp_path / "paper.toml")] == ["abl"]
 
 
 @pytest.mark.parametrize(("reported", "nearest"), [(0.05, 0.1), (0.02, 0.01)])
@@ -503,6 +535,15 @@ def test_the_grid_has_an_attack_a_line_and_marks_those_that_failed() -> None:
     assert "±" not in lines[3].split(" | ")[2]
 
 
+def test_repairs_have_a_line_each_and_ranks_with_their_bound() -> None:
+    rows = [row(ba=0.9, asr=1.0), row("ft", ba=0.85, asr=0.5), row("mcldef", ba=0.3, asr=0.0)]
+    lines = pages.repairs(results.mark_rows(rows)).splitlines()
+    assert lines[0] == "| BA / ASR, % | badnets |"
+    assert lines[2:5] == ["| `none` | 90.0 / 100.0 |", "| `mcldef` | 30.0 / 0.0 (l) |", "| `ft` | 85.0 / 50.0 |"]
+    assert lines[8].startswith("| ft | fast | 1.000 |")
+    assert any(line.rstrip().endswith("below it: mcldef everywhere") for line in lines)
+
+
 # the grid
 
 
@@ -522,3 +563,8 @@ def test_a_sweep_goes_on_from_the_stored_grid(tmp_path: Path) -> None:
         cell: "changed" if risen[cell] else "done" for cell in states
     }
     assert len(results.read_rows([tmp_path], strict=True)) == len(given.cells)
+
+
+def test_the_grid_of_repairs_has_every_repair() -> None:
+    given = grid.read_grid(BENCHMARKS / "repairs.toml")
+    assert {cell.defense for cell in given.cells} == {"none", "oracle", *repairs()}

@@ -13,7 +13,8 @@ from bdbench.reports.ranking import rank
 def row(attack: str, defense: str, der: float | None, marks: str = "", **other: Any) -> dict[str, Any]:
     full = {
         "dataset": "digits", "model": "convnet", "attack": attack, "attack_options": {}, "defense": defense,
-        "preset": "fast", "der": der, "ba": 0.9, "asr": None if der is None else 1 - der, "marks": marks,
+        "preset": "fast", "der": der, "ba": 0.9, "ba_change": 0.0, "asr": None if der is None else 1 - der,
+        "marks": marks,
     }  # fmt: skip
     return full | other
 
@@ -70,3 +71,29 @@ def test_undefended_and_reference_rows_are_not_ranked() -> None:
 
 def test_nothing_to_rank_has_no_defense() -> None:
     assert rank([row("a", "none", None)]).defenses == ()
+
+
+def test_who_loses_the_classes_shares_the_last_rank_and_is_named() -> None:
+    # Undefended BA 0.9: 0.81 is kept by y, not by x and z, whatever their DER.
+    kept = {"x": 0.80, "y": 0.82, "z": 0.1}
+    rows = [
+        row(attack, name, der, ba=kept[name], ba_change=kept[name] - 0.9)
+        for attack in "ab"
+        for name, der in (("x", 0.99), ("y", 0.6), ("z", 0.5))
+    ]
+    found = rank(rows)
+    assert [(own.defense, own.rank, own.lost) for own in found.defenses] == [("y", 1, 0), ("x", 2.5, 2), ("z", 2.5, 2)]
+    assert [own.mean for own in found.defenses] == pytest.approx([0.6, 0.99, 0.5])
+    assert found.lost == tuple((name, f"digits, convnet, {attack}") for name in "xz" for attack in "ab")
+    assert [own.defense for own in rank(rows, "asr").defenses] == ["y", "x", "z"]
+    assert [own.defense for own in rank(rows, min_ba=0.0).defenses] == ["x", "y", "z"]
+    assert rank(rows, min_ba=0.0).lost == ()
+
+
+def test_ranks_by_accuracy_have_no_bound() -> None:
+    rows = [
+        row(attack, name, 0.5, ba=ba, ba_change=ba - 0.9) for attack in "ab" for name, ba in (("x", 0.2), ("y", 0.1))
+    ]
+    found = rank(rows, "ba")
+    assert [(own.defense, own.rank) for own in found.defenses] == [("x", 1), ("y", 2)]
+    assert (found.lost, found.min_ba) == ((), 0.0)

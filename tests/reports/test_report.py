@@ -429,7 +429,9 @@ def test_the_page_works_in_a_browser_without_network_and_without_errors(browser:
         assert f"{item['asr']:.3f} [{item['asr_low']:.3f}, {item['asr_high']:.3f}]" in shown.text
         assert f"n = {item['asr_n']}" in shown.text
     assert tables.MARKS["b"] in shown.text
-    assert data["runs"][data["cells"][place]["runs"][0]]["commands"][1] in shown.text
+    for told in (data["runs"][index] for index in data["cells"][place]["runs"]):
+        assert told["commands"][1] in shown.text
+        assert told["findings"]["result"] in shown.text
     until(browser, "document.querySelectorAll('dialog .chart svg').length >= 5")
     axes = browser.execute_script(
         "return [...document.querySelectorAll('dialog .losses .role-axis-title')].map((it) => it.textContent)"

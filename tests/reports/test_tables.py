@@ -189,14 +189,14 @@ def test_what_latex_reads_as_a_command_is_escaped() -> None:
 
 
 def test_the_best_defense_of_a_setting_is_bold_in_latex() -> None:
-    rows = [row(), row("oracle", ba=0.99, asr=0.0, reads_truth=True), row("cbd", ba=0.8, asr=0.0), row("abl", asr=0.1)]
+    rows = [row(), row("oracle", ba=0.99, asr=0.0, reads_truth=True), row("cbd", ba=0.85, asr=0.0), row("abl", asr=0.1)]
     rows += [row(attack="sig", dataset_id="s", asr=0.1), row("cbd", attack="sig", dataset_id="s")]
     rows += [row(attack="lf", dataset_id="l"), row("cbd", attack="lf", dataset_id="l")]
     lines = str(tables.render(results.mark_rows(rows), "latex", ["ba", "asr"])).splitlines()
     told = [line.split(" & ") for line in lines if line.startswith("digits")]
     bold = [(line[2], line[3], line[6], line[7]) for line in told if "textbf" in "".join(line)]
     assert bold == [
-        ("badnets", "cbd", "0.800", r"\textbf{0.000}"), ("badnets", "abl", r"\textbf{0.900}", "0.100"),
+        ("badnets", "cbd", "0.850", r"\textbf{0.000}"), ("badnets", "abl", r"\textbf{0.900}", "0.100"),
     ]  # fmt: skip
     assert r"bold: the best defense of a setting\par" in lines
 
@@ -280,3 +280,74 @@ def test_defenses_of_an_attack_stand_together_in_the_order_of_the_registry() -> 
 def test_a_ranking_of_nothing_says_why() -> None:
     with pytest.raises(ArtifactError, match=r"^nothing to rank: left out, the attack failed"):
         tables.render_ranking(results.mark_rows([row(asr=0.1), row("abl")]), "der", "rich")
+
+
+def repaired(suspect: str, ba: float = 0.8, asr: float = 0.1, **other: Any) -> dict[str, Any]:
+    """A row of a model that repaired another one, given by its id."""
+    return row("ft", ba=ba, asr=asr, suspect_id=suspect, **{"model_id": "ft", **other})
+
+
+def test_a_repair_is_compared_with_the_model_that_it_repaired() -> None:
+    plain, victim = row(model_id="plain", ba=0.9, asr=0.6), row("victim", model_id="victim", ba=0.85, asr=1.0)
+    for suspect, ba, asr in (("plain", -0.1, -0.5), ("victim", -0.05, -0.9)):
+        marked = results.mark_rows([plain, victim, repaired(suspect)])
+        assert (marked[2]["ba_change"], marked[2]["asr_change"]) == pytest.approx((ba, asr))
+        assert marked[2]["der"] == pytest.approx((1 - asr + ba) / 2)
+        assert [item["ba_change"] for item in marked[:2]] == [None, None]
+
+
+def test_a_model_that_was_repaired_twice_is_compared_with_the_first_one() -> None:
+    twice = repaired("ft", 0.7, 0.0, model_id="twice")
+    for rows in ([row(model_id="plain"), repaired("plain"), twice], [row(), repaired("plain"), twice]):
+        assert results.mark_rows(rows)[2]["ba_change"] == pytest.approx(-0.2)
+
+
+def test_a_repair_whose_suspect_is_not_there_is_compared_with_the_undefended_row() -> None:
+    marked = results.mark_rows([row(model_id="plain"), repaired("elsewhere")])
+    assert marked[1]["asr_change"] == pytest.approx(-0.9)
+    assert "?" in results.mark_rows([repaired("elsewhere")])[0]["marks"]
+
+
+def test_an_attackers_own_model_tells_itself_whether_the_attack_failed() -> None:
+    marked = results.mark_rows([row("victim", asr=0.3, model_id="victim"), repaired("victim")])
+    assert ["w" in item["marks"] for item in marked] == [True, True]
+    assert marked[0]["der"] is None
+
+
+@pytest.mark.parametrize(("ba", "is_marked"), [(0.8099, True), (0.8101, False)])
+def test_what_keeps_less_than_nine_tenths_of_the_accuracy_is_marked(ba: float, is_marked: bool) -> None:
+    marked = results.mark_rows([row(), row("cbd", ba=ba)])
+    assert ["l" in item["marks"] for item in marked] == [False, is_marked]
+
+
+def test_changes_are_shown_with_their_sign_beside_repairs_only() -> None:
+    lines = printed([row(model_id="plain"), repaired("plain", 0.9004, 0.25)], 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    (line,) = (line for line in lines if line.startswith("│ ft"))
+    assert [part.strip() for part in line.split("│")[2:6]] == ["0.900", "0.250", "+0.000", "-0.750"]
+    assert any(line.startswith("change: against the undefended model") for line in lines)
+    assert "change" not in printed([row(), row("abl")], 200)
+
+
+def test_repairs_of_an_attackers_own_model_are_another_setting() -> None:
+    rows = [row(model_id="plain"), row("victim", model_id="victim"), row("abl"), repaired("plain") | {"suspect": {}}]
+    own = repaired("victim") | {"suspect": {"method": "victim"}}
+
+    def named(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        return [(item["attack"], item["defense"]) for item in results.merge(results.mark_rows(rows))]
+
+    assert named([*rows, own]) == [
+        ("badnets", "none"), ("badnets suspect=victim", "victim"), ("badnets", "abl"), ("badnets", "ft"),
+        ("badnets suspect=victim", "ft"),
+    ]  # fmt: skip
+    assert {attack for attack, _ in named([*rows[:3], own])} == {"badnets"}
+
+
+def test_the_bound_of_ranks_is_said_with_who_misses_it() -> None:
+    rows = [row(), row("abl", ba=0.3, asr=0.0), row("cbd", asr=0.4)]
+    text = str(tables.render_ranking(results.mark_rows(rows), "der", "markdown"))
+    assert "| defense | preset | average rank | mean | BA lost |" in text
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:4]] == ["| cbd", "| abl"]
+    assert "keep 0.9 of the undefended model's BA" in text
+    assert text.splitlines()[6].strip().endswith("(--min-ba); below it: abl everywhere")
+    assert "BA lost" not in str(tables.render_ranking(results.mark_rows(rows), "der", "markdown", 0.3))

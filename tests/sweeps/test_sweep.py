@@ -195,6 +195,8 @@ def test_what_is_done_is_not_made_again_and_what_changed_is(tmp_path: Path) -> N
         (GRID, {"defense abl": "another"}, ["abl"]),
         (GRID, {"defense none": "another"}, ["none", "mcldef"]),
         (GRID, {"attack badnets": "another"}, ["none", "abl", "mcldef"]),
+        (GRID + "[dataset.digits]\nimages = 100\n", {}, ["none", "abl", "mcldef"]),
+        (GRID + '[dataset.digits]\ndata_root = "elsewhere"\n', {}, []),
     ],
 )
 def test_a_cell_is_changed_where_what_it_depends_on_is(

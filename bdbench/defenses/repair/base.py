@@ -51,10 +51,10 @@ class Repair(Defense):
         counts = torch.bincount(trusted.labels, minlength=trusted.num_classes)
         missing = torch.nonzero(counts == 0).flatten().tolist()
         if missing:
-            names = listed([trusted.class_names[label] for label in missing[:5]])
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            names = [trusted.class_names[label] for label in missing[:5]]
+            names += [f"{len(missing) - 5} more"] if len(missing) > 5 else []
             task.engine.progress.note(
-                f"no trusted image of {len(missing)} of {trusted.num_classes} classes ({names}{more}): a repair may "
+                f"no trusted image of {len(missing)} of {trusted.num_classes} classes ({listed(names)}): a repair may "
                 "forget them; --trusted-per-class of `bdbench poison` reserves some of each"
             )
         return missing

@@ -14,6 +14,7 @@
   };
   const say = (text) => { document.getElementById("said").textContent = text; };
   const number = (value, digits = 3) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+  const signed = (value) => (value > 0 ? "+" : "") + number(value);
   const grouped = (value) => Math.round(value).toLocaleString("en");
 
   // Charts
@@ -144,14 +145,18 @@
 
   // A cell
 
+  const rate = ([heading, name]) => [
+    heading,
+    (row) => row[name] === null ? "–" : `${number(row[name])} [${number(row[`${name}_low`])}, ${number(row[`${name}_high`])}]`,
+    (row) => row[name],
+    (row) => row[`${name}_n`] === null ? "" : `n = ${grouped(row[`${name}_n`])}`,
+  ];
   const RUN_COLUMNS = [
     ["seed", (row) => String(row.seed), (row) => row.seed],
-    ...[["BA", "ba"], ["ASR", "asr"], ["floor", "floor"], ["RA", "ra"], ["target recall", "target_recall"]].map(([heading, name]) => [
-      heading,
-      (row) => row[name] === null ? "–" : `${number(row[name])} [${number(row[`${name}_low`])}, ${number(row[`${name}_high`])}]`,
-      (row) => row[name],
-      (row) => row[`${name}_n`] === null ? "" : `n = ${grouped(row[`${name}_n`])}`,
-    ]),
+    ...[["BA", "ba"], ["ASR", "asr"]].map(rate),
+    ["BA change", (row) => signed(row.ba_change), (row) => row.ba_change],
+    ["ASR change", (row) => signed(row.asr_change), (row) => row.asr_change],
+    ...[["floor", "floor"], ["RA", "ra"], ["target recall", "target_recall"]].map(rate),
     ["DER", (row) => number(row.der), (row) => row.der],
     ["AUROC", (row) => number(row.auroc), (row) => row.auroc],
     ["set aside: precision", (row) => number(row.detection_precision), (row) => row.detection_precision],
@@ -173,6 +178,30 @@
       make("thead", {}, head), make("tbody", {}, ...body));
     sortable(table);
     return make("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Runs of this cell" }, table);
+  };
+
+  /** What each run found, and the settings that its method chose from, a column a run. */
+  const findings = (places) => {
+    const told = places.map((place) => [`seed ${data.rows[place].seed}`, data.runs[place]]);
+    const words = told.filter(([, run]) => Object.keys(run.findings).length).map(([seed, run]) => {
+      const list = make("dl", { class: "words" });
+      for (const [name, text] of Object.entries(run.findings)) list.append(make("dt", {}, name), make("dd", {}, text));
+      return make("article", {}, make("h4", {}, seed), list);
+    });
+    const chose = told.filter(([, run]) => run.sweep);
+    if (!chose.length) return words;
+    const settings = [...new Set(chose.flatMap(([, run]) => run.sweep[0].map(([setting]) => setting)))];
+    const cellOf = (run, wanted) => {
+      const [, accuracy, remark] = run.sweep[0].find(([setting]) => setting === wanted) || [wanted, "–", ""];
+      return make("td", remark === "chosen" ? { class: "chosen" } : {}, accuracy, make("small", {}, make("br"), remark || "\u00a0"));
+    };
+    const table = make("table", { class: "plain" },
+      make("caption", {}, "Settings that were tried, from the weakest repair to the strongest",
+        ...chose.flatMap(([seed, run]) => [make("br"), `${seed} ${run.sweep[1]}`])),
+      make("thead", {}, make("tr", {}, ...["setting", ...chose.map(([seed]) => seed)].map((heading) => make("th", { scope: "col" }, heading)))),
+      make("tbody", {}, ...settings.map((setting) => make("tr", {},
+        make("th", { scope: "row" }, setting), ...chose.map(([, run]) => cellOf(run, setting))))));
+    return [make("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Settings that were tried" }, table), ...words];
   };
 
   const copy = (text, button) => {
@@ -228,6 +257,7 @@
       const chart = make("div", { class: "chart", role: "img", "aria-label": `What would be set aside after each epoch of phase ${phase}: precision, recall and false alarms` });
       return [make("figure", {}, make("figcaption", {}, make("b", {}, phase), ": would be set aside"), chart), chart, values];
     });
+    const found = findings(cell.runs);
     const curves = detection([place]);
     const roc = make("div", { class: "chart", role: "img", "aria-label": "ROC curve of every seed" });
     dialog.replaceChildren(
@@ -238,6 +268,7 @@
         close),
       ...marks,
       make("h3", {}, "Runs"), runTable(rows),
+      ...(found.length ? [make("h3", {}, "Findings"), ...found] : []),
       ...(charts.length || judged.length ? [make("h3", {}, judged.length ? "Loss, and what would be set aside" : "Loss"),
         make("div", { class: "losses" }, ...[...charts, ...judged].map(([figure]) => figure))] : []),
       ...(curves.length ? [make("h3", {}, "Detection"), roc] : []),
