@@ -19,6 +19,7 @@ BASES = {
     "attack": "bdbench.attacks.base:Attack",
     "defense": "bdbench.defenses.base:Defense",
     "dataset": "bdbench.datasets.base:Source",
+    "wrapper": "bdbench.models.wrappers:Wrapper",
 }
 """What a plugin of a kind has to subclass; imported when one is loaded."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -28,7 +29,7 @@ class Plugin(NamedTuple):
     """A name that an installed package adds.
 
     Attributes:
-        kind: attack, defense, dataset or model.
+        kind: attack, defense, dataset, model or wrapper.
         name: as users type it.
         target: ``module:object``.
         package, version: the distribution that declares it.

@@ -1,7 +1,7 @@
 """Names of attacks, defenses, datasets and models, and where each is defined. Imports nothing heavy.
 
 A row is `name: (module:object, one-line summary)`; attacks add their threat model. Plugins add rows through the
-entry-point groups `bdbench.attacks`, `bdbench.defenses`, `bdbench.datasets` and `bdbench.models`.
+entry-point groups `bdbench.attacks`, `bdbench.defenses`, `bdbench.datasets`, `bdbench.models` and `bdbench.wrappers`.
 """
 
 from __future__ import annotations
@@ -147,8 +147,7 @@ OTHER_NAMES = {
 }  # fmt: skip
 """What defenses are called elsewhere."""
 NOT_YET = {
-    "neural-cleanse": "Neural Cleanse", "strip": "STRIP", "ac": "Activation Clustering",
-    "activation-clustering": "Activation Clustering",
+    "strip": "STRIP", "ac": "Activation Clustering", "activation-clustering": "Activation Clustering",
     "spectral": "Spectral Signatures", "spectral-signatures": "Spectral Signatures",
 }  # fmt: skip
 """Well-known methods against backdoors that users ask for and that are not registered."""
@@ -341,6 +340,20 @@ DEFENSES = Registry(
             "bdbench.defenses.repair.npd:NPD",
             "a linear map inside the network turns perturbed features back (NeurIPS 2023)",
         ),
+        "neural-cleanse": (
+            "bdbench.defenses.repair.neural_cleanse:NeuralCleanse",
+            "inverts triggers and unlearns those that are too small (S&P 2019)",
+        ),
+        "mcr": (
+            "bdbench.defenses.repair.mcr:ModeConnectivity",
+            "a point on a curve from the model to its fine-tuned copy (ICLR 2020)",
+        ),
+        "tsbd": (
+            "bdbench.defenses.repair.tsbd:TSBD",
+            "zeroes weights that unlearning changes most, then fine-tunes (NeurIPS 2024)",
+        ),
+        "mm-bm": ("bdbench.defenses.repair.mm_bm:MMBM", "bounds the activations of early layers (S&P 2024)"),
+        "unit": ("bdbench.defenses.repair.unit:UNIT", "bounds every neuron as tightly as it can (ECCV 2024)"),
     },
 )
 
@@ -382,12 +395,19 @@ MODELS = Registry(
 )
 
 
+WRAPPERS = Registry(
+    "wrapper",
+    "wrappers",
+    {"upper-bounds": ("bdbench.models.bounds:UpperBounds", "outputs of modules are cut at upper bounds")},
+)
+"""What a defense may change in the structure of a network. Nobody types these names: artifacts hold them."""
+
 REGISTRIES = {registry.plural: registry for registry in (ATTACKS, DEFENSES, DATASETS, MODELS)}
 
 
 def all_plugins() -> list[Plugin]:
     """Return every plugin, of all kinds."""
-    return [plugin for registry in REGISTRIES.values() for plugin in registry.plugins.values()]
+    return [plugin for registry in (*REGISTRIES.values(), WRAPPERS) for plugin in registry.plugins.values()]
 
 
 def plugin_sources(*used: tuple[Registry, str]) -> dict[str, dict[str, str]]:

@@ -52,6 +52,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "nft": {"steps_per_epoch": 2},
     "anp": {"steps_per_epoch": 4, "lr": 1.0, "holdout": 0.7},
     "rnp": {"unlearn_steps": 40, "unlearn_lr": 0.1, "lr": 1.0, "holdout": 0.7},
+    "mcr": {"curve_epochs": 2, "holdout": 0.7, "tolerance": 1.0},
+    "tsbd": {"unlearn_epochs": 2},
+    "mm-bm": {"batch_size": 2, "first_bound": 0.2, "epochs": 2},
+    "unit": {"holdout": 0.7, "tolerance": 1.0},
+    "neural-cleanse": {"anomaly_threshold": 0.0, "inversion_epochs": 40, "inversion_cost": 0.0},
 }
 """Budgets for 120 images; a method that is not named here runs its tiny preset with one epoch."""
 

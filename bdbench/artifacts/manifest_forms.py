@@ -118,6 +118,16 @@ class TrainedForm(MadeForm):
     training_seconds: Number
 
 
+class WrapperForm(_Form):
+    """What changed the structure of a network, and with which options; a wrapper checks its own."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
+    options: Annotated[Table, Field(max_length=100)]
+    plugin: PluginForm | None = None
+
+
 class ModelFacts(_Form):
     """Facts of a model."""
 
@@ -131,6 +141,7 @@ class ModelFacts(_Form):
     changed: list[StrictStr] = []
     suspect: Table = {}
     plugins: Plugins = {}
+    wrapper: WrapperForm | None = None
 
 
 class EvaluationFacts(_Form):

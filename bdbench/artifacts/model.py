@@ -19,9 +19,11 @@ from bdbench.artifacts.manifests import AGAIN
 from bdbench.artifacts.store import Draft
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Round, are_samples
-from bdbench.errors import ArtifactError, DamagedError
+from bdbench.errors import ArtifactError, DamagedError, MethodError, OptionError
 from bdbench.models.classifier import Classifier, build_classifier, check_range
-from bdbench.registry import MODELS
+from bdbench.models.wrappers import Wrapper, wrap
+from bdbench.plugins import blamed
+from bdbench.registry import MODELS, WRAPPERS, plugin_sources
 from bdbench.training.checkpoints import save_tensors
 from bdbench.training.loop import Unit
 
@@ -59,12 +61,33 @@ class ModelArtifact(Artifact):
         shape = tuple(facts["image_shape"])
         blank = torch.zeros(shape[0])
         model = build_classifier(MODELS.load(facts["model"]), shape, len(facts["class_names"]), blank, blank + 1)
+        if facts.get("wrapper") is not None:
+            self._wrap(model, shape, **facts["wrapper"])
         try:
             model.load_state_dict(self.tensors("model.safetensors"), strict=True)
         except RuntimeError as error:
             said = textwrap.shorten(str(error), 300, placeholder=" ...")
             raise ArtifactError(f"{self.path} does not hold weights of {facts['model']} ({said}); {AGAIN}") from error
         return model.eval()
+
+    def _wrap(
+        self,
+        model: Classifier,
+        shape: tuple[int, int, int],
+        name: str,
+        options: dict[str, Any],
+        plugin: dict[str, str] | None = None,
+    ) -> None:
+        """Change a fresh network as the one was that was stored."""
+        if WRAPPERS.find(name) is None:
+            way_out = f"install {plugin['package']} {plugin['version']}" if plugin else "upgrade bdbench"
+            raise ArtifactError(f"{self.path} needs the wrapper '{name}', which is not there; {way_out}")
+        try:
+            with blamed(WRAPPERS.plugin(name)):
+                wrap(model, WRAPPERS.load(name).parse(options), shape)
+        except OptionError as error:
+            said = textwrap.shorten(str(error), 300, placeholder=" ...")
+            raise ArtifactError(f"{self.path}: options of the wrapper '{name}' cannot be ({said}); {AGAIN}") from error
 
     @property
     def history(self) -> pd.DataFrame:
@@ -154,9 +177,28 @@ def write_model(
         counts = [len(chosen) for chosen in rows]
         columns = [np.repeat(phases, counts), np.repeat(epochs, counts), torch.cat(rows).cpu().numpy()]
         pq.write_table(pa.table(columns, schema=ROUNDS), draft.folder / "rounds.parquet")
+    if model.wrapper is not None:
+        draft.facts["wrapper"] = _told(model.wrapper)
     draft.facts |= {
         "model": name,
         "class_names": list(data.class_names),
         "image_shape": list(data.image_shape),
         "sets_aside": set_aside is not None,
     }
+
+
+def _told(wrapper: Wrapper) -> dict[str, Any]:
+    """Return what a manifest says of a wrapper.
+
+    Raises:
+        MethodError: it is not registered, so that nothing could load what it is stored with.
+    """
+    if WRAPPERS.find(wrapper.name) is None or WRAPPERS.load(wrapper.name) is not type(wrapper):
+        raise MethodError(
+            f"the wrapper '{wrapper.name}' ({type(wrapper).__qualname__}) is not registered; name it in the "
+            "entry-point group bdbench.wrappers"
+        )
+    sources = plugin_sources((WRAPPERS, wrapper.name))
+    return {
+        "name": wrapper.name, "options": wrapper.model_dump(mode="json"), "plugin": next(iter(sources.values()), None)
+    }  # fmt: skip

@@ -103,6 +103,7 @@ def _say_manifest(found: Artifact) -> None:
         "asked": f"{asked.method} (version {asked.version}), seed {asked.seed}",
         "options": config,
         "from": ", ".join(f"{name} {value}" for name, value in asked.inputs.items()),
+        "wrapper": (found.manifest.facts.get("wrapper") or {}).get("name", ""),
         "made": f"{made['at']} in {made['seconds']:.1f} s on {made['device']}, {arithmetic(made)}, "
         f"{counted(made['threads'], 'thread')}, peak {made['peak_memory_bytes'] / 2**20:,.0f} MiB, "
         f"bdbench {made['bdbench']}, torch {made['torch']}",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from bdbench.errors import OptionError
+
+if TYPE_CHECKING:
+    from bdbench.models.wrappers import Wrapper
 
 FeatureFactory = Callable[[tuple[int, int, int]], nn.Module]
 """From an image shape (C, H, W) to a module (B, C, H, W) -> (B, D) with an attribute `size`, D."""
@@ -21,10 +24,14 @@ class Classifier(nn.Module):
         features: maps normalised images (B, C, H, W) to embeddings (B, D); its attribute `size` is D.
         num_classes: K.
         mean, std: (C,) of the training images, in [0, 1].
+
+    Attributes:
+        wrapper: what changed its structure after it was made; see `wrappers.wrap`.
     """
 
     mean: Tensor
     std: Tensor
+    wrapper: Wrapper | None = None
 
     def __init__(self, features: nn.Module, num_classes: int, mean: Tensor, std: Tensor) -> None:
         super().__init__()

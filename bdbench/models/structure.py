@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bdbench.errors import OptionError
 
@@ -149,6 +152,78 @@ def embed_with_stages(model: Classifier, stages: Sequence[str], images: Tensor) 
             )
         embedding = model.embed(images)
     return embedding, [maps[stage] for stage in stages]
+
+
+def rectified(model: Classifier, image_shape: tuple[int, int, int]) -> list[str]:
+    """Return the names of modules of the features that give what a ReLU gives or what it takes, in the order of data.
+
+    Of each ReLU it is the innermost module whose output is that of the ReLU itself, else the one whose output goes into
+    it: an upper bound that is not negative does the same before a ReLU as after it. A module that is passed twice, such
+    as one ReLU for all of a block, has no output of its own; a ReLU that no module's output goes into, or comes from,
+    has no name, and is left out.
+    """
+    outputs: list[tuple[str, Tensor, int]] = []
+
+    def leaves(name: str, output: object) -> None:
+        if isinstance(output, Tensor):
+            outputs.append((name, output, output._version))  # noqa: SLF001 - see `pairs`
+
+    with ExitStack() as hooks, _Rectifying() as rectifying:
+        for name, part in model.named_modules():
+            if name.startswith("features."):
+                handle = part.register_forward_hook(lambda _, __, output, name=name: leaves(name, output))
+                hooks.callback(handle.remove)
+        _try(model, image_shape)
+    passes = Counter(name for name, _, _ in outputs)
+    found = []
+    for taken, given in rectifying.calls:
+        own = (
+            name
+            for wanted, version in (given, taken)
+            for name, output, at in outputs
+            if output is wanted and at == version and passes[name] == 1
+        )
+        found.append(next(own, ""))
+    return list(dict.fromkeys(filter(None, found)))
+
+
+class _Rectifying(TorchFunctionMode):
+    """Notes what ReLUs take and give while it is entered: tensors, with their versions at that time."""
+
+    FUNCTIONS = (F.relu, F.relu6, F.hardtanh, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[tuple[Tensor, int], tuple[Tensor, int]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if func not in self.FUNCTIONS:
+            return func(*args, **(kwargs or {}))
+        taken = args[0] if args else kwargs["input"]
+        before = (taken, taken._version)  # noqa: SLF001 - see `pairs`
+        given = func(*args, **(kwargs or {}))
+        self.calls.append((before, (given, given._version)))  # noqa: SLF001
+        return given
+
+
+def outputs_of(
+    model: Classifier, names: Sequence[str], image_shape: tuple[int, int, int]
+) -> dict[str, list[tuple[int, ...]]]:
+    """Return the shapes (B, ...) of what modules give, by name, one for each time that a blank image passes them."""
+    found: dict[str, list[tuple[int, ...]]] = {}
+
+    def leaves(name: str, output: object) -> None:
+        shape = tuple(output.shape) if isinstance(output, Tensor) and output.is_floating_point() else ()
+        found.setdefault(name, []).append(shape)
+
+    with ExitStack() as hooks:
+        for name in names:
+            handle = model.get_submodule(name).register_forward_hook(
+                lambda _, __, output, name=name: leaves(name, output)
+            )
+            hooks.callback(handle.remove)
+        _try(model, image_shape)
+    return found
 
 
 def _outermost(features: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -23,6 +23,7 @@ COST |= {"fst": 0.02, "seam": 0.02, "sft": 0.02, "nft": 0.02}
 COST |= {"anp": 0.0, "rnp": 0.03, "ban": 0.01, "awm": 0.02}
 COST |= {"i-bau": 0.02, "sau": 0.02, "npd": 0.15}  # the map of npd is one number in this network
 COST |= {"clp": 0.0, "ep": 0.0, "bnp": 0.0, "nad": 0.02, "fine-pruning": 0.05}
+COST |= {"neural-cleanse": 0.02, "mcr": 0.05, "tsbd": 0.02, "mm-bm": 0.05, "unit": 0.05}
 """The most BA that each may cost on these images."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -35,8 +36,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nft": {"steps_per_epoch": 40},
     "awm": {"radius": 10.0},
     "nad": {"teacher_epochs": 3},
+    "neural-cleanse": {"inversion_epochs": 30},
+    "mcr": {"curve_epochs": 5},
+    "tsbd": {"unlearn_lr": 0.01, "unlearn_epochs": 10},
 }
-FINDS_NOTHING = {"mcldef", "anp"} | TRAINS_NOTHING
+FINDS_NOTHING = {"mcldef", "anp", "neural-cleanse"} | TRAINS_NOTHING
 """Methods that cost nothing here because they find nothing."""
 
 RECIPE: dict[str, dict[str, Any]] = {
@@ -57,6 +61,11 @@ RECIPE: dict[str, dict[str, Any]] = {
     "npd": {"epochs": 5, "lr": 0.01},
     "nad": {"epochs": 5, "lr": 0.01},
     "fine-pruning": {"epochs": 5, "lr": 0.01},
+    "neural-cleanse": {"epochs": 5, "lr": 0.01},
+    "mcr": {"epochs": 5, "lr": 0.01},
+    "tsbd": {"epochs": 5, "lr": 0.05},
+    "mm-bm": {"epochs": 20, "lr": 0.1},
+    "unit": {"epochs": 10, "lr": 0.01},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from rich.markdown import Markdown
+from toys import toy_data, toy_model
 
 from bdbench import __version__, stages
 from bdbench.cli import docs
+from bdbench.models.wrappers import wrap
 from bdbench.protocol.metric_list import METRICS
 from bdbench.registry import REGISTRIES
 from bdbench.reports import catalogue, tables
@@ -140,6 +144,19 @@ def test_the_plugins_of_the_documents_are_in_every_command(package: Path) -> Non
     assert done.returncode == 0, done.stderr
     (model,) = package.glob("runs/*-drop-easy*")
     assert json.loads((model / "manifest.json").read_text())["facts"]["findings"] == {"dropped": 273}
+
+
+def test_the_wrapper_of_the_documents_goes_with_copies_of_a_network() -> None:
+    (code,) = (text for text in blocks(docs.FOLDER / "plugins.md", "python") if "class Temperature" in text)
+    names: dict[str, Any] = {"__name__": "mypackage"}
+    exec(compile(code, "plugins.md", "exec", dont_inherit=True), names)
+    data = toy_data(4)
+    plain, model = toy_model(data).eval(), wrap(toy_model(data), names["Temperature"](first=2.0), data.image_shape)
+    other = copy.deepcopy(model.eval())
+    other.get_buffer("head.temperature").fill_(4.0)
+    images = data.images.float() / 255
+    assert torch.equal(model(images), plain(images) / 2)
+    assert torch.equal(other(images), plain(images) / 4)
 
 
 # what they say

@@ -18,9 +18,10 @@ from toys import Fuse, are_equal, toy_batch, toy_data, toy_engine, toy_model, we
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Task
 from bdbench.defenses.parts import inversion
+from bdbench.defenses.parts import triggers as parts
 from bdbench.defenses.parts.inversion import Stamp, Triggers, smallest_p
-from bdbench.defenses.repair import mcldef
-from bdbench.defenses.repair.mcldef import Found, MCLDef, contrast
+from bdbench.defenses.parts.triggers import Found, invert_together, pulled
+from bdbench.defenses.repair.mcldef import MCLDef, contrast
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.models.structure import frozen
@@ -253,7 +254,7 @@ def test_the_trigger_that_is_found_works_as_often_as_it_says(form: str) -> None:
     """Its success was counted while it was trained; here it is judged as it is kept, on other images."""
     model, task = suspect_model(), task_of()
     options = {"inversion_batch_size": 32, "oracle_target": TARGET} | FORMS[form]
-    found = MCLDef.parse(options)._invert(task, model, trusted_data(), torch.tensor([TARGET]))
+    found = invert_together(task, model, trusted_data(), torch.tensor([TARGET]), MCLDef.parse(options).search)
     test = toy_batch(toy_data(80, seed=1))
     with torch.no_grad():
         taken = model(found.stamps[0](test.images)).argmax(1) == TARGET
@@ -464,7 +465,7 @@ def sizes_of(**options: Any) -> tuple[list[float], list[float], Watched]:
     """Sizes and success after three epochs, and the engine that saw them."""
     engine = Watched()
     chosen = MCLDef.parse({"form": "mask", "inversion_epochs": 3, "inversion_batch_size": 32} | options)
-    found = chosen._invert(task_of(engine), suspect_model(), trusted_data(), torch.arange(4))
+    found = invert_together(task_of(engine), suspect_model(), trusted_data(), torch.arange(4), chosen.search)
     return found.sizes.tolist(), found.success.tolist(), engine
 
 
@@ -602,10 +603,10 @@ def test_all_classes_together_are_inverted_as_each_alone_would_be(form: str, mon
         return part
 
     monkeypatch.setitem(inversion.FORMS, form, alike)
-    options = MCLDef.parse(FORMS[form] | {"inversion_batch_size": 32, "inversion_epochs": 5})
+    search = MCLDef.parse(FORMS[form] | {"inversion_batch_size": 32, "inversion_epochs": 5}).search
 
     def invert(*classes: int) -> Found:
-        return options._invert(task_of(), suspect_model(), trusted_data(), torch.tensor(classes))
+        return invert_together(task_of(), suspect_model(), trusted_data(), torch.tensor(classes), search)
 
     together, alone = invert(0, 1, 2, 3), Found.join([invert(target) for target in range(4)])
     # one batch holds all images, in another order; Adam carries the last bits of the sums on
@@ -617,7 +618,7 @@ def test_all_classes_together_are_inverted_as_each_alone_would_be(form: str, mon
 
 
 def test_classes_beyond_what_fits_wait_for_the_next_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcldef, "IMAGES_AT_ONCE", 3 * 32 + 1)
+    monkeypatch.setattr(parts, "IMAGES_AT_ONCE", 3 * 32 + 1)
     engine = Watched()
     defended = defend(task_of(engine), **FORMS["mask"])
     assert list(engine.data) == ["invert-0", "invert-3", "purify"]
@@ -626,7 +627,7 @@ def test_classes_beyond_what_fits_wait_for_the_next_group(monkeypatch: pytest.Mo
 
 
 def test_a_class_that_does_not_fit_is_inverted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcldef, "IMAGES_AT_ONCE", 1)
+    monkeypatch.setattr(parts, "IMAGES_AT_ONCE", 1)
     engine = Watched()
     assert defend(task_of(engine), form="mask", inversion_epochs=1).findings["classes"] == [0, 1, 2, 3]
     assert list(engine.data)[:4] == ["invert-0", "invert-1", "invert-2", "invert-3"]
@@ -714,7 +715,7 @@ def test_classes_that_go_through_the_network_apart_pull_as_all_together(at_once:
     suspect = frozen(toy_model(data))
     stamped = torch.rand(3, 6, *data.image_shape, generator=generator(0, "stamped")).requires_grad_()
     wanted, weights = torch.arange(3), torch.tensor([1.0, 2.0, 3.0])
-    losses, answers = mcldef.pulled(suspect, stamped, wanted, at_once)
+    losses, answers = pulled(suspect, stamped, wanted, at_once)
     (found,) = torch.autograd.grad((losses * weights).sum(), stamped)
     logits = suspect(stamped.flatten(0, 1))
     each = F.cross_entropy(logits, wanted.repeat_interleave(6), reduction="none").view(3, 6).mean(1)

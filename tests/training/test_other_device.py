@@ -33,6 +33,8 @@ from bdbench.training.views import contrastive_view
 
 WHOLE: dict[str, dict[str, Any]] = {"mcldef": {"oracle_target": 0}, "anp": {"holdout": 0.7}, "rnp": {"holdout": 0.7}}
 WHOLE |= {"fine-pruning": {"holdout": 0.7, "tolerance": 1.0}}
+WHOLE |= {"neural-cleanse": {"oracle_target": 0}, "mcr": {"holdout": 0.7, "tolerance": 1.0}}
+WHOLE |= {"unit": {"holdout": 0.7, "tolerance": 1.0, "epochs": 2}}
 """Options with which a method does not end early, having found nothing."""
 
 
@@ -47,6 +49,7 @@ def test_every_defense_trains_and_is_judged_there_without_waiting_in_its_steps(
 ) -> None:
     monkeypatch.setenv("BDBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("bdbench.defenses.repair.mcldef.SUCCESS", 0.0)
+    monkeypatch.setattr("bdbench.defenses.repair.neural_cleanse.SUCCESS", 0.0)
     method = DEFENSES.load(name)
     few = {"batch_size": 3} if method.needs_trusted else {}  # of 12 images, or of the half of them
     with pretended(monkeypatch) as device:

@@ -92,16 +92,21 @@ def strongest(
     Returns:
         The choice; its findings have every candidate with its accuracy.
     """
-    allowed = tolerance if tolerance is not None else TOLERANCE if held >= FEW_HELD else TOLERANCE_OF_FEW
-    floor = before - allowed
+    floor = floor_of(before, held, tolerance)
     sweep = [{"setting": setting, "accuracy": round(measure(setting), 4)} for setting in settings]
-    kept = [tried["setting"] for tried in sweep if tried["accuracy"] >= round(floor, 4)]
+    kept = [tried["setting"] for tried in sweep if tried["accuracy"] >= floor]
     chosen = kept[-1] if kept else None
     findings = {
-        "chosen": chosen, "held_out": held, "accuracy_before": round(before, 4), "accuracy_floor": round(floor, 4),
+        "chosen": chosen, "held_out": held, "accuracy_before": round(before, 4), "accuracy_floor": floor,
         "sweep": sweep,
     }  # fmt: skip
     return Choice(chosen, findings)
+
+
+def floor_of(before: float, held: int, tolerance: float | None) -> float:
+    """Return the least accuracy on the held-out images that a repair must keep, to four places; see `strongest`."""
+    allowed = tolerance if tolerance is not None else TOLERANCE if held >= FEW_HELD else TOLERANCE_OF_FEW
+    return round(before - allowed, 4)
 
 
 def unmet(findings: Mapping[str, Any]) -> str:

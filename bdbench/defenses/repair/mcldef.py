@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +15,14 @@ from torch import Tensor
 
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Defense, Task
-from bdbench.defenses.parts.inversion import FORMS, SUCCESS, Stamp, Triggers, anomaly, smallest_p
+from bdbench.defenses.parts.inversion import SUCCESS, Stamp, anomaly, smallest_p
+from bdbench.defenses.parts.triggers import Found, Search, classes_to_invert, invert, rounded, with_failures
 from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.models.structure import frozen
-from bdbench.seeds import scoped
 from bdbench.training.augment import parse_augment
 from bdbench.training.loop import Batch
 from bdbench.training.recipe import Recipe
-
-MIN_CLASSES = 3
-"""Of two sizes none lies more than 0.7 deviations from their median."""
-
-IMAGES_AT_ONCE = 1024
-"""Stamped images in a step of the inversion: classes beyond it wait for the next group."""
-
-PASS = {"cpu": 128}
-"""Stamped images in a pass through the network, where all of a step are too many for the caches of a device."""
 
 
 class MCLDef(Defense):
@@ -125,22 +116,10 @@ class MCLDef(Defense):
         """Invert, decide, purify."""
         if task.suspect is None or task.trusted is None:
             raise OptionError("MCLDef needs the undefended model and trusted images; see `bdbench show mcldef`")
-        classes = torch.arange(task.trusted.num_classes)
-        if self.oracle_target is not None:
-            if self.oracle_target >= len(classes):
-                raise OptionError(
-                    f"oracle_target {self.oracle_target} does not exist: classes are 0..{len(classes) - 1}"
-                )
-            classes = classes[self.oracle_target :][:1]
-        elif len(classes) < MIN_CLASSES:
-            raise OptionError(
-                f"among {len(classes)} classes none can stand out: MCLDef infers the target of at least {MIN_CLASSES}; "
-                "tell it with --oracle-target"
-            )
+        classes = classes_to_invert(task.trusted.num_classes, self.oracle_target, "MCLDef")
         purification = replace(task, recipe=self._purification(task))
         suspect = frozen(task.suspect.to(task.engine.device))
-        step = max(1, IMAGES_AT_ONCE // self.inversion_batch_size)
-        found = Found.join([self._invert(task, suspect, task.trusted, group) for group in classes.split(step)])
+        found = invert(task, suspect, task.trusted, classes, self.search)
         target, findings = self._decide(found)
         task.engine.progress.note(findings["said"])
         if target is None:
@@ -158,40 +137,13 @@ class MCLDef(Defense):
             )
         return task.recipe.model_copy(update={"augment": augment})
 
-    def _invert(self, task: Task, suspect: Classifier, trusted: ImageDataset, classes: Tensor) -> Found:
-        """Reconstruct the triggers of some classes together."""
-        engine = task.engine
-        with scoped(engine.seed, "triggers", int(classes[0])):
-            triggers = FORMS[self.form](classes, trusted.image_shape, self.inversion_cost, self.inversion_keep)
-        triggers.patience = max(1, round(triggers.patience_share * self.inversion_epochs))
-        lr = self.inversion_lr or triggers.lr
-        recipe = task.recipe.model_copy(
-            update={
-                "epochs": self.inversion_epochs, "batch_size": self.inversion_batch_size, "lr": lr,
-                "schedule": "constant", "warmup": 0.0,
-                "augment": task.recipe.augment if self.inversion_augment == "auto" else self.inversion_augment,
-            }
+    @property
+    def search(self) -> Search:
+        """How triggers are inverted."""
+        return Search(
+            self.form, self.inversion_epochs, self.inversion_batch_size, self.inversion_lr, self.inversion_cost,
+            self.inversion_augment, self.inversion_keep,
         )  # fmt: skip
-
-        plain = recipe.augment == "none"
-        known = engine.logits(suspect, trusted.images).argmax(1).to(engine.device) if plain else None
-        at_once = max(1, PASS.get(engine.device.type, IMAGES_AT_ONCE) // self.inversion_batch_size)
-
-        def loss(triggers: Triggers, batch: Batch) -> Tensor:
-            triggers.clamp()
-            stamped = triggers.stamp(batch.images)
-            losses, answers = pulled(suspect, stamped, triggers.classes, at_once)
-            with torch.no_grad():
-                before = suspect(batch.images).argmax(1) if known is None else known[batch.rows]
-                triggers.count(before, answers)
-            return (losses + triggers.cost * triggers.penalty()).sum()
-
-        phase = "invert" if len(classes) == trusted.num_classes else f"invert-{int(classes[0])}"
-        engine.fit(
-            triggers, trusted, loss, recipe, phase=phase, stop=Triggers.finish_epoch,
-            optimizer=torch.optim.Adam(triggers.parameters(), lr, betas=triggers.betas), lr_flag="--inversion-lr",
-        )  # fmt: skip
-        return Found(classes, triggers.best_size.cpu(), triggers.best_success.cpu(), triggers.stamps())
 
     def _decide(self, found: Found) -> tuple[int | None, dict[str, Any]]:
         """Return the place of the target's trigger, or None, and what to tell of it."""
@@ -215,8 +167,8 @@ class MCLDef(Defense):
             said = f"target class {target} {'as told' if told else f'inferred, p-value {p:.2g}'}"
         findings = {
             "said": said, "unchanged": unchanged, "target": None if unchanged else target,
-            "classes": found.classes.tolist(), "sizes": _rounded(found.sizes), "success": _rounded(found.success),
-            "anomaly": _rounded(scores), "p": None if told else p,
+            "classes": found.classes.tolist(), "sizes": rounded(found.sizes), "success": rounded(found.success),
+            "anomaly": rounded(scores), "p": None if told else p,
         }  # fmt: skip
         return None if unchanged else place, findings
 
@@ -251,61 +203,7 @@ class MCLDef(Defense):
         return "none" if self.form == "pixel" else usual
 
 
-def with_failures(sizes: Tensor, works: Tensor, place: int, whole_image: float) -> Tensor:
-    """Return trigger sizes (K,) in which those that do not work are as large as the largest that does.
-
-    At least that large is what they are; the whole image would spread the sizes so far that none stands out.
-
-    Args:
-        sizes, works: (K,).
-        place: of the smallest that works, which has no part in it.
-        whole_image: pixels, for where no other one works.
-    """
-    others = sizes[works & (torch.arange(len(sizes)) != place)]
-    return torch.where(works, sizes, others.max() if len(others) else torch.tensor(whole_image))
-
-
-def pulled(suspect: Classifier, stamped: Tensor, classes: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
-    """Return each class's mean cross entropy (k,) of its stamped images (k, B, C, H, W), and the answers (k, B).
-
-    Classes have nothing to do with each other, so `at_once` of them go through the network and back at a time: the
-    gradient is that of all together, and the activations of few are held.
-    """
-    losses, answers = [], []
-    for part, wanted in zip(stamped.split(at_once), classes.split(at_once), strict=True):
-        seen = part.detach().requires_grad_()
-        logits = suspect(seen.flatten(0, 1))
-        each = F.cross_entropy(logits, wanted.repeat_interleave(part.shape[1]), reduction="none")
-        own = each.view(part.shape[:2]).mean(1)
-        (slope,) = torch.autograd.grad(own.sum(), seen)
-        losses.append(own.detach() + ((part - part.detach()) * slope).flatten(1).sum(1))
-        answers.append(logits.argmax(1).view(part.shape[:2]))
-    return torch.cat(losses), torch.cat(answers)
-
-
 def contrast(anchor: Tensor, positive: Tensor, negative: Tensor, tau: float) -> Tensor:
     """Return the model-contrastive loss of embeddings (B, D): ln 2 where positive and negative are equal."""
     difference = F.cosine_similarity(anchor, positive) - F.cosine_similarity(anchor, negative)
     return F.softplus(-difference / tau).mean()
-
-
-def _rounded(values: Tensor) -> list[float | None]:
-    """Return JSON numbers; infinity becomes None."""
-    return [round(value, 4) if math.isfinite(value) else None for value in values.tolist()]
-
-
-class Found(NamedTuple):
-    """What the inversion found: classes, trigger sizes and success rates (K,), and the triggers."""
-
-    classes: Tensor
-    sizes: Tensor
-    success: Tensor
-    stamps: list[Stamp]
-
-    @classmethod
-    def join(cls, groups: list[Found]) -> Found:
-        """Put groups of classes together."""
-        classes = torch.cat([group.classes for group in groups])
-        sizes = torch.cat([group.sizes for group in groups])
-        success = torch.cat([group.success for group in groups])
-        return cls(classes, sizes, success, [stamp for group in groups for stamp in group.stamps])
