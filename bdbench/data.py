@@ -122,6 +122,11 @@ class ImageDataset:
         return digest.hexdigest()
 
 
+def joined(one: ImageDataset, other: ImageDataset) -> ImageDataset:
+    """Return the samples of one dataset and, behind them, those of another one of the same classes and image shape."""
+    return ImageDataset(torch.cat([one.images, other.images]), torch.cat([one.labels, other.labels]), one.class_names)
+
+
 @dataclass(frozen=True)
 class SourceData:
     """A source as it comes, before any attack: both splits, and how its images may be augmented.

@@ -18,6 +18,7 @@ from bdbench.errors import BdbenchError, MethodError
 BASES = {
     "attack": "bdbench.attacks.base:Attack",
     "defense": "bdbench.defenses.base:Defense",
+    "detector": "bdbench.detectors.base:Detector",
     "dataset": "bdbench.datasets.base:Source",
     "wrapper": "bdbench.models.wrappers:Wrapper",
 }

@@ -1,7 +1,9 @@
-"""Names of attacks, defenses, datasets and models, and where each is defined. Imports nothing heavy.
+"""Names of attacks, defenses, detectors, datasets and models, and where each is defined. Imports nothing heavy.
 
 A row is `name: (module:object, one-line summary)`; attacks add their threat model. Plugins add rows through the
 entry-point groups `bdbench.attacks`, `bdbench.defenses`, `bdbench.datasets`, `bdbench.models` and `bdbench.wrappers`.
+entry-point groups `bdbench.attacks`, `bdbench.defenses`, `bdbench.detectors`, `bdbench.datasets` and
+`bdbench.models`.
 """
 
 from __future__ import annotations
@@ -279,6 +281,14 @@ DEFENSES = Registry(
             "reference: plain training without the poisoned samples",
         ),
         "clean": ("bdbench.defenses.training.plain:Clean", "reference: plain training on the images before the attack"),
+        "none-trusted": (
+            "bdbench.defenses.training.plain:WithTrusted",
+            "plain training on the training set and the trusted images: what `scan` looks at",
+        ),
+        "retrain": (
+            "bdbench.defenses.training.retrain:Retrain",
+            "plain training without the samples that a scan set aside",
+        ),
         "cbd": ("bdbench.defenses.training.cbd:CBD", "trains away from a backdoored twin (CVPR 2023)"),
         "abl": ("bdbench.defenses.training.abl:ABL", "isolates what is learned first, then unlearns it (NeurIPS 2021)"),
         "dbd": ("bdbench.defenses.training.dbd:DBD", "features without labels, then only credible labels (ICLR 2022)"),
@@ -363,6 +373,29 @@ def repairs() -> list[str]:
     return [name for name, row in DEFENSES.rows.items() if row.target.startswith("bdbench.defenses.repair.")]
 
 
+DETECTORS = Registry(
+    "detector",
+    "detectors",
+    {
+        "spectral": (
+            "bdbench.detectors.data.spectral:Spectral",
+            "samples far out along the main direction of their class (2018)",
+        ),
+        "ac": (
+            "bdbench.detectors.data.ac:ActivationClustering",
+            "classes whose features fall into a large and a small cluster (2018)",
+        ),
+        "scan-lda": (
+            "bdbench.detectors.data.scan_lda:ScanLda",
+            "classes that two means explain better than one: SCAn (2021)",
+        ),
+        "strip": (
+            "bdbench.detectors.data.strip:Strip",
+            "images whose answer stays when others are laid over them (2019)",
+        ),
+    },
+)
+
 DATASETS = Registry(
     "dataset",
     "datasets",
@@ -403,6 +436,7 @@ WRAPPERS = Registry(
 """What a defense may change in the structure of a network. Nobody types these names: artifacts hold them."""
 
 REGISTRIES = {registry.plural: registry for registry in (ATTACKS, DEFENSES, DATASETS, MODELS)}
+REGISTRIES = {registry.plural: registry for registry in (ATTACKS, DEFENSES, DETECTORS, DATASETS, MODELS)}
 
 
 def all_plugins() -> list[Plugin]:

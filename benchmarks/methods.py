@@ -60,7 +60,10 @@ def defense(name: str, runs: Path, device: str, *, rehearsal: bool) -> dict[str,
 def defended(data: Path, name: str, device: str, *, rehearsal: bool) -> dict[str, Any]:
     """Train with a defense and judge the model."""
     options = shortest(Recipe, DEFENSES.load(name)) if rehearsal else {}
-    model = stages.defend(data, name, preset="tiny", options=options, device=device)
+    without = None
+    if DEFENSES.load(name).needs_scan:
+        without = stages.scan(data, "spectral", decide="budget:0.1", preset="tiny", device=device).path
+    model = stages.defend(data, name, preset="tiny", options=options, without=without, device=device)
     rates = stages.evaluate(model.path, device=device).metrics
     values = dict(zip(rates["metric"], rates["value"], strict=True))
     made = model.manifest.made

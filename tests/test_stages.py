@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from needs import needs_of
 from safetensors.torch import load_file, save_file
 from toys import ATTACK_NAMES, TOY_ATTACKS, TRAINS_NOTHING, cannot_compile, sealed, toy_compiler, toy_file, toy_source
 
@@ -68,11 +69,8 @@ every_blind_defense = pytest.mark.parametrize("name", sorted(set(DEFENSES.names(
 def defend(data: DatasetArtifact, name: str, out: Path, **settings: Any) -> ModelArtifact:
     """Run a defense with a budget of a second; methods that mend a model get an undefended one."""
     options = {"epochs": 1, "batch_size": 32} | SMALL.get(name, {}) | settings.pop("options", {})
-    if DEFENSES.load(name).needs_suspect and "suspect" not in settings:
-        suspect = data.path.with_name(f"{data.path.name}-suspect")  # made once a dataset
-        stages.defend(data.path, "none", preset="tiny", options={"epochs": 1}, out=suspect, **CPU)
-        settings["suspect"] = suspect
-    return stages.defend(data.path, name, preset="tiny", options=options, out=out, **CPU, **settings)
+    needs = needs_of(name, data, data.path.parent, **CPU)
+    return stages.defend(data.path, name, preset="tiny", options=options, out=out, **{**CPU, **needs, **settings})
 
 
 def hashes(artifact: ModelArtifact | DatasetArtifact) -> dict[str, Any]:
@@ -366,6 +364,7 @@ def test_a_defense_opens_neither_truth_nor_test_images(
         opened.append(file)
         return checked_file(path, manifest, file)
 
+    needs_of(name, toys, toys.path.parent, **CPU)
     monkeypatch.setattr(manifests, "checked_file", watched)
     defend(toys, name, tmp_path / "model")
     assert {"train.safetensors", "train.parquet"} <= set(opened)
@@ -374,6 +373,8 @@ def test_a_defense_opens_neither_truth_nor_test_images(
         allowed |= {"trusted.safetensors", "trusted.parquet"}
     if DEFENSES.load(name).needs_suspect:
         allowed |= {"model.safetensors"}
+    if DEFENSES.load(name).needs_scan:
+        allowed |= {"samples.parquet"}
     assert set(opened) <= allowed
 
 
@@ -776,16 +777,11 @@ def test_every_option_of_a_defense_and_its_recipe_is_part_of_the_id(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cls, suspect = DEFENSES.load(defense), None
-    if cls.needs_suspect:
-        suspect = tmp_path / "suspect"
-        defend(toys, "none", suspect)
+    cls, needs = DEFENSES.load(defense), needs_of(defense, toys, toys.path.parent, **CPU)
 
     def ask(**options: Any) -> str:
         out = tmp_path / "m"
-        call = partial(
-            stages.defend, toys.path, defense, preset="tiny", suspect=suspect, options=options, out=out, **CPU
-        )
+        call = partial(stages.defend, toys.path, defense, preset="tiny", options=options, out=out, **needs, **CPU)
         return ask_of(monkeypatch, call)
 
     known = cls.presets["tiny"].get(option)
@@ -911,7 +907,9 @@ def test_every_defense_has_every_budget(name: str, preset: str, toys: DatasetArt
 def test_every_flag_that_the_help_of_a_defense_names_exists(name: str) -> None:
     cls = DEFENSES.load(name)
     flags = {info.flag for options in (cls, Recipe) for info in describe_options(options)}
-    known = flags | {flag.replace("--", "--no-", 1) for flag in flags} | {"--preset", "--augment"}
+    known = (
+        flags | {flag.replace("--", "--no-", 1) for flag in flags} | {"--preset", "--augment", "--without", "--method"}
+    )
     assert set(re.findall(r"--[a-z][a-z-]+", cls.__doc__ or "")) <= known
 
 

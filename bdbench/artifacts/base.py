@@ -31,6 +31,8 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
     "history.parquet": {"phase": "text", "epoch": "integer", "loss": "number", "lr": "number", "seconds": "number"},
     "samples.parquet": {"row": "integer", "score": "number", "set_aside": "truth"},
     "rounds.parquet": {"phase": "text", "epoch": "integer", "row": "integer"},
+    "null.parquet": {"row": "integer", "score": "number"},
+    "classes.parquet": {"label": "integer", "statistic": "number", "deviations": "number", "p": "number"},
     "predictions.parquet": {
         "split": "text", "row": "integer", "label": "integer", "clean_label": "integer", "prediction": "integer",
         "confidence": "number",

@@ -1,4 +1,4 @@
-"""Dataset, model and evaluation artifacts: tensors and tables on top of `store`."""
+"""Dataset, model, scan and evaluation artifacts: tensors and tables on top of `store`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from bdbench.artifacts import manifests
 from bdbench.artifacts.base import Artifact
 from bdbench.artifacts.dataset import DatasetArtifact, verify_dataset
 from bdbench.artifacts.model import ModelArtifact
+from bdbench.artifacts.scan import ScanArtifact
 
 
 class EvaluationArtifact(Artifact):
@@ -36,7 +37,9 @@ class EvaluationArtifact(Artifact):
         return self.frame("epochs.parquet") if "epochs.parquet" in self.manifest.files else None
 
 
-OPENERS: dict[str, type[Artifact]] = {cls.kind: cls for cls in (DatasetArtifact, ModelArtifact, EvaluationArtifact)}
+OPENERS: dict[str, type[Artifact]] = {
+    cls.kind: cls for cls in (DatasetArtifact, ModelArtifact, ScanArtifact, EvaluationArtifact)
+}
 
 
 def open_any(path: Path) -> Artifact:

@@ -47,7 +47,7 @@ class AskForm(_Form):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    kind: Literal["dataset", "model", "evaluation"]
+    kind: Literal["dataset", "model", "scan", "evaluation"]
     method: StrictStr
     version: StrictInt
     config: Table
@@ -144,9 +144,21 @@ class ModelFacts(_Form):
     wrapper: WrapperForm | None = None
 
 
+class ScanFacts(_Form):
+    """Facts of a scan."""
+
+    sets_aside: StrictBool
+    decide: StrictStr
+    class_names: ClassNames
+    scanned: StrictStr
+    findings: Table = {}
+    plugins: Plugins = {}
+
+
 class EvaluationFacts(_Form):
     """Facts of an evaluation: all that a table needs beside the metrics."""
 
+    judged: Literal["model", "scan"] = "model"
     dataset: StrictStr
     dataset_id: StrictStr
     source: StrictStr | None = None
@@ -190,6 +202,7 @@ class ManifestForm(_Form):
 PARTS: dict[str, tuple[type[_Form], type[_Form]]] = {
     "dataset": (DatasetFacts, MadeForm),
     "model": (ModelFacts, TrainedForm),
+    "scan": (ScanFacts, MadeForm),
     "evaluation": (EvaluationFacts, MadeForm),
 }
 """Forms of `facts` and `made` of each kind."""

@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 AGAIN = "make the artifact again with --force"
 """What mends a damaged artifact."""
 
-Kind = Literal["dataset", "model", "evaluation"]
+Kind = Literal["dataset", "model", "scan", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Ask:
 
     Attributes:
         kind: of artifact.
-        method: attack or defense, or "evaluate".
+        method: attack, defense or detector, or "evaluate".
         version: of the method; raised when what its defaults give changes.
         config: every setting with its value, defaults included, as JSON values.
         seed: the user's.

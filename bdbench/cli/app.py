@@ -27,6 +27,7 @@ from bdbench.cli import (
     inspection,
     quickstart,
     report,
+    scan,
     suspects,
     sweep,
     train,
@@ -59,7 +60,7 @@ ADVICE = {
 """What mends an error of the operating system."""
 MORE = "More"
 PANELS = {
-    "The walk": "quickstart poison take train defend evaluate",
+    "The walk": "quickstart poison take train defend scan evaluate",
     "Look at it": "table compare report suspects inspect",
     "Grids": "sweep status",
     "What there is": "list show docs",
@@ -152,6 +153,7 @@ def build(arguments: Sequence[str]) -> tuple[typer.Typer, list[str]]:
         "take": poison_command.take,
         "train": train.train,
         "defend": train.defend,
+        "scan": scan.scan,
         "suspects": suspects.suspects,
         "evaluate": evaluate.evaluate,
         "table": evaluate.table,
@@ -212,6 +214,11 @@ def _option_groups(command: str, arguments: Sequence[str] | None) -> dict[str, t
 
         name = _named(arguments, "attack") or "badnets"
         return {f"Options of {name}": ATTACKS.load(name)}
+    if command == "scan":
+        from bdbench.registry import DETECTORS
+
+        detector = _named(arguments, "method")
+        return {} if detector is None else {f"Options of {detector}": DETECTORS.load(detector)}
     if command in ("train", "defend"):
         from bdbench.registry import DEFENSES
         from bdbench.training.recipe import Recipe
@@ -238,7 +245,7 @@ def _names_told(command: str) -> dict[str, str]:
 
 def _help_of(command: str, arguments: Sequence[str]) -> str:
     """Return the command whose help shows the options of the method that is named."""
-    what = {"poison": "attack", "defend": "method"}.get(command, "")
+    what = {"poison": "attack", "defend": "method", "scan": "method"}.get(command, "")
     named = _named(arguments, what) if what else None
     return f"bdbench {command} {f'--{what} {named} ' if named else ''}--help"
 
@@ -247,16 +254,20 @@ def _owner(command: str, arguments: Sequence[str], option: str, shown: str = "")
     """Say which methods an option belongs to that the chosen one has not, or "".
 
     Args:
-        command: poison, train or defend; others have no such options.
+        command: poison, train, defend or scan; others have no such options.
         arguments: its words.
         option: with underscores.
         shown: as it was typed, if not as `option`.
     """
-    from bdbench.registry import ATTACKS, DEFENSES
+    from bdbench.registry import ATTACKS, DEFENSES, DETECTORS
 
-    if command not in ("poison", "train", "defend"):
+    known = {
+        "poison": (ATTACKS, "attack", "badnets"), "train": (DEFENSES, "method", "none"),
+        "defend": (DEFENSES, "method", "none"), "scan": (DETECTORS, "method", "no detector"),
+    }  # fmt: skip
+    if command not in known:
         return ""
-    registry, what, usual = (ATTACKS, "attack", "badnets") if command == "poison" else (DEFENSES, "method", "none")
+    registry, what, usual = known[command]
     owners = registry.owners(option)
     if not owners:
         return ""

@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 
 from bdbench.artifacts.finding import ROOT
+from bdbench.artifacts.manifests import Kind
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Force, Json, PrecisionName, one_of, with_folder
 from bdbench.cli.train import newest_dataset
@@ -85,14 +86,20 @@ def evaluate(
       bdbench evaluate runs/digits-badnets-s0-cbd --assert "asr<=0.05" --assert "ba>=0.9"
     """
     from bdbench import stages
+    from bdbench.artifacts.manifests import read_manifest
     from bdbench.reports import results, tables
     from bdbench.training.devices import Precision
 
     checks, shown = read_checks(assertions, junit), chosen_columns(columns, wide=wide)
     rows: dict[str, dict[str, Any]] = {}
+    scans: dict[str, dict[str, Any]] = {}
     with console.live_progress() as progress:
 
         def judge(model: Path, *, again: bool) -> None:
+            if read_manifest(model).ask.kind == "scan":
+                judged = stages.evaluate_scan(model, data=data, force=again)
+                scans[judged.id] = results.evaluation_row(judged)
+                return
             made = stages.evaluate(
                 model, data=data, device=device, precision=cast("Precision", precision), force=again, progress=progress
             )
@@ -103,13 +110,17 @@ def evaluate(
         asked = set(rows)
         _judge_suspects(rows, places[0].parent, judge)
     marked = results.mark_rows(list(rows.values()))
-    own = [row for row in marked if row["evaluation_id"] in asked]
+    own, found = [row for row in marked if row["evaluation_id"] in asked], list(scans.values())
     if json:
-        console.show_json({"rows": own, "suspects": [row for row in marked if row["evaluation_id"] not in asked]})
-    else:
+        suspects = [row for row in marked if row["evaluation_id"] not in asked]
+        console.show_json({"rows": own, "suspects": suspects, "scans": found})
+    elif marked:
         console.show(tables.render(marked, "rich", shown))
-    console.say_next(f"bdbench table {quote(str(Path(own[0]['path']).parent))} --format markdown", *_comparison(marked))
-    _check(own, checks, junit)
+    if found and not json:
+        console.show(tables.render_scans(found, "rich"))
+    place = quote(str(Path([*own, *found][0]["path"]).parent))
+    console.say_next(f"bdbench table {place} --format markdown", *_comparison(marked))
+    _check([*own, *found], checks, junit)
 
 
 def _judge_suspects(rows: Mapping[str, dict[str, Any]], near: Path, judge: Callable[..., None]) -> None:
@@ -170,6 +181,7 @@ def table(
             show_default=False,
         ),
     ] = None,
+    scans: Annotated[bool, typer.Option("--scans", help="Show judged scans in place of models.")] = False,
     columns: Columns = None,
     wide: Wide = False,
     assertions: Assertions = None,
@@ -207,10 +219,16 @@ def table(
         raise OptionError("--ranks has its own columns; drop --columns and --wide")
     if min_ba is not None and ranks not in ("der", "asr"):
         raise OptionError("--min-ba bounds the ranks by DER and ASR; add --ranks der or --ranks asr, or drop it")
+    if scans and (ranks is not None or shown is not None):
+        raise OptionError("--scans has its own columns; drop --ranks, --columns and --wide")
     bound = MIN_BA if min_ba is None else min_ba
-    rows = results.read_rows(places or [ROOT], strict=bool(checks))  # what is passed over might not hold
+    kind: Literal["model", "scan"] = "scan" if scans else "model"
+    rows = results.read_rows(places or [ROOT], strict=bool(checks), judged=kind)  # what is left out might not hold
     written = cast("tables.Format", style)
-    rendered = tables.render_ranking(rows, ranks, written, bound) if ranks else tables.render(rows, written, shown)
+    if scans:
+        rendered = tables.render_scans(rows, written)
+    else:
+        rendered = tables.render_ranking(rows, ranks, written, bound) if ranks else tables.render(rows, written, shown)
     if out is None:
         console.show(rendered)
     elif isinstance(rendered, str):
@@ -313,7 +331,8 @@ def _models_of(dataset: Path) -> list[Path]:
     from bdbench.artifacts.manifests import read_manifest
 
     wanted, places = read_manifest(dataset).id, dict.fromkeys((dataset.parent, ROOT))
-    models = [item for place in places if place.is_dir() for item in find_artifacts(place, "model")]
+    kinds: tuple[Kind, ...] = ("model", "scan")
+    models = [item for place in places if place.is_dir() for kind in kinds for item in find_artifacts(place, kind)]
     found = [path for path, manifest in models if manifest.ask.inputs.get("dataset") == wanted]
     if not found:
         raise ArtifactError(

@@ -25,6 +25,7 @@ class Plural(StrEnum):
 
     ATTACKS = "attacks"
     DEFENSES = "defenses"
+    DETECTORS = "detectors"
     DATASETS = "datasets"
     MODELS = "models"
     METRICS = "metrics"

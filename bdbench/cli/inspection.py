@@ -71,18 +71,27 @@ def _facts(found: Artifact) -> dict[str, Any]:
 def _say(found: Artifact) -> None:
     from bdbench.artifacts.dataset import DatasetArtifact
     from bdbench.artifacts.model import ModelArtifact
+    from bdbench.artifacts.scan import ScanArtifact
 
     _say_manifest(found)
     if isinstance(found, DatasetArtifact):
         _say_dataset(found)
     elif isinstance(found, ModelArtifact):
         _say_model(found)
+    elif isinstance(found, ScanArtifact):
+        from bdbench.cli.scan import show_scans
+
+        show_scans([found])
     else:
         from bdbench.artifacts.kinds import EvaluationArtifact
         from bdbench.reports import results, tables
 
         evaluation = EvaluationArtifact(found.path, found.manifest)
-        console.show(tables.render(results.mark_rows([results.evaluation_row(evaluation)]), "rich"))
+        row = results.evaluation_row(evaluation)
+        if row["judged"] == "scan":
+            console.show(tables.render_scans([row], "rich"))
+            return
+        console.show(tables.render(results.mark_rows([row]), "rich"))
         _say_epochs(evaluation)
 
 

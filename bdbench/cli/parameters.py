@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bdbench.limits import MEMORY_GB
-from bdbench.registry import ATTACKS, DATASETS, DEFENSES, MODELS, Registry
+from bdbench.registry import ATTACKS, DATASETS, DEFENSES, DETECTORS, MODELS, Registry
 
 
 def names_of(registry: Registry):  # type: ignore[no-untyped-def]  # noqa: ANN201 - typer looks at the parameter
@@ -56,6 +56,15 @@ LabelColumn = Annotated[
 TestFraction = Annotated[float, typer.Option(help="Test share, where the source has no test split.")]
 AttackName = Annotated[str, typer.Option(help="A registered attack.", autocompletion=names_of(ATTACKS))]
 MethodName = Annotated[str, typer.Option(help="A registered defense.", autocompletion=names_of(DEFENSES))]
+DetectorName = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="A registered detector; default: a few of them.",
+        autocompletion=names_of(DETECTORS),
+        show_default=False,
+    ),
+]
 ModelName = Annotated[
     str,
     typer.Option(

@@ -11,13 +11,15 @@ import typer
 from bdbench.artifacts.finding import ROOT
 from bdbench.cli import console
 from bdbench.cli.parameters import Config, Device, Json, with_folder
-from bdbench.errors import ArtifactError
+from bdbench.errors import ArtifactError, OptionError
 from bdbench.files import written_file
 from bdbench.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from bdbench.artifacts.model import ModelArtifact
+    from bdbench.artifacts.scan import ScanArtifact
     from bdbench.protocol.planting import SelfTest
 
 CLASSES = 10
@@ -32,7 +34,10 @@ CAVEAT = (
 def suspects(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="Path or id of a model whose method scores samples; default: the newest."),
+        typer.Argument(
+            metavar="MODEL",
+            help="Path or id of a model whose method scores samples, or of a scan; default: the newest.",
+        ),
     ] = None,
     top: Annotated[int, typer.Option(help="How many of the most suspect samples are listed.", min=0)] = 10,
     share: Annotated[
@@ -84,11 +89,10 @@ def suspects(
     """
     from bdbench import stages
     from bdbench.artifacts.finding import locate
-    from bdbench.artifacts.model import ModelArtifact
     from bdbench.protocol import inputs
     from bdbench.protocol.suspects import by_class, counted, rank
 
-    found = ModelArtifact.open(locate(model, "model") if model is not None else newest_scored())
+    found = _scored(locate(model) if model is not None else newest_scored())
     source, method = inputs.dataset_of(found, data), found.manifest.ask.method
     ranked = rank(found, source)
     count = counted(ranked, share)
@@ -99,6 +103,10 @@ def suspects(
         show_top(ranked.head(top))
         console.show_wrapped(CAVEAT)
     tested = None
+    if self_test and found.kind == "scan":
+        raise OptionError(
+            "--self-test runs a defense again, and this is a scan; give a model whose method scores samples"
+        )
     if self_test:
         with console.live_progress() as progress:
             progress.note(f"self-test: {method} on a copy with a patch on {self_test_rate:.1%} of the images")
@@ -133,8 +141,24 @@ def suspects(
         console.say_next(*following, *([] if self_test else [f"{show} --self-test"]))
 
 
+def _scored(place: Path) -> ModelArtifact | ScanArtifact:
+    """Open a model or a scan.
+
+    Raises:
+        ArtifactError: another kind of artifact is there.
+    """
+    from bdbench.artifacts.kinds import open_any
+    from bdbench.artifacts.model import ModelArtifact
+    from bdbench.artifacts.scan import ScanArtifact
+
+    found = open_any(place)
+    if not isinstance(found, ModelArtifact | ScanArtifact):
+        raise ArtifactError(f"{place} is a {found.kind} artifact; a model or a scan is needed here")
+    return found
+
+
 def newest_scored() -> Path:
-    """Return the newest model of the newest dataset under runs/ that scored samples, and say so.
+    """Return the newest model or scan of the newest dataset under runs/ that scored samples, and say so.
 
     Raises:
         ArtifactError: there is none: that of another dataset would be another answer.
@@ -143,16 +167,14 @@ def newest_scored() -> Path:
 
     datasets = find_artifacts(ROOT, "dataset")
     if not datasets:
-        raise ArtifactError(
-            f"no dataset artifact under {ROOT}/; try: bdbench take DATASET, then bdbench defend --method abl"
-        )
+        raise ArtifactError(f"no dataset artifact under {ROOT}/; try: bdbench take DATASET, then bdbench scan")
     newest, about = datasets[-1]
-    for path, manifest in reversed(find_artifacts(ROOT, "model")):
+    for path, manifest in reversed(find_artifacts(ROOT)):
         if "samples.parquet" in manifest.files and manifest.ask.inputs.get("dataset") == about.id:
-            console.say_plainly(f"model: {path} (the newest of {newest} that scored samples)")
+            console.say_plainly(f"{manifest.ask.kind}: {path} (the newest of {newest} that scored samples)")
             return path
     raise ArtifactError(
-        f"no model of {newest}, the newest dataset, scored samples; make one with: bdbench defend {newest} --method abl"
+        f"no model or scan of {newest}, the newest dataset, scored samples; make one with: bdbench scan {newest}"
     )
 
 

@@ -74,6 +74,10 @@ def defend(
     suspect: Annotated[
         str | None, typer.Option(help="Path or id of the model to repair, for methods that repair one.")
     ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option(metavar="SCAN", help="Path or id of a scan, for `retrain`: what it set aside is left out."),
+    ] = None,
     seed: OptionalSeed = None,
     device: Device = "auto",
     precision: PrecisionName = "auto",
@@ -102,8 +106,8 @@ def defend(
     place = Path(dataset) if dataset is not None else newest_dataset()
     with console.live_progress(method) as progress:
         made = stages.defend(
-            place, method, model=model, preset=preset, options=options, suspect=suspect, seed=seed, out=out,
-            device=device, precision=cast("Precision", precision), image_memory=image_memory,
+            place, method, model=model, preset=preset, options=options, suspect=suspect, without=without, seed=seed,
+            out=out, device=device, precision=cast("Precision", precision), image_memory=image_memory,
             compile=compile, force=force, estimate=True, progress=progress,
         )  # fmt: skip
     asked = made.manifest.ask.config

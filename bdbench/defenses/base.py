@@ -46,6 +46,7 @@ class Task:
         engine: what trains and evaluates.
         trusted: clean images, only for a method with `needs_trusted`.
         suspect: the undefended model, only for a method with `needs_suspect`.
+        set_aside: (N,) bool, what a scan set aside, only for a method with `needs_scan`.
         truth: only for a reference row, with `needs_truth`.
         cache: folder for what several runs can share, such as an encoder trained without labels; None keeps none.
     """
@@ -56,6 +57,7 @@ class Task:
     engine: Engine
     trusted: ImageDataset | None = None
     suspect: Classifier | None = None
+    set_aside: Tensor | None = None
     truth: Truth | None = None
     cache: Path | None = None
 
@@ -114,6 +116,7 @@ class Defense(Options, ABC):
     version: ClassVar[int] = 1
     needs_trusted: ClassVar[bool] = False
     needs_suspect: ClassVar[bool] = False
+    needs_scan: ClassVar[bool] = False
     needs_truth: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 

@@ -6,9 +6,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bdbench.artifacts import finding
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.model import ModelArtifact
+from bdbench.artifacts.scan import ScanArtifact
 from bdbench.datasets.cache import cache_folder
 from bdbench.defenses.base import Defense, Task, Truth
 from bdbench.errors import ArtifactError, OptionError
@@ -97,8 +101,41 @@ def _training_command(data: DatasetArtifact, model: str, seed: int) -> str:
     return shlex.join(words)
 
 
-def check_trusted(defense: Defense, method: str, data: DatasetArtifact) -> None:
-    """Refuse a method that needs trusted images where there are none."""
+def open_scan(
+    defense: Defense, method: str, without: str | Path | None, data: DatasetArtifact
+) -> tuple[ScanArtifact | None, Tensor | None]:
+    """Return the scan that a method goes by, and the samples (N,) bool that it set aside.
+
+    Raises:
+        OptionError: none is given and the method needs one, or the other way round, or it took no decision.
+        ArtifactError: it is of another dataset.
+    """
+    if not defense.needs_scan:
+        if without is not None:
+            raise OptionError(f"method '{method}' takes no --without; retrain does")
+        return None, None
+    if without is None:
+        raise OptionError(
+            f"method '{method}' goes by a scan; name it with --without (make one: bdbench scan {data.path})"
+        )
+    found = ScanArtifact.open(finding.locate(without, "scan"))
+    if found.dataset_id != data.id:
+        raise ArtifactError(f"scan {found.path} is of dataset {found.dataset_id}, not of {data.id}")
+    if not found.manifest.facts["sets_aside"]:
+        raise OptionError(
+            f"scan {found.path} took no decision (--decide none); scan again with another --decide, such as budget:0.01"
+        )
+    samples = found.samples_of(data.manifest.facts["counts"]["train"])
+    return found, torch.from_numpy(samples["set_aside"].to_numpy(copy=True))
+
+
+def check_known(defense: Defense, method: str, data: DatasetArtifact) -> None:
+    """Refuse a method that reads the truth where nobody knows it, or needs trusted images where there are none."""
+    if defense.needs_truth and data.is_taken:
+        raise OptionError(
+            f"'{method}' reads which samples are poisoned, and of {data.path}, taken as it was found, nobody knows it; "
+            "choose a defense"
+        )
     if defense.needs_trusted and not data.manifest.facts["counts"]["trusted"]:
         attack, place = data.manifest.ask.method, shlex.quote(f"{data.path}-trusted")
         way_out = "of a dataset stored with `take`, no image is known to be clean"
@@ -110,8 +147,8 @@ def check_trusted(defense: Defense, method: str, data: DatasetArtifact) -> None:
         raise ArtifactError(f"method '{method}' needs trusted clean images, and {data.path} has none; {way_out}")
 
 
-def dataset_of(model: ModelArtifact, data: str | Path | None = None) -> DatasetArtifact:
-    """Return the dataset that a model was trained on: the one given, else found by id beside it or under ``runs/``.
+def dataset_of(model: ModelArtifact | ScanArtifact, data: str | Path | None = None) -> DatasetArtifact:
+    """Return the dataset of a model or a scan: the one given, else found by id beside it or under ``runs/``.
 
     Raises:
         ArtifactError: it is another one, or is not found.
@@ -120,7 +157,7 @@ def dataset_of(model: ModelArtifact, data: str | Path | None = None) -> DatasetA
     if data is not None:
         found = DatasetArtifact.open(finding.locate(data, "dataset"))
         if found.id != wanted:
-            raise ArtifactError(f"{model.path} was trained on dataset {wanted}, but {found.path} is {found.id}")
+            raise ArtifactError(f"{model.path} is of dataset {wanted}, but {found.path} is {found.id}")
         return found
     near = find_dataset(wanted, model.path.parent)
     if near is None:
@@ -149,7 +186,13 @@ def find_dataset(wanted: str, folder: Path, data: str | Path | None = None) -> D
 
 
 def task_for(
-    data: DatasetArtifact, defense: Defense, recipe: Recipe, engine: Engine, model: str, suspect: Classifier | None
+    data: DatasetArtifact,
+    defense: Defense,
+    recipe: Recipe,
+    engine: Engine,
+    model: str,
+    suspect: Classifier | None,
+    set_aside: Tensor | None = None,
 ) -> Task:
     """Return what a defense may use, and nothing else."""
     return Task(
@@ -159,6 +202,7 @@ def task_for(
         engine=engine,
         trusted=data.trusted if defense.needs_trusted else None,
         suspect=suspect,
+        set_aside=set_aside,
         truth=Truth(data.is_poison, data.unpoisoned) if defense.needs_truth else None,
         cache=cache_folder(),
     )

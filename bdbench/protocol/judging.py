@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.model import ModelArtifact
+from bdbench.artifacts.scan import ScanArtifact
 from bdbench.models.classifier import Classifier
 from bdbench.protocol import metrics
 from bdbench.training.engine import Engine
@@ -151,6 +152,58 @@ def metrics_frame(rates: Mapping[str, metrics.Rate], values: Mapping[str, float]
     rows += [{"metric": name, "value": value} for name, value in values.items()]
     columns = ["metric", "value", "low", "high", "numerator", "denominator"]
     return pd.DataFrame(rows, columns=columns).astype({"numerator": "Int64", "denominator": "Int64"})
+
+
+def measure_scan(scan: ScanArtifact, source: DatasetArtifact) -> tuple[dict[str, metrics.Rate], dict[str, float]]:
+    """Return the rates of a scan's decision, and how well its scores rank; opens the truth.
+
+    Of a dataset as it was found nothing is known; of one without poison, how much was set aside.
+    """
+    samples = scan.samples_of(source.manifest.facts["counts"]["train"])
+    decides = scan.manifest.facts["sets_aside"]
+    if source.is_taken:
+        return {}, {}
+    is_poison = source.is_poison
+    if not bool(is_poison.any()):
+        return ({"false_alarms": metrics.false_alarms(_set_aside(samples), is_poison)} if decides else {}), {}
+    scores = torch.from_numpy(samples["score"].to_numpy(copy=True))
+    rates = metrics.set_aside_rates(_set_aside(samples), is_poison) if decides else {}
+    ranked = metrics.ranking_metrics(scores, source.train_labels, source.roles)
+    return rates, metrics.score_metrics(scores, is_poison) | ranked
+
+
+def scan_facts(scan: ScanArtifact, source: DatasetArtifact, suspect: str) -> dict[str, Any]:
+    """Return what a table needs to know of a scan beside the metrics; see `row_facts`.
+
+    Args:
+        scan, source: the scan and its dataset.
+        suspect: name of the network that it looked at, "" if it looked at none.
+    """
+    asked, attacked, made = scan.manifest.ask, source.manifest.ask, scan.manifest.made
+    return {
+        "judged": "scan",
+        "dataset": source.manifest.facts["name"],
+        "dataset_id": source.id,
+        "source": source.manifest.ask.inputs.get("source"),
+        "source_options": dict(source.manifest.facts.get("source_options", {})),
+        "model": suspect,
+        "model_id": scan.id,
+        "attack": attacked.method,
+        "replay": source.manifest.facts.get("replay", False),
+        "attack_options": dict(attacked.config),
+        "defense": asked.method,
+        "defense_options": dict(asked.config),
+        "preset": "",
+        "findings": dict(scan.manifest.facts.get("findings", {})),
+        "decide": scan.manifest.facts["decide"],
+        "at_least": scan.manifest.facts.get("at_least"),
+        "seed": asked.seed,
+        "attack_seed": attacked.seed,
+        "seconds": made["seconds"],
+        "peak_memory_bytes": made["peak_memory_bytes"],
+        "device": made["device"],
+        "precision": made["precision"],
+    }
 
 
 def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:

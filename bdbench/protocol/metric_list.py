@@ -127,6 +127,39 @@ METRICS = {
         "poisoned training samples",
         "high",
     ),
+    "auroc_in_class": Metric(
+        "AUROC in class",
+        "score",
+        "how well a scan's scores tell poison from clean samples of the same label; 0.5: only the class was found",
+        "training samples of the labels that poison has",
+        "high",
+    ),
+    "auroc_covers": Metric(
+        "AUROC of covers",
+        "score",
+        "how well a scan's scores tell covers from clean samples; 0.5: wrong labels are found, not triggers",
+        "cover and clean training samples",
+    ),
+    "auprc": Metric(
+        "AUPRC",
+        "score",
+        "average precision of a scan's scores; chance is the share of poison",
+        "all training samples",
+        "high",
+    ),
+    "tpr_at_01_fpr": Metric(
+        "TPR at 0.1 % FPR",
+        "score",
+        "poisoned training samples found where 0.1 % of the others are suspected",
+        "poisoned training samples",
+        "high",
+    ),
+    "precision_at_50": Metric(
+        "precision at 50", "score", "poisoned samples among the most suspect", "the 50 most suspect samples", "high"
+    ),
+    "r_precision": Metric(
+        "R-precision", "score", "poisoned samples among the most suspect", "as many samples as there is poison", "high"
+    ),
     "seconds": Metric("seconds", "cost", "seconds that training took", "all phases of the defense", "low"),
     "peak_memory_bytes": Metric(
         "peak MiB", "cost", "highest memory of the training process", "CPU: of the process; GPU: of the device", "low"
@@ -142,7 +175,9 @@ RATES = tuple(name for name, metric in METRICS.items() if metric.kind == "rate")
 SET_ASIDE = ("detection_precision", "detection_recall", "false_alarms")
 """Of the samples that a method sets aside."""
 
-SCORES = ("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr")
+RANKINGS = ("auroc_in_class", "auroc_covers", "auprc", "tpr_at_01_fpr", "precision_at_50", "r_precision")
+"""Of scans only."""
+SCORES = ("auroc", "tpr_at_1_fpr", "tpr_at_5_fpr", *RANKINGS)
 """Of training samples, from the scores of a method that scores them."""
 
 

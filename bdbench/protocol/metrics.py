@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bdbench.data import Role
+from bdbench.seeds import tie_order
+
 Z95 = 1.959963984540054
 
 
@@ -120,6 +123,42 @@ def score_metrics(scores: Tensor, is_poison: Tensor) -> dict[str, float]:
     false_positive, true_positive = curve
     at = {f"tpr_at_{percent}_fpr": float(true_positive[false_positive <= percent / 100].max()) for percent in (1, 5)}
     return {"auroc": float(auc(false_positive, true_positive)), **at}
+
+
+def ranking_metrics(scores: Tensor, labels: Tensor, roles: Tensor) -> dict[str, float]:
+    """Return what `score_metrics` leaves out of how scores (N,) rank training samples, higher is more suspect.
+
+    Args:
+        scores: (N,).
+        labels: (N,) int64, as the defender sees them.
+        roles: (N,) of `Role`.
+
+    Returns:
+        auroc_in_class: poison against clean samples of the labels that poison has: 0.5 where only the class was found.
+        auroc_covers: covers against clean samples: above 0.5 where triggers are found, not wrong labels.
+        auprc: average precision; chance is the share of poison. tpr_at_01_fpr: at 0.1 % of false positives.
+        precision_at_50: poison among the 50 most suspect; r_precision: among as many as there is poison. nan where
+        there is nothing to tell apart.
+    """
+    from sklearn.metrics import average_precision_score
+
+    is_poison, is_clean = roles == Role.POISON, roles == Role.CLEAN
+    count = int(is_poison.sum())
+    beside = is_poison | (is_clean & torch.isin(labels, labels[is_poison].unique()))
+    covers = roles == Role.COVER
+    told = covers | is_clean
+    order = tie_order(len(scores))
+    ranked = is_poison[order[torch.argsort(scores[order], descending=True, stable=True)]].double()
+    curve = detection_curve(scores, is_poison)
+    at = math.nan if curve is None else float(curve[1][curve[0] <= 0.001].max())
+    return {
+        "auroc_in_class": score_metrics(scores[beside], is_poison[beside])["auroc"],
+        "auroc_covers": score_metrics(scores[told], covers[told])["auroc"],
+        "auprc": float(average_precision_score(is_poison.numpy(), scores.numpy())) if count else math.nan,
+        "tpr_at_01_fpr": at,
+        "precision_at_50": float(ranked[:50].mean()) if count else math.nan,
+        "r_precision": float(ranked[:count].mean()) if count else math.nan,
+    }
 
 
 def image_distances(before: Tensor, after: Tensor) -> dict[str, float]:

@@ -13,6 +13,7 @@ from bdbench.artifacts import store
 from bdbench.artifacts.made import plain
 from bdbench.artifacts.manifests import Ask, is_artifact, read_manifest
 from bdbench.artifacts.model import ModelArtifact
+from bdbench.artifacts.scan import ScanArtifact
 from bdbench.attacks.base import Attack
 from bdbench.attacks.none import NoAttack
 from bdbench.errors import ArtifactError, OptionError
@@ -96,6 +97,12 @@ def dataset_parts(attack: Attack | NoAttack, trusted: float | PerClass, source_o
     source = {name: value for name, value in source_options.items() if name not in ("images", "test_images")}
     values = {**trusted_config(trusted), **source, **plain(attack.model_dump())}
     return differing(values, {"trusted": TRUSTED, **plain(usual)})
+
+
+def scan_parts(data: Path, scanned: ScanArtifact) -> list[str]:
+    """Return the parts of a model's folder name that say which scan it goes by."""
+    own = scanned.path.name.removeprefix(f"{data.name}-scan-")
+    return [own if own != scanned.path.name and len(own) <= LONGEST else scanned.id[:4]]
 
 
 def model_parts(

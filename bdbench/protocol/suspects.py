@@ -6,15 +6,16 @@ import pandas as pd
 
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.model import ModelArtifact
+from bdbench.artifacts.scan import ScanArtifact
 from bdbench.errors import ArtifactError
 from bdbench.seeds import tie_order
 
 
-def rank(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
+def rank(model: ModelArtifact | ScanArtifact, data: DatasetArtifact) -> pd.DataFrame:
     """Return the training samples, the most suspect first; equal scores are told apart by `tie_order`.
 
     Args:
-        model: of a method that scores samples.
+        model: of a method that scores samples, or a scan.
         data: what it was trained on.
 
     Returns:
@@ -40,8 +41,8 @@ def rank(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
     return shuffled.sort_values("score", ascending=False, kind="stable", ignore_index=True)
 
 
-def check_scored(model: ModelArtifact, data: DatasetArtifact) -> pd.DataFrame:
-    """Return the scores of a model's training samples, in their order.
+def check_scored(model: ModelArtifact | ScanArtifact, data: DatasetArtifact) -> pd.DataFrame:
+    """Return the scores of a model's, or a scan's, training samples, in their order.
 
     Raises:
         ArtifactError: the method scored nothing.

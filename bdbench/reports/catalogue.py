@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bdbench import files
 from bdbench.attacks.base import Attack
-from bdbench.registry import ATTACKS, DEFENSES, Registry, Row
+from bdbench.registry import ATTACKS, DEFENSES, DETECTORS, Registry, Row
 
 FOLDER = Path(__file__).parents[1] / "docs"
 
@@ -28,10 +28,20 @@ def attacks_table() -> str:
 
 def defenses_sections() -> str:
     """Return a list of all defenses, then a section each: what its docstring says before the paper, and the paper."""
-    lines = ["| defense | |", "|---|---|", *(f"| `{name}` | {row.summary} |" for name, row in _built_in(DEFENSES))]
+    return _sections(DEFENSES)
+
+
+def detectors_sections() -> str:
+    """Return a list of all detectors, then a section each; see `defenses_sections`."""
+    return _sections(DETECTORS)
+
+
+def _sections(registry: Registry) -> str:
+    lines = [f"| {registry.kind} | |", "|---|---|"]
+    lines += [f"| `{name}` | {row.summary} |" for name, row in _built_in(registry)]
     sections = ["\n".join(lines)]
-    for name, _ in _built_in(DEFENSES):
-        cls = DEFENSES.load(name)
+    for name, _ in _built_in(registry):
+        cls = registry.load(name)
         paragraphs = (inspect.getdoc(cls) or "").split("\n\n")
         method = [text for text in paragraphs if not text.startswith(("Paper:", "Differs"))]
         end = next((place for place, text in enumerate(paragraphs) if text.startswith("Paper:")), len(method))
@@ -48,7 +58,11 @@ def _built_in(registry: Registry) -> Iterator[tuple[str, Row]]:
     return ((name, row) for name, row in registry.rows.items() if row.target.startswith("bdbench."))
 
 
-PAGES: dict[str, Callable[[], str]] = {"attacks": attacks_table, "defenses": defenses_sections}
+PAGES: dict[str, Callable[[], str]] = {
+    "attacks": attacks_table,
+    "defenses": defenses_sections,
+    "detectors": detectors_sections,
+}
 """From a page, which is also the name of its markers, to what stands between them."""
 
 

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bdbench.artifacts.dataset import UNPOISONED
 from bdbench.artifacts.finding import find_artifacts
@@ -38,8 +38,10 @@ WEAK_ATTACK = 0.5
 FLOOR_MARGIN = 0.1
 
 
-def read_rows(places: Sequence[Path], *, strict: bool = False) -> list[dict[str, Any]]:
-    """Return a row per evaluation found at or under the given folders, oldest first.
+def read_rows(
+    places: Sequence[Path], *, strict: bool = False, judged: Literal["model", "scan"] = "model"
+) -> list[dict[str, Any]]:
+    """Return a row per evaluation of a model, or of a scan, found at or under the given folders, oldest first.
 
     A row has dataset, model, attack, defense, preset, seed, and for every rate its value, n, low and high.
 
@@ -52,6 +54,8 @@ def read_rows(places: Sequence[Path], *, strict: bool = False) -> list[dict[str,
     seen: dict[str, dict[str, Any]] = {}
     for place in places:
         for path, manifest in find_artifacts(place, "evaluation", strict=strict):
+            if manifest.facts.get("judged", "model") != judged:
+                continue
             try:
                 seen[manifest.id] = evaluation_row(EvaluationArtifact(path, manifest))
             except DamagedError as error:
@@ -59,8 +63,9 @@ def read_rows(places: Sequence[Path], *, strict: bool = False) -> list[dict[str,
                     raise
                 warnings.warn(f"left out: {error}", DamageWarning, stacklevel=2)
     if not seen:
-        raise ArtifactError(f"no evaluation under {', '.join(map(str, places))}; make one with: bdbench evaluate")
-    return mark_rows(list(seen.values()))
+        what = "evaluation" if judged == "model" else "judged scan"
+        raise ArtifactError(f"no {what} under {', '.join(map(str, places))}; make one with: bdbench evaluate")
+    return mark_rows(list(seen.values())) if judged == "model" else list(seen.values())
 
 
 def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
@@ -70,7 +75,8 @@ def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
         DamagedError: its numbers cannot be read, or one that every evaluation has is missing.
     """
     facts = evaluation.manifest.facts
-    row: dict[str, Any] = {**facts, **{name: facts.get(name) for name in (*SOURCE, "suspect_id", "suspect")}}
+    row: dict[str, Any] = {"judged": "model", **facts}
+    row |= {name: facts.get(name) for name in (*SOURCE, "suspect_id", "suspect")}
     row |= {"evaluation_id": evaluation.id, "path": str(evaluation.path)}
     entries = {entry["metric"]: entry for entry in evaluation.records("metrics.parquet")}
     for name in (*RATES, *SCORES):
@@ -79,6 +85,8 @@ def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
         if name in RATES:
             row |= {f"{name}_n": entry["denominator"], f"{name}_low": finite(entry["low"])}
             row |= {f"{name}_high": finite(entry["high"])}
+    if facts.get("judged") == "scan":
+        return row
     if row["ba"] is None or (row["asr"] is None) != (row["floor"] is None):
         raise DamagedError(evaluation.path, f"{evaluation.path} lacks BA, or one of ASR and floor; {AGAIN}")
     return row

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.finding import find_artifacts
 from bdbench.artifacts.kinds import EvaluationArtifact
 from bdbench.artifacts.made import arithmetic
-from bdbench.artifacts.manifests import Manifest
+from bdbench.artifacts.manifests import Kind, Manifest
 from bdbench.artifacts.model import ModelArtifact, counted
 from bdbench.errors import BdbenchError
 from bdbench.protocol import metrics
@@ -52,7 +52,7 @@ class Shelf:
     def of(cls, folders: Sequence[Path]) -> Shelf:
         """Return what lies under folders."""
         found = [item for folder in folders for item in find_artifacts(folder)]
-        kinds: dict[str, list[tuple[Path, Manifest]]] = {"dataset": [], "model": [], "evaluation": []}
+        kinds: dict[str, list[tuple[Path, Manifest]]] = {kind: [] for kind in get_args(Kind)}
         for path, manifest in found:
             kinds[manifest.ask.kind].append((path, manifest))
         return cls(

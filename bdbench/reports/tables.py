@@ -18,7 +18,7 @@ from bdbench.protocol.metric_list import METRICS, MIN_BA
 from bdbench.registry import DEFENSES
 from bdbench.reports.formats import Column, latex, markdown, safe_table
 from bdbench.reports.ranking import Ranking, rank
-from bdbench.reports.results import UNDEFENDED, finite, merge
+from bdbench.reports.results import UNDEFENDED, finite, has_no_poison, merge
 from bdbench.wording import counted
 
 Format = Literal["rich", "markdown", "csv", "latex", "json"]
@@ -47,6 +47,12 @@ COLUMNS = (
 CHANGES = ("ba_change", "asr_change")
 """What a table with repaired models shows too, after ASR."""
 
+OF_SCANS = (
+    "auroc", "auroc_in_class", "auroc_covers", "auprc", "tpr_at_01_fpr", "tpr_at_1_fpr", "tpr_at_5_fpr",
+    "precision_at_50", "r_precision", "detection_precision", "detection_recall", "false_alarms", "seconds",
+)  # fmt: skip
+"""Metrics that a table of scans shows."""
+
 SHARED = ("dataset", "model", "attack", "preset", "seeds")
 """Columns that stand once above the printed table where all its rows agree."""
 
@@ -56,6 +62,7 @@ SINGLE_RUN = (
 """What says of a single run what it is of."""
 
 SPARED = (
+    "auroc_covers", "auprc", "precision_at_50", "tpr_at_5_fpr", "r_precision", "tpr_at_01_fpr", "auroc_in_class",
     "peak_memory_bytes", "seconds", "target_recall", "detection_precision", "auroc", "ra", "asr_others", "false_alarms",
     "der",
 )  # fmt: skip
@@ -132,6 +139,29 @@ def _with(columns: Sequence[Column], before: str, *metrics: str) -> tuple[Column
     """Return columns with those of some metrics before the one of another."""
     place = next(place for place, column in enumerate(columns) if column.key == before)
     return (*columns[:place], *(Column(name, METRICS[name].heading) for name in metrics), *columns[place:])
+
+
+def render_scans(rows: Sequence[dict[str, Any]], style: Format) -> Fitting | str:
+    """Return the table of scans over seeds; see `render`.
+
+    Args:
+        rows: from `read_rows(..., judged="scan")`.
+        style: see `render`.
+    """
+    if style in ("json", "csv"):
+        return json.dumps({"scans": list(rows)}, indent=1) if style == "json" else _csv(list(rows))
+    merged = merge([{**row, "marks": "0" if has_no_poison(row) else ""} for row in rows])
+    names = [column for column in NAMES if column.key not in ("preset", "defense")]
+    columns = [
+        *names[:3], Column("defense", "detector", is_number=False), *names[3:],
+        *(Column(name, METRICS[name].heading) for name in OF_SCANS),
+    ]  # fmt: skip
+    columns = [column for column in columns if any(cell(row, column) for row in merged)]
+    cells = [[cell(row, column) for column in columns] for row in merged]
+    notes = [MARKS["0"]] if any(row["marks"] for row in merged) else []
+    if style == "rich":
+        return Fitting(columns, cells, merged, notes, spared=SPARED)
+    return markdown(columns, cells, notes) if style == "markdown" else latex(columns, cells, notes)
 
 
 def _best(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> set[tuple[int, int]]:

@@ -15,5 +15,6 @@ underscores. A defense gets the visible training images and nothing that tells w
 from bdbench.stages.datasets import poison, take
 from bdbench.stages.judging import evaluate, latest, self_test
 from bdbench.stages.models import defend, estimate_seconds
+from bdbench.stages.scanning import evaluate_scan, scan
 
-__all__ = ["defend", "estimate_seconds", "evaluate", "latest", "poison", "self_test", "take"]
+__all__ = ["defend", "estimate_seconds", "evaluate", "evaluate_scan", "latest", "poison", "scan", "self_test", "take"]

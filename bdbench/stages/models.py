@@ -18,7 +18,7 @@ from bdbench.plugins import blamed
 from bdbench.progress import Progress, Silent
 from bdbench.protocol import naming
 from bdbench.protocol.budget import resolve_budget, settings_of, usual_preset, usual_settings
-from bdbench.protocol.inputs import check_trusted, open_suspect, suspect_line, task_for, unusual_suspect
+from bdbench.protocol.inputs import check_known, open_scan, open_suspect, suspect_line, task_for, unusual_suspect
 from bdbench.protocol.networks import fresh_model, model_name, work_of
 from bdbench.protocol.planning import plan_text, planned_seconds
 from bdbench.registry import DEFENSES, MODELS
@@ -34,6 +34,7 @@ def defend(
     preset: str = "auto",
     options: Mapping[str, Any] | None = None,
     suspect: str | Path | None = None,
+    without: str | Path | None = None,
     seed: int | None = None,
     out: Path | None = None,
     device: str = "auto",
@@ -57,6 +58,7 @@ def defend(
             images, else fast.
         options: of the method and of the recipe (epochs, lr, batch_size, ...); they win over the preset.
         suspect: path or id of the undefended model, for methods that mend one.
+        without: path or id of a scan, for methods that go by one.
         seed: of weights, order and augmentation; default: the dataset's.
         out: folder; default: the dataset's folder name, the method's, and what differs from the defaults, such as
             ``-s5-epochs20``.
@@ -82,19 +84,17 @@ def defend(
     with blamed(plugin):
         preset, defense, recipe = resolve_budget(method, preset, options or {}, data)
     limit = _image_bytes(image_memory)
-    if defense.needs_truth and data.is_taken:
-        raise OptionError(
-            f"'{method}' reads which samples are poisoned, and of {data.path}, taken as it was found, nobody knows it; "
-            "choose a defense"
-        )
     seed = data.manifest.ask.seed if seed is None else seed
     inputs = {"dataset": data.id}
-    check_trusted(defense, method, data)
+    check_known(defense, method, data)
     suspect_model = open_suspect(defense, method, suspect, data, model, preset, seed)
     if suspect_model is not None:
         inputs["suspect"] = suspect_model.id
         model = suspect_model.manifest.facts["model"]
         progress.note(f"suspect: {suspect_line(suspect_model)}")
+    scanned, set_aside = open_scan(defense, method, without, data)
+    if scanned is not None:
+        inputs["scan"] = scanned.id
     model = model_name(model, data.image_shape)
     if data.manifest.facts.get("guessed", {}).get("augment") == recipe.augment:
         progress.note(f"augmentation: {recipe.augment}, nothing mirrored; --augment crop,flip mirrors too")
@@ -108,10 +108,14 @@ def defend(
             model=(model, model_name("auto", data.image_shape)), suspect=suspect_model,
             changed=naming.differing(settings, usual),
         )  # fmt: skip
-        plain_place = data.path.with_name(f"{data.path.name}-{method}")
-        out = naming.place(plain_place, ask, parts, force=force, progress=progress)
+        parts += naming.scan_parts(data.path, scanned) if scanned else []
+        out = naming.place(
+            data.path.with_name(f"{data.path.name}-{method}"), ask, parts, force=force, progress=progress
+        )
     facts = plugins_of(
-        (DEFENSES, method), (MODELS, model), made_from=[item.manifest for item in (data, suspect_model) if item]
+        (DEFENSES, method),
+        (MODELS, model),
+        made_from=[item.manifest for item in (data, suspect_model, scanned) if item],
     )
     if store.existing(out, ask, force=force, facts=facts):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
@@ -120,7 +124,8 @@ def defend(
     read = [data.path, *([suspect_model.path] if suspect_model else [])]
     with threads, store.held(*read), store.create(out, ask) as draft:
         engine = Engine(place, bf16, seed, draft.work, progress, image_memory=limit, compile=compile)
-        task = task_for(data, defense, recipe, engine, model, suspect_model.network() if suspect_model else None)
+        network = suspect_model.network() if suspect_model else None
+        task = task_for(data, defense, recipe, engine, model, network, set_aside)
         with blamed(plugin):
             if estimate:
                 progress.note(plan_text(method, planned_seconds(defense, task)))
@@ -130,14 +135,16 @@ def defend(
             draft, model, result.model, data.train, engine.history, result.scores, result.set_aside,
             _kept(result.rounds, progress),
         )  # fmt: skip
-        draft.facts |= {**facts, "findings": plain(dict(result.findings)), "reads_truth": defense.needs_truth}
         draft.facts |= {
+            **facts,
+            "findings": plain(dict(result.findings)),
+            "reads_truth": defense.needs_truth,
             "trained_on": data.content,
             "changed": [name for name, value in settings.items() if value != usual[name]],
             "suspect": unusual_suspect(suspect_model, preset),
         }
-        draft.made |= watch.made(place, bf16=bf16) | {"training_seconds": engine.trained_seconds}
-        draft.made["compiled"] = engine.compiled
+        draft.made |= watch.made(place, bf16=bf16)
+        draft.made |= {"training_seconds": engine.trained_seconds, "compiled": engine.compiled}
     return ModelArtifact.open(out, is_new=True)
 
 
@@ -158,7 +165,7 @@ def estimate_seconds(
     place = resolve_device(device)
     data = DatasetArtifact.open(finding.locate(dataset, "dataset"))
     _, defense, recipe = resolve_budget(method, preset, options or {}, data)
-    check_trusted(defense, method, data)
+    check_known(defense, method, data)
     name = model_name(model, data.image_shape)
     engine = Engine(place, use_bf16(precision, place), data.manifest.ask.seed)
     suspect = fresh_model(name, data.train, engine.seed, "suspect").eval() if defense.needs_suspect else None

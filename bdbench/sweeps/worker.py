@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 from filelock import FileLock, Timeout
 
 from bdbench import files
-from bdbench.errors import BdbenchError, BusyError, DamagedError, OccupiedError, SourceWarning
+from bdbench.errors import BdbenchError, BusyError, DamagedError, OccupiedError, OptionError, SourceWarning
 from bdbench.sweeps import records
 from bdbench.sweeps.records import TOLD
 
@@ -265,6 +265,8 @@ def check(order: Mapping[str, Any]) -> dict[str, Any]:
                 methods[f"defense {label}"] = digest(
                     use, cls.version, preset, dict(cls.presets), parsed, *plugin_sources((DEFENSES, use)).values()
                 )  # fmt: skip
+                if cls.needs_scan:
+                    raise OptionError(f"'{use}' goes by a scan, which a grid cannot name; see bdbench defend --without")
                 if cls.needs_suspect:
                     suspects.append(label)
         except BdbenchError as error:

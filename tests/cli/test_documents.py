@@ -47,7 +47,7 @@ def console_lines(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in typed]
 
 
-TRAINING = {"quickstart", "train", "defend"}
+TRAINING = {"quickstart", "train", "defend", "scan"}
 """Commands that take long: only their flags are looked at, as those of sweeps that are not dry."""
 ELSEWHERE = re.compile(r"cifar10|photos|DATA|runs/grid")
 """What a line names that runs on other images than the digits, or after a sweep."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_of
 from pretend import THERE, pretended, small
 from torch import Tensor
 from toys import (
@@ -24,10 +25,9 @@ from toys import (
 
 from bdbench import stages
 from bdbench.artifacts.dataset import DatasetArtifact
-from bdbench.artifacts.model import ModelArtifact
 from bdbench.models.classifier import Classifier
 from bdbench.protocol.poisoning import poison_source
-from bdbench.registry import DEFENSES
+from bdbench.registry import DEFENSES, DETECTORS
 from bdbench.training.loop import Batch, mean_cross_entropy
 from bdbench.training.views import contrastive_view
 
@@ -39,27 +39,40 @@ WHOLE |= {"unit": {"holdout": 0.7, "tolerance": 1.0, "epochs": 2}}
 
 
 @pytest.fixture(scope="module")
-def suspect(toys: DatasetArtifact, tmp_path_factory: pytest.TempPathFactory) -> ModelArtifact:
-    return stages.defend(toys.path, "none", options={"epochs": 1}, out=tmp_path_factory.mktemp("suspect") / "none")
+def needed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what defenses need is made once."""
+    return tmp_path_factory.mktemp("needed")
 
 
 @pytest.mark.parametrize("name", sorted(DEFENSES.rows))
 def test_every_defense_trains_and_is_judged_there_without_waiting_in_its_steps(
-    name: str, toys: DatasetArtifact, suspect: ModelArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, toys: DatasetArtifact, needed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BDBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("bdbench.defenses.repair.mcldef.SUCCESS", 0.0)
     monkeypatch.setattr("bdbench.defenses.repair.neural_cleanse.SUCCESS", 0.0)
     method = DEFENSES.load(name)
     few = {"batch_size": 3} if method.needs_trusted else {}  # of 12 images, or of the half of them
+    needs = needs_of(name, toys, needed)
     with pretended(monkeypatch) as device:
         made = stages.defend(
             toys.path, name, preset="tiny", options=small(method) | few | WHOLE.get(name, {}), out=tmp_path / name,
-            suspect=suspect.path if method.needs_suspect else None,
+            **needs,
         )  # fmt: skip
         stages.evaluate(made.path, data=toys.path)
     assert device.steps >= 2 or name in TRAINS_NOTHING
     assert device.waits == []
+
+
+@pytest.mark.parametrize("name", DETECTORS.names())
+def test_every_detector_scans_there(name: str, toys: DatasetArtifact, tmp_path: Path, needed: Path) -> None:
+    suspect = needs_of("retrain", toys, needed)["without"].with_name("toys-suspect")
+    here = stages.scan(toys.path, name, suspect=suspect, out=tmp_path / "here", precision="fp32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BDBENCH_CACHE", str(tmp_path / "cache"))
+        with pretended(patch):
+            there = stages.scan(toys.path, name, suspect=suspect, out=tmp_path / "there", precision="fp32")
+    assert there.samples["score"].tolist() == pytest.approx(here.samples["score"].tolist(), rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ATTACK_NAMES)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_of
 from pretend import small
 from torch import Tensor
 from toys import are_equal, toy_data, toy_model, toy_recipe, weights_of
@@ -106,14 +107,12 @@ def test_an_estimate_leaves_no_trace_in_the_model(
 ) -> None:
     monkeypatch.setenv("BDBENCH_CACHE", str(tmp_path / "cache"))
     method = DEFENSES.load(name)
-    suspect = None
-    if method.needs_suspect:
-        suspect = stages.defend(toys.path, "none", options={"epochs": 1}, out=tmp_path / "suspect").path
+    needs = needs_of(name, toys, tmp_path)
 
     def made(estimate: bool) -> ModelArtifact:
         return stages.defend(
-            toys.path, name, preset="tiny", options=small(method), suspect=suspect, out=tmp_path / f"{estimate}",
-            estimate=estimate,
+            toys.path, name, preset="tiny", options=small(method), out=tmp_path / f"{estimate}",
+            estimate=estimate, **needs,
         )  # fmt: skip
 
     first, other = made(estimate=True), made(estimate=False)

@@ -46,11 +46,7 @@ def halves(trusted: ImageDataset, share: float, seed: int) -> Halves:
     Raises:
         OptionError: too few would be held out, or too few would be left.
     """
-    is_held = torch.zeros(len(trusted), dtype=torch.bool)
-    order = torch.randperm(len(trusted), generator=generator(seed, "held-out"))
-    for label in range(trusted.num_classes):
-        own = order[trusted.labels[order] == label]
-        is_held[own[: min(round(share * len(own)), len(own) - 1)] if len(own) else own] = True
+    is_held = held_rows(trusted, share, seed)
     held = int(is_held.sum())
     if held < MIN_HELD or len(trusted) - held < 2:
         raise OptionError(
@@ -60,6 +56,16 @@ def halves(trusted: ImageDataset, share: float, seed: int) -> Halves:
             "--trusted-per-class, or choose a method that has nothing to choose, such as ft or ft-sam"
         )
     return Halves(trusted.take(~is_held), trusted.take(is_held))
+
+
+def held_rows(trusted: ImageDataset, share: float, seed: int) -> Tensor:
+    """Return which trusted images (N,) are held out, drawn once, as `halves` says."""
+    is_held = torch.zeros(len(trusted), dtype=torch.bool)
+    order = torch.randperm(len(trusted), generator=generator(seed, "held-out"))
+    for label in range(trusted.num_classes):
+        own = order[trusted.labels[order] == label]
+        is_held[own[: min(round(share * len(own)), len(own) - 1)] if len(own) else own] = True
+    return is_held
 
 
 def accuracy(engine: Engine, model: Classifier, data: ImageDataset) -> float:

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bdbench.data import ImageDataset
+from bdbench.data import ImageDataset, joined
 from bdbench.defenses.base import Defended, Defense, Task
+from bdbench.errors import OptionError
 from bdbench.training.loop import mean_cross_entropy
 
 
@@ -39,6 +40,21 @@ class NoDefense(Defense):
     def _data(self, task: Task) -> tuple[ImageDataset, Tensor | None]:
         """Return what to train on: images, and which rows of them if not all."""
         return task.train, None
+
+
+class WithTrusted(NoDefense):
+    """Trains on the poisoned set and the trusted images together, undefended: the suspect that `bdbench scan` makes.
+
+    A detector calibrates on trusted images. They compare with training samples only where the model has learned both
+    alike: a sample that a model never saw looks less certain. Budgets are those of `none`.
+    """
+
+    needs_trusted: ClassVar[bool] = True
+
+    def _data(self, task: Task) -> tuple[ImageDataset, Tensor | None]:
+        if task.trusted is None:
+            raise OptionError("none-trusted needs trusted images")
+        return joined(task.train, task.trusted), None
 
 
 class Oracle(NoDefense):

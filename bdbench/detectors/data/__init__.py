@@ -1,0 +1,1 @@
+"""Detectors that score the samples of a training set, one file each."""
