@@ -68,7 +68,7 @@ class ModeConnectivity(ChoosingRepair):
         def repaired(point: float) -> Classifier:
             model = copied(suspect)
             model.load_state_dict(curve.at(torch.tensor(point)), strict=False)
-            refresh_norms(engine, model, tune.images)
+            refresh_norms(engine, model, tune.images, task.recipe.augment)
             return model
 
         if held is None or self.point is not None:
