@@ -24,6 +24,8 @@ from bdbench.training.loop import Batch
 
 RAISED, LOWERED = 2.0, 2.0**-1.5
 """What the cost is multiplied with after epochs of success, and of failure."""
+LARGEST = 1e3
+"""The largest cost: beyond it the cross entropy has no say, and the bounds fall as fast as their learning rate lets."""
 SETTINGS: Mapping[str, Any] = {"lr": 1e-3, "schedule": "constant", "augment": "none"}
 
 
@@ -154,7 +156,7 @@ class Narrowing(Bounds):
         streak = int(self.streak)
         streak = (streak if keeps == (streak > 0) else 0) + (1 if keeps else -1)
         if abs(streak) >= self.patience:
-            self.cost *= RAISED if keeps else LOWERED
+            self.cost.mul_(RAISED if keeps else LOWERED).clamp_(max=LARGEST)
             streak = 0
         self.streak.fill_(streak)
 
