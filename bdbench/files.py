@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import uuid
@@ -55,8 +56,11 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; what is written there replaces `path` by one rename at the end."""
-    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.tmp")  # a longer name could be too long
+    """Give a temporary path beside `path`; what is written there replaces `path` by one rename at the end.
+
+    A process that is killed meanwhile leaves it; see `remove_unfinished`.
+    """
+    temporary = path.with_name(f"{_unfinished(path)}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         flush(temporary)
@@ -66,6 +70,20 @@ def replace_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes have left of `replace_file`; the caller holds the lock under which `path` is
+    written.
+    """
+    for left in path.parent.glob(f"{glob.escape(_unfinished(path))}.????????.tmp"):
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
+def _unfinished(path: Path) -> str:
+    """Return how a file that will replace another begins: with its name, or as much of it as always fits."""
+    return f".{path.name[:40]}.{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}"
 
 
 @contextmanager

@@ -23,8 +23,12 @@ WAITING_BYTES = 2**29
 ROWS = 20_000_000
 """Rows of a Parquet file."""
 ARCHIVE_BYTES = 2**28
-"""Bytes of the arrays of an npz archive that may be packed as tightly as they can be."""
+"""Bytes of the arrays of an npz archive, or of the columns of a Parquet file, that may be packed as tightly as they can
+be.
+"""
 ARCHIVE_RATIO = 200
-"""Bytes of the arrays of a larger npz archive for each byte of the file."""
+"""Bytes of larger arrays or columns for each byte of the file."""
+BATCH_BYTES = 2**30
+"""Bytes that the rows of a Parquet file may become that are read at once."""
 MEMORY_GB = 1_000_000
 """Gigabytes of memory that a flag may speak of."""

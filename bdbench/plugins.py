@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import inspect
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,8 +50,9 @@ class Plugin(NamedTuple):
     def file(self) -> Path | None:
         """Where its module is written, found without running it; None if there is no such file."""
         try:
-            found = find_spec(self.target.partition(":")[0])
-        except Exception:  # noqa: BLE001 - the package above it is run, and may fail in any way
+            with redirect_stdout(sys.stderr):
+                found = find_spec(self.target.partition(":")[0])
+        except (Exception, SystemExit):  # noqa: BLE001 - the package above it is run, and may fail in any way
             return None
         return Path(found.origin) if found is not None and found.origin is not None and found.has_location else None
 
@@ -81,17 +83,18 @@ def installed(kind: str, plural: str) -> dict[str, Plugin]:
 
 
 def load(plugin: Plugin) -> Any:  # noqa: ANN401 - each kind has a class of its own
-    """Import and return the object of a plugin.
+    """Import and return the object of a plugin; what its module prints goes to standard error.
 
     Raises:
         MethodError: it cannot be imported, or is not what its kind has to be; names plugin and package.
     """
     module, _, attribute = plugin.target.partition(":")
     try:
-        found = import_module(module)
+        with redirect_stdout(sys.stderr):
+            found = import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise MethodError(f"{plugin} cannot be imported: {type(error).__name__}: {error}") from error
     if fault := _fault(plugin, found):
         raise MethodError(f"{plugin} cannot be used: {plugin.target} {fault}")
@@ -153,7 +156,7 @@ def blamed(plugin: Plugin | None) -> Iterator[None]:
         raise error if plugin is None else MethodError(f"{plugin}: {error}") from error
     except BdbenchError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if plugin is None or (isinstance(error, OSError) and error.errno in DISK_FULL):
             raise
         frames = traceback.extract_tb(error.__traceback__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import tomllib
 from pathlib import Path
@@ -46,14 +47,30 @@ def read_toml(path: Path, hint: str = "") -> tuple[str, dict[str, Any]]:
         hint: what to try where the file cannot be read.
 
     Raises:
-        OptionError: it cannot be read, is not TOML, too long, or nested too deeply; names the file and the line.
+        OptionError: it cannot be read, is not TOML, too long, nested too deeply, or holds a date, which JSON has not;
+            names the file and the line, or the key.
     """
     try:
         text = read_text(path)
-        return text, tomllib.loads(text)
+        found = tomllib.loads(text)
+        dated = _dated(found)
     except OSError as error:
         raise OptionError(f"cannot read {path}: {error.strerror or error}{hint}") from error
     except RecursionError:
         raise OptionError(f"{path} is not TOML that can be read: it is nested too deeply") from None
     except ValueError as error:
         raise OptionError(f"{path} is not TOML: {error}") from error
+    if dated is not None:
+        key, value = dated
+        raise OptionError(f"{path}: `{key}` cannot be {value}: no option is a date or a time; put text into quotes")
+    return text, found
+
+
+def _dated(value: object, key: str = "") -> tuple[str, object] | None:
+    """Return the key and the value of the first date or time, or None."""
+    if isinstance(value, (dt.date, dt.time)):
+        return key, value
+    inside = (
+        value.items() if isinstance(value, dict) else ((key, item) for item in value) if isinstance(value, list) else ()
+    )
+    return next((found for name, item in inside if (found := _dated(item, name))), None)

@@ -5,9 +5,9 @@
     python benchmarks/campaign.py inputs --cases 1 --seed 417        # one case again
 
 A finding is: an exception that reaches the caller, an exit code that is not documented, a traceback, a control
-character in the output, more than 30 s, a file outside the case's folder, a program that ran, a crash, a damaged
-artifact, or another number in the table. Each is printed with its case; then one line of figures a campaign. The exit
-code is 1 if there was a finding. Case N of a campaign is the same in every run.
+character in the output, more than 30 s of the processor, a file outside the case's folder, a program that ran, a
+crash, a damaged artifact, or another number in the table. Each is printed with its case; then one line of figures a
+campaign. The exit code is 1 if there was a finding. Case N of a campaign is the same in every run.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ import campaign_artifacts
 import campaign_commands
 import campaign_inputs
 import campaign_processes
+import campaign_sweeps
 from campaign_running import Case, Room, Verdict
 
-BATCH = 50
+BATCH = 250
 CAMPAIGNS: dict[str, Callable[[Case], Verdict]] = {
     "artifacts": campaign_artifacts.case,
     "inputs": campaign_inputs.case,
     "commands": campaign_commands.case,
     "kills": campaign_processes.kill_case,
+    "sweeps": campaign_sweeps.case,
     "together": campaign_processes.together_case,
 }
 

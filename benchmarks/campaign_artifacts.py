@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from campaign_running import TEXTS, VALUES, Case, Ended, Verdict, damage, run
+from campaign_running import TEXTS, VALUES, Case, Ended, Room, Verdict, damage, run
 
 LOOKS = (
     "verify {0}", "verify runs --json", "table runs --format markdown", "table runs --format csv",
@@ -22,26 +22,31 @@ LOOKS = (
     "inspect {0} --json", "report runs --out r.html", "gc runs", "status runs",
     "suspects runs/abl --data runs/d --csv s.csv", "evaluate runs/none",
     "compare runs/none-eval runs/abl-eval --csv c.csv", "inspect {0} --image i.png",
-    "train runs/d --epochs 1 --out runs/new", "defend runs/d --method oracle --epochs 1 --out runs/new",
 )  # fmt: skip
+TRAININGS = ("train {0} --epochs 1 --out runs/new", "defend {0} --method oracle --epochs 1 --out runs/new")
+"""What reads a dataset only, and takes as long as ten looks."""
 
 
 def case(case: Case) -> Verdict:
-    """Damage or prepare one artifact of five; look at it, at the others, and at the table."""
+    """Damage or prepare one artifact of six; look at it, at the others, and at the table."""
     rng, runs = case.rng, Path("runs")
     for file in sorted((case.room.base / "runs").rglob("*")):
         if file.is_file():
             target = runs / file.relative_to(case.room.base / "runs")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-    before = run(["table", "runs", "--json"])
     folder = rng.choice(sorted(path for path in runs.iterdir() if (path / "manifest.json").is_file()))
     told, sealed = _change(folder, rng)
     what = f"{folder}: {told}"
     after = run(["table", "runs", "--json"])
-    if problem := after.problem or ("" if sealed else _other_numbers(before, after)):
+    if (
+        problem := after.problem
+        or _lost_rows(folder, after, case.room)
+        or ("" if sealed else _other_numbers(after, case.room))
+    ):
         return Verdict(f"{what}; table --json", problem, after.out + after.err)
-    for line in rng.sample(LOOKS, 3):
+    lines = rng.sample([*LOOKS, *TRAININGS] if folder.name in ("d", "small") else LOOKS, 3)
+    for line in sorted(lines, key=lambda line: line != "verify {0}"):  # before another command mends it
         ended = run(line.format(folder).split())
         problem = ended.problem
         if not sealed and line == "verify {0}" and not ended.code:
@@ -51,14 +56,21 @@ def case(case: Case) -> Verdict:
     return Verdict(what, "")
 
 
-def _other_numbers(before: Ended, after: Ended) -> str:
+def _rows(ended: Ended) -> list[dict[str, Any]]:
+    return json.loads(ended.out)["rows"] if ended.code == 0 else []
+
+
+def _lost_rows(folder: Path, after: Ended, room: Room) -> str:
+    """Return which row is no longer in the table though another artifact was changed, or ''."""
+    kept = {row["path"] for row in room.table()} - {str(folder)}
+    lost = kept - {row["path"] for row in _rows(after)}
+    return f"{', '.join(sorted(lost))} left out of the table" if lost else ""
+
+
+def _other_numbers(after: Ended, room: Room) -> str:
     """Return which number differs, or ''; one that rests on a row that was left out is empty."""
-    known = {row["path"]: row for row in json.loads(before.out)["rows"]}
-    try:
-        shown = json.loads(after.out)["rows"] if after.code == 0 else []
-    except (ValueError, TypeError):
-        return "the table is no JSON"
-    for row in shown:
+    known = {row["path"]: row for row in room.table()}
+    for row in _rows(after):
         for key, value in row.items():
             if value is not None and key != "marks" and known.get(row["path"], {}).get(key) != value:
                 return f"another {key} of {row['path']}"
@@ -98,8 +110,12 @@ def _change(folder: Path, rng: random.Random) -> tuple[str, bool]:
         told = []
         for _ in range(rng.choice([1, 1, 2])):
             container, key = rng.choice(_places(raw))
-            container[key] = rng.choice(VALUES)
-            told.append(f"{key}={str(container[key])[:40]!r}")
+            if isinstance(container, dict) and rng.random() < 0.3:
+                del container[key]
+                told.append(f"no {key}")
+            else:
+                container[key] = rng.choice(VALUES)
+                told.append(f"{key}={str(container[key])[:40]!r}")
         return _seal(folder, raw, f"{kind} {' '.join(told)}")
     if kind == "sealed names":
         name = rng.choice([*TEXTS, "../none/model.safetensors", "/dev/zero", "manifest.json"])

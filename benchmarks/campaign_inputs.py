@@ -178,7 +178,7 @@ def _parquet(rng: random.Random) -> tuple[str, str]:
     Image.fromarray(_pixels(rng)).save(stream, "PNG")
     images: Any = pa.array([{"bytes": stream.getvalue(), "path": "/etc/passwd"}] * 40)
     labels: Any = pa.array([0, 1, 2, 3] * 10)
-    kind = rng.choice(["damaged", "damaged", "image", "strings", "labels", "twice", "names"])
+    kind = rng.choice(["damaged", "damaged", "image", "strings", "labels", "twice", "names", "shared"])
     if kind == "image":
         images = pa.array([_encoded(rng)[1] for _ in range(40)])
     elif kind == "strings":
@@ -204,6 +204,11 @@ def _parquet(rng: random.Random) -> tuple[str, str]:
                 pa.array([-1] * 40),
             ]
         )
+    elif kind == "shared":  # a few bytes that many rows stand for
+        size, rows = rng.choice([1000, 3_000_000]), pa.array([0] * 40, pa.int32())
+        images = pa.DictionaryArray.from_arrays(rows, pa.array([stream.getvalue() + bytes(size)], pa.binary()))
+        if rng.random() < 0.5:
+            images, labels = pa.chunked_array([images] * 5), pa.array([0, 1, 2, 3] * 50)
     columns, names = [images, labels], ["image", "label"]
     if kind == "twice":
         columns, names = [images, labels, images, labels], ["image", "label", "image", "label"]
@@ -215,7 +220,8 @@ def _parquet(rng: random.Random) -> tuple[str, str]:
         table = table.replace_schema_metadata(
             {"huggingface": json.dumps({"info": {"features": {"label": {"names": said}}}})}
         )
-    pq.write_table(table, "set.parquet", row_group_size=rng.choice([7, 1000]))
+    stored = kind != "shared"
+    pq.write_table(table, "set.parquet", row_group_size=rng.choice([7, 1000]), store_schema=stored)
     if kind == "damaged":
         Path("set.parquet").write_bytes(damage(Path("set.parquet").read_bytes(), rng))
     return kind, "set.parquet"

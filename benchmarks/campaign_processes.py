@@ -71,10 +71,10 @@ def start(words: list[str], log: Path) -> int:
             bdbench(words)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
-        except KeyboardInterrupt:
-            code = 130
         sys.stdout.flush()
         sys.stderr.flush()
+    except KeyboardInterrupt:  # before the command began too, on a slow machine
+        code = 130
     finally:
         os._exit(code)
 

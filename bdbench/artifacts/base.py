@@ -20,6 +20,7 @@ from bdbench.artifacts.manifests import AGAIN, Kind, Manifest
 from bdbench.artifacts.store import Draft, unknown_files
 from bdbench.errors import ArtifactError, DamagedError
 from bdbench.limits import ROWS
+from bdbench.parquet_files import read_table
 
 COLUMNS: Mapping[str, Mapping[str, str]] = {
     "train.parquet": {"label": "integer"},
@@ -28,7 +29,10 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
     "triggered.parquet": {"label": "integer", "test_row": "integer"},
     "truth.parquet": {"clean_label": "integer", "role": "integer", "source_row": "integer"},
     "places.parquet": {"file": "text"},
-    "history.parquet": {"phase": "text", "epoch": "integer", "loss": "number", "lr": "number", "seconds": "number"},
+    "history.parquet": {
+        "phase": "text", "epoch": "integer", "loss": "number", "lr": "number", "images_per_second": "number",
+        "seconds": "number",
+    },
     "samples.parquet": {"row": "integer", "score": "number", "set_aside": "truth"},
     "rounds.parquet": {"phase": "text", "epoch": "integer", "row": "integer"},
     "null.parquet": {"row": "integer", "score": "number"},
@@ -48,6 +52,9 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
 }  # fmt: skip
 """Columns that each Parquet file must have, and of which type."""
 
+LATER: Mapping[str, Mapping[str, str]] = {"history.parquet": {"step": "integer"}}
+"""Columns that files of older releases lack."""
+
 TYPES: Mapping[str, Callable[[pa.DataType], bool]] = {
     "integer": pa.types.is_integer,
     "number": lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind),
@@ -56,14 +63,16 @@ TYPES: Mapping[str, Callable[[pa.DataType], bool]] = {
 }
 
 
-def _check_columns(schema: pa.Schema, columns: Mapping[str, str]) -> None:
+def _check_columns(schema: pa.Schema, file: str) -> None:
     """Refuse a table that lacks a column, has one twice, or holds something else in it."""
-    for name, kind in columns.items():
-        places = schema.get_all_field_indices(name)
-        if len(places) != 1:
-            raise ValueError(f"it has {len(places)} columns '{name}'")
-        if not TYPES[kind](schema.field(places[0]).type):
-            raise ValueError(f"its column '{name}' holds {schema.field(places[0]).type}, not {kind}")
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise ValueError(f"it has {schema.names.count(twice[0])} columns '{twice[0]}'")
+    needed, later = COLUMNS.get(file, {}), LATER.get(file, {})
+    for name, kind in {**needed, **later}.items():
+        if name not in schema.names and name in needed:
+            raise ValueError(f"it has no column '{name}'")
+        if name in schema.names and not TYPES[kind](schema.field(name).type):
+            raise ValueError(f"its column '{name}' holds {schema.field(name).type}, not {kind}")
 
 
 def _check_rows(count: int) -> None:
@@ -114,6 +123,29 @@ class Artifact:
         """The hash of what was asked."""
         return self.manifest.id
 
+    def option(self, name: str) -> Any:  # noqa: ANN401 - any option's value
+        """Return what was asked of an option.
+
+        Raises:
+            DamagedError: the manifest does not say it.
+        """
+        return self._asked("config", name)
+
+    def made_from(self, name: str) -> str:
+        """Return the id of an artifact that it was made from: dataset, model or suspect.
+
+        Raises:
+            DamagedError: the manifest does not say it.
+        """
+        return str(self._asked("inputs", name))
+
+    def _asked(self, part: str, name: str) -> Any:  # noqa: ANN401 - JSON
+        try:
+            return getattr(self.manifest.ask, part)[name]
+        except KeyError:
+            message = f"{self.path / manifests.MANIFEST} does not say the {name} that was asked; {AGAIN}"
+            raise DamagedError(self.path, message) from None
+
     def verify(self) -> None:
         """Check every file's hash.
 
@@ -154,9 +186,9 @@ class Artifact:
     def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         try:
             file = pq.ParquetFile(manifests.checked_file(self.path, self.manifest, name))
-            _check_columns(file.schema_arrow, COLUMNS.get(name, {}))
+            _check_columns(file.schema_arrow, name)
             _check_rows(file.metadata.num_rows)
-            table = file.read(columns)
+            table = read_table(file, self.manifest.files[name]["bytes"], columns)
             _check_gaps(table, name)
         except (ValueError, OSError, pa.ArrowException) as error:
             message = f"{self.path / name} is not a Parquet file of the form that it should have ({error}); {AGAIN}"

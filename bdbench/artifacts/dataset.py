@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +23,7 @@ from bdbench.artifacts.store import Draft
 from bdbench.data import ImageDataset, MappedFile, PoisonedDataset, Role, SourceData
 from bdbench.errors import ArtifactError, BdbenchError, DamagedError, DataError, OriginWarning
 from bdbench.progress import Silent
+from bdbench.text import printable
 from bdbench.training.checkpoints import save_tensors
 
 UNPOISONED = "none"
@@ -62,17 +64,15 @@ class DatasetArtifact(Artifact):
     def unpoisoned(self) -> ImageDataset:
         """The training split as it was before the attack: for reference rows and inspection only."""
         labels = self.column("truth.parquet", "clean_label")
-        if "origin" in self.manifest.facts:
-            rows = self.column("truth.parquet", "source_row")
-            return ImageDataset(self._origin.train.images[rows], labels, self.class_names)
-        images, changed = self.train.images.clone(), self.roles != Role.CLEAN
-        originals = self.tensors("originals.safetensors").get("images")
-        if originals is None or originals.shape != (int(changed.sum()), *self.image_shape):
-            raise ArtifactError(
-                f"{self.path / 'originals.safetensors'} does not hold the images that the attack changed; {AGAIN}"
-            )
-        images[changed] = originals
-        return ImageDataset(images, labels, self.class_names)
+        with self._fitting("the truth"):
+            if len(labels) != self.manifest.facts["counts"]["train"]:
+                raise DataError(f"{len(labels)} rows of {self.manifest.facts['counts']['train']} images")
+            if "origin" in self.manifest.facts:
+                images = self._origin.train.images[self.column("truth.parquet", "source_row")]
+            else:
+                images = self.train.images.clone()
+                images[self.roles != Role.CLEAN] = self.tensors("originals.safetensors")["images"]
+            return ImageDataset(images, labels, self.class_names)
 
     @property
     def roles(self) -> Tensor:
@@ -93,6 +93,16 @@ class DatasetArtifact(Artifact):
     def is_taken(self) -> bool:
         """Whether it was taken as found: nothing was asked of it, and which samples are poisoned is not known."""
         return not self.is_attacked and self.manifest.ask.config.keys() <= {"dataset"}
+
+    @property
+    def target(self) -> int | None:
+        """The class that the attacker wants, None where it depends on the image's own."""
+        if self.option("labels") == "all-to-all":
+            return None
+        target = self.option("target")
+        if type(target) is not int or not 0 <= target < len(self.class_names):
+            raise DamagedError(self.path, f"{self.path} has no class {target}, its target; {AGAIN}")
+        return target
 
     @property
     def content(self) -> str:
@@ -134,7 +144,7 @@ class DatasetArtifact(Artifact):
     @property
     def class_names(self) -> tuple[str, ...]:
         """K names."""
-        return tuple(self.manifest.facts["class_names"])
+        return tuple(printable(name) for name in self.manifest.facts["class_names"])
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -170,11 +180,12 @@ class DatasetArtifact(Artifact):
         if name == "test":
             return source.test.images
         stored = self.tensors("delta.safetensors")
-        if name == "trusted":
-            return source.train.images[stored["trusted_rows"]]
-        images = source.train.images[stored["source_rows"]]
-        images[stored["rows"]] = stored["images"]
-        return images
+        with self._fitting("delta.safetensors"):
+            if name == "trusted":
+                return source.train.images[stored["trusted_rows"]]
+            images = source.train.images[stored["source_rows"]]
+            images[stored["rows"]] = stored["images"]
+            return images
 
     def _split(self, name: str) -> ImageDataset:
         images: Tensor | None
@@ -186,11 +197,18 @@ class DatasetArtifact(Artifact):
             file = MappedFile.of(self.path / f"{name}.safetensors")
         labels = self.column(f"{name}.parquet", "label")
         if images is None or tuple(images.shape[1:]) != self.image_shape:
-            raise ArtifactError(f"{self.path / name}.safetensors does not hold images of {self.image_shape}; {AGAIN}")
-        try:
+            message = f"{self.path / name}.safetensors does not hold images of {self.image_shape}; {AGAIN}"
+            raise DamagedError(self.path, message)
+        with self._fitting(f"split {name}"):
             return ImageDataset(images, labels, self.class_names, file)
-        except DataError as error:
-            raise ArtifactError(f"{self.path}, split {name}: {error}; {AGAIN}") from error
+
+    @contextmanager
+    def _fitting(self, what: str) -> Iterator[None]:
+        """Say of tensors that do not fit each other that the artifact is damaged."""
+        try:
+            yield
+        except (DataError, KeyError, IndexError, RuntimeError, TypeError) as error:
+            raise DamagedError(self.path, f"{self.path}, {what}: {error}; {AGAIN}") from error
 
 
 def write_dataset(

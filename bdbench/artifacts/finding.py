@@ -95,7 +95,8 @@ def unneeded(root: Path, *, strict: bool = False) -> list[Path]:
     needed |= {
         path
         for path, manifest in found
-        if manifest.ask.method == "victim" and not needed.isdisjoint(by_id.get(manifest.ask.inputs["dataset"], []))
+        if manifest.ask.method == "victim"
+        and not needed.isdisjoint(by_id.get(manifest.ask.inputs.get("dataset", ""), []))
     }
     hidden = filter(is_leftover, (*root.glob("**/.*.work"), *root.glob("**/.*.done-*")))
     leftovers = [path for path in hidden if not is_locked(path / "lock")]

@@ -67,6 +67,8 @@ class MadeForm(_Form):
     seconds: Number
     peak_memory_bytes: Count
     at: StrictStr
+    training_seconds: Number = 0.0
+    compiled: StrictBool = False
 
 
 class OriginForm(_Form):
@@ -108,6 +110,9 @@ class DatasetFacts(_Form):
     replay: StrictBool = False
     source_options: Table = {}
     origin: OriginForm | None = None
+    remarks: list[StrictStr] = []
+    unreadable: list[StrictStr] = []
+    guessed: dict[StrictStr, StrictStr] = {}
     given: Annotated[dict[Literal["name", "path"], StrictStr], Field(min_length=1, max_length=1)] | None = None
     plugins: Plugins = {}
 

@@ -129,7 +129,7 @@ def checked_file(path: Path, manifest: Manifest, name: str) -> Path:
     file = path / name
     said = manifest.files.get(name)
     if said is None:
-        raise ArtifactError(f"{path} has no {name}")
+        raise DamagedError(path, f"{path} has no {name}; {AGAIN}")
     if not file.is_file():
         raise DamagedError(path, f"{file} is missing; {AGAIN}")
     size = file.stat().st_size

@@ -67,7 +67,8 @@ class ModelArtifact(Artifact):
             model.load_state_dict(self.tensors("model.safetensors"), strict=True)
         except RuntimeError as error:
             said = textwrap.shorten(str(error), 300, placeholder=" ...")
-            raise ArtifactError(f"{self.path} does not hold weights of {facts['model']} ({said}); {AGAIN}") from error
+            message = f"{self.path} does not hold weights of {facts['model']} ({said}); {AGAIN}"
+            raise DamagedError(self.path, message) from error
         return model.eval()
 
     def _wrap(
@@ -87,14 +88,14 @@ class ModelArtifact(Artifact):
                 wrap(model, WRAPPERS.load(name).parse(options), shape)
         except OptionError as error:
             said = textwrap.shorten(str(error), 300, placeholder=" ...")
-            raise ArtifactError(f"{self.path}: options of the wrapper '{name}' cannot be ({said}); {AGAIN}") from error
+            message = f"{self.path}: options of the wrapper '{name}' cannot be ({said}); {AGAIN}"
+            raise DamagedError(self.path, message) from error
 
     @property
     def history(self) -> pd.DataFrame:
         """phase, epoch, loss, lr, images_per_second, seconds, step (nan where a phase is counted in epochs)."""
         found = self.frame("history.parquet")
-        steps = found.get("step", math.nan)  # 0.1 counted all phases in epochs
-        return found.assign(step=pd.to_numeric(steps, errors="coerce"))
+        return found if "step" in found else found.assign(step=math.nan)  # 0.1 counted all phases in epochs
 
     @property
     def samples(self) -> pd.DataFrame | None:
@@ -105,11 +106,13 @@ class ModelArtifact(Artifact):
         """Return `samples` of a dataset of `count` training images.
 
         Raises:
-            DamagedError: there are scores of other rows.
+            DamagedError: there are scores of other rows, or one is no number.
         """
         samples = self.samples
         if samples is not None and samples["row"].tolist() != list(range(count)):
             raise DamagedError(self.path, f"{self.path} scored {len(samples)} samples, not these {count}; {AGAIN}")
+        if samples is not None and not np.isfinite(samples["score"]).all():
+            raise DamagedError(self.path, f"{self.path} has a score that is no number; {AGAIN}")
         return samples
 
     def rounds_of(self, count: int) -> list[Round]:
@@ -133,7 +136,7 @@ class ModelArtifact(Artifact):
     @property
     def dataset_id(self) -> str:
         """Id of the dataset it was trained on."""
-        return self.manifest.ask.inputs["dataset"]
+        return self.made_from("dataset")
 
 
 def counted(rows: pd.DataFrame) -> tuple[Unit, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,17 +47,19 @@ class ScanArtifact(Artifact):
     @property
     def dataset_id(self) -> str:
         """Id of the dataset that was scanned."""
-        return self.manifest.ask.inputs["dataset"]
+        return self.made_from("dataset")
 
     def samples_of(self, count: int) -> pd.DataFrame:
         """Return `samples` of a dataset of `count` training images.
 
         Raises:
-            DamagedError: there are scores of other rows.
+            DamagedError: there are scores of other rows, or one is no number.
         """
         samples = self.samples
         if samples["row"].tolist() != list(range(count)):
             raise DamagedError(self.path, f"{self.path} scored {len(samples)} samples, not these {count}; {AGAIN}")
+        if not samples["score"].map(math.isfinite).all():
+            raise DamagedError(self.path, f"{self.path} has a score that is no number; {AGAIN}")
         return samples
 
 

@@ -59,8 +59,10 @@ def compare(
     from bdbench.protocol import comparing, inputs
 
     first, second = (_evaluation(item, data, device) for item in (a, b))
+    if first.id == second.id:
+        console.say_warning(f"A and B are the same evaluation, {first.path}: they cannot differ")
     _check_same_dataset(first, second)
-    source = inputs.find_dataset(first.manifest.ask.inputs["dataset"], first.path.parent, data)
+    source = inputs.find_dataset(first.made_from("dataset"), first.path.parent, data)
     rates = comparing.paired_rates(first.predictions, second.predictions, first.manifest.facts["attack_options"])
     found = comparing.disagreements(first.predictions, second.predictions)
     if source is not None:
@@ -114,7 +116,7 @@ def _evaluation(reference: str, data: str | None, device: str) -> EvaluationArti
 
 
 def _check_same_dataset(first: EvaluationArtifact, second: EvaluationArtifact) -> None:
-    one, other = (it.manifest.ask.inputs["dataset"] for it in (first, second))
+    one, other = (it.made_from("dataset") for it in (first, second))
     if one != other:
         said = [f"{it.path} is of {_dataset(it)}" for it in (first, second)]
         raise OptionError(

@@ -26,7 +26,7 @@ PLAIN_WIDTH = 150
 def _console(*, stderr: bool) -> Console:
     """Return a console as wide as the terminal; a file or pipe gets room for a whole table.
 
-    Whatever text comes from outside, a terminal obeys nothing of it.
+    Whatever text comes from outside, a terminal obeys nothing of it, and its brackets are no markup.
     """
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
@@ -38,7 +38,7 @@ def _console(*, stderr: bool) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
-    return Safe(stderr=stderr, width=width, highlight=False)
+    return Safe(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 def flowing(text: str) -> str:
@@ -56,7 +56,7 @@ def show(item: object) -> None:
 
 def show_wrapped(text: str) -> None:
     """Print a sentence to standard output as it is, broken at words where the terminal ends."""
-    _console(stderr=False).print(text, markup=False)
+    _console(stderr=False).print(text)
 
 
 def show_json(value: object) -> None:
@@ -75,7 +75,7 @@ def finite(value: Any) -> Any:  # noqa: ANN401 - JSON
 
 def say(message: str) -> None:
     """Print a line for people to standard error; `message` may hold rich markup."""
-    _console(stderr=True).print(message, soft_wrap=True)
+    _console(stderr=True).print(message, markup=True, soft_wrap=True)
 
 
 def say_plainly(message: str) -> None:
@@ -84,7 +84,7 @@ def say_plainly(message: str) -> None:
     if sys.stderr.isatty():
         words = textwrap.TextWrapper(console.width, break_long_words=False, break_on_hyphens=False)
         message = "\n".join(words.fill(line) for line in message.split("\n"))
-    console.print(message, markup=False, soft_wrap=True)
+    console.print(message, soft_wrap=True)
 
 
 def say_error(message: str) -> None:
@@ -98,7 +98,7 @@ def say_warning(message: str) -> None:
 
 
 def _say_after(heading: str, message: str) -> None:
-    _console(stderr=True).print(heading, end=" ")
+    _console(stderr=True).print(heading, end=" ", markup=True)
     say_plainly(message)
 
 

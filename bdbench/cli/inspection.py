@@ -38,6 +38,7 @@ def inspect(
 
     Opens the truth of a dataset: which samples are poisoned, per class and role. Of an evaluation it shows the row
     and, where the defense chooses samples epoch by epoch (abl), how many of them were poison after each epoch.
+    Checks the files that it reads; `bdbench verify` checks all of them.
 
     Examples:
       bdbench inspect runs/digits-badnets-s0 --image sheet.png
@@ -109,6 +110,7 @@ def _say_manifest(found: Artifact) -> None:
     size = sum(file["bytes"] for file in found.manifest.files.values())
     rows = {
         "artifact": f"{asked.kind} {found.id}, {len(found.manifest.files)} files, {size / 2**20:,.1f} MiB",
+        "checked": "the files that are read here; `bdbench verify` checks all of them",
         "asked": f"{asked.method} (version {asked.version}), seed {asked.seed}",
         "options": config,
         "from": ", ".join(f"{name} {value}" for name, value in asked.inputs.items()),

@@ -139,11 +139,11 @@ class LineProgress(_Interruptible):
 def bars(console: Console) -> Progress:
     """Return the bars: label, bar, count, speed, time left, status."""
     return Progress(
-        TextColumn("{task.description:<12}"),
+        TextColumn("{task.description:<12}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         _Speed(Column(no_wrap=True)),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         console=console,
     )

@@ -32,6 +32,7 @@ from bdbench.cli.parameters import (
 )
 
 if TYPE_CHECKING:
+    from bdbench.artifacts.dataset import DatasetArtifact
     from bdbench.training.devices import Precision
 
 
@@ -121,6 +122,7 @@ def poison(
         made,
         [f"bdbench train {quote(str(made.path))}", f"bdbench defend {quote(str(made.path))} --method cbd"],
     )
+    say_newer(made)
     if json:
         console.show_json({"path": made.path, "id": made.id, "roles": roles, **facts})
 
@@ -172,8 +174,22 @@ def take(
         made,
         [f"bdbench defend {quote(str(made.path))} --method {method}" for method in ("abl", "cbd")],
     )
+    say_newer(made)
     if json:
         console.show_json({"path": made.path, "id": made.id, **facts})
+
+
+def say_newer(made: DatasetArtifact) -> None:
+    """Say so where `bdbench train` alone would take another dataset than this one: the newest under runs/."""
+    from bdbench import stages
+    from bdbench.artifacts.finding import ROOT
+
+    if made.is_new and ROOT in made.path.parents:
+        return
+    newest = stages.latest("dataset")
+    if newest is None or not newest.path.samefile(made.path):
+        other = f"take {newest.path}, the newest under {ROOT}/" if newest else f"look under {ROOT}/ only"
+        console.say_plainly(f"`bdbench train` and `defend` without a path {other}")
 
 
 def source_options(**given: object) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
@@ -48,7 +47,10 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the grid, show its runs, what is there, and the time left.")
     ] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Make runs again that failed before.")] = False,
+    retry: Annotated[
+        bool,
+        typer.Option("--retry", help="Make runs again that failed before; make damaged datasets and models again."),
+    ] = False,
     replace: Annotated[
         bool, typer.Option("--replace", help="Make runs again, in place, whose options or methods have changed.")
     ] = False,
@@ -205,8 +207,8 @@ def watch(run: Run) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    with Live(console=Console(stderr=True, highlight=False), refresh_per_second=4) as live:
-        run.say = partial(live.console.print, markup=False)
+    with Live(console=Console(stderr=True, highlight=False, markup=False, emoji=False), refresh_per_second=4) as live:
+        run.say = live.console.print
         shown = 0.0
         for _ in run.steps():
             if time.monotonic() - shown > REFRESH_SECONDS:
@@ -234,7 +236,6 @@ def line(run: Run) -> str:
 
 def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") -> Table:
     """Return what a sweep is doing: a line per running cell, and how many are where."""
-    from rich.markup import escape
     from rich.table import Table
 
     from bdbench.sweeps.sweep import seconds_left
@@ -247,12 +248,12 @@ def view(grid: Grid, states: Mapping[Cell, State], jobs: int, paused: str = "") 
         share = f"{record['done'] / max(1, record['total']):.0%}" if record.get("total") else ""
         spent = time.time() - record["started"] if "started" in record else 0.0
         phase = printable(record.get("phase", "starting"))
-        table.add_row(escape(grid.name(cell)), escape(phase), share, f"{spent:,.0f}")
+        table.add_row(grid.name(cell), phase, share, f"{spent:,.0f}")
     counts = Counter(state.state for state in states.values())
     left = seconds_left(states, jobs)
     parts = [f"{counts[name]:,} {name}" for name in STATES if counts[name]]
     parts += [f"about {duration(left)} left"] if left else []
-    table.caption = escape(paused) or ", ".join(parts)
+    table.caption = paused or ", ".join(parts)
     table.caption_justify = "left"
     return table
 
@@ -302,7 +303,6 @@ def status(
 
       bdbench status runs/grid
     """
-    from rich.markup import escape
     from rich.table import Table
 
     from bdbench.sweeps.records import read_records, read_waiting
@@ -323,9 +323,9 @@ def status(
         active = record["state"] in ("running", "interrupted")
         share = f"{record['done'] / max(1, record['total']):.0%}" if active and record.get("total") else ""
         table.add_row(
-            escape(printable(record["name"])), record["state"],
-            escape(printable(record.get("phase", ""))) if active else "", share, f"{record['seconds']:,.0f}",
-            escape(printable(record.get("reason", ""))) if record["state"] == "failed" else "",
+            printable(record["name"]), record["state"],
+            printable(record.get("phase", "")) if active else "", share, f"{record['seconds']:,.0f}",
+            printable(record.get("reason", "")) if record["state"] == "failed" else "",
         )  # fmt: skip
     console.show(table)
     counts = Counter(record["state"] for record in records)

@@ -111,7 +111,7 @@ def defend(
             compile=compile, force=force, estimate=True, progress=progress,
         )  # fmt: skip
     asked = made.manifest.ask.config
-    console.say(f"{asked['model']} by {method}, preset {asked['preset']}, {arithmetic(made.manifest.made)}")
+    console.say_plainly(f"{asked['model']} by {method}, preset {asked['preset']}, {arithmetic(made.manifest.made)}")
     is_found = made.samples is not None and not dataset_of(made, place).is_attacked
     console.say_made(made, [f"bdbench {'suspects' if is_found else 'evaluate'} {quote(str(made.path))}"])
     if json:

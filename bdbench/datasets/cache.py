@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -76,6 +77,8 @@ def load_cached(plan: Plan, progress: Progress) -> SourceData:
         found = _read(file, key, plan, progress) if usable else None
         if found is not None:
             return found
+        for left in file.parent.glob(f".{glob.escape(file.name)}.*") if usable else ():  # of processes that were killed
+            left.unlink(missing_ok=True)
         source = _decode(plan, progress)
         if usable:
             _write(file, key, source, len(plan.remarks), progress)

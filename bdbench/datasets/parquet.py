@@ -25,6 +25,7 @@ from bdbench.datasets.labels import class_names_of, integer_labels, numbered_nam
 from bdbench.datasets.splits import Splits, split_dataset
 from bdbench.errors import DataError
 from bdbench.limits import CLASSES, ROWS
+from bdbench.parquet_files import batches, read_table
 from bdbench.progress import Progress
 from bdbench.text import printable
 from bdbench.wording import were
@@ -123,11 +124,15 @@ def _matching(folder: Path, split_name: str) -> list[Path]:
 
 class _Shard(NamedTuple):
     file: pq.ParquetFile
-    name: str
+    path: Path
     image_column: str
     label_column: str
     labels: np.ndarray
     class_names: tuple[str, ...] | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
 
 def _decode(
@@ -166,8 +171,8 @@ def _open(path: Path, choices: Choices) -> _Shard:
         schema = file.schema_arrow
         image_column = _find(schema, IMAGE_COLUMNS, choices.image_column, "--image-column", path)
         label_column = _find(schema, LABEL_COLUMNS, choices.label_column, "--label-column", path)
-        labels = file.read(columns=[label_column]).column(label_column)
-    except (pa.ArrowException, OSError) as error:
+        labels = read_table(file, path.stat().st_size, [label_column]).column(label_column)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path.name}: cannot be read as Parquet ({_first_line(error)}); fetch it again") from None
     if len(labels) == 0:
         raise DataError(f"{path.name}: has no rows; remove it or fetch it again")
@@ -175,7 +180,7 @@ def _open(path: Path, choices: Choices) -> _Shard:
         row = pc.index(pc.is_null(labels), True).as_py()
         raise DataError(f"{path.name}, row {row}: no label; remove rows without one")
     array = _label_array(labels, f"{path.name}: column {label_column}")
-    return _Shard(file, path.name, image_column, label_column, array, _class_names(schema, label_column))
+    return _Shard(file, path, image_column, label_column, array, _class_names(schema, label_column))
 
 
 def _label_array(labels: pa.ChunkedArray, where: str) -> np.ndarray:
@@ -268,14 +273,15 @@ def _chunks(shard: _Shard) -> Iterator[list[Encoded]]:
         raise DataError(f"{shard.name}: column {column} holds {kind}; struct<bytes, path> or binary is needed")
     row = 0
     try:
-        for batch in shard.file.iter_batches(CHUNK, columns=[f"{column}.bytes" if nested else column]):
+        part = f"{column}.bytes" if nested else column
+        for batch in batches(shard.file, shard.path.stat().st_size, [part], CHUNK):
             found = batch.column(column)
             values = pc.struct_field(found, "bytes") if nested else found
             yield [
                 Encoded(f"{shard.name}, row {row + offset}", value) for offset, value in enumerate(values.to_pylist())
             ]
             row += len(values)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{shard.name}: damaged after row {row} ({_first_line(error)}); fetch it again") from None
 
 

@@ -48,10 +48,10 @@ def open_suspect(
             ModelArtifact(path, manifest)
             for path, manifest in reversed(finding.find_artifacts(root, "model"))
             if manifest.ask.method == "none" and manifest.ask.seed == seed
-            and manifest.ask.inputs["dataset"] == data.id and model in ("auto", manifest.facts["model"])
+            and manifest.ask.inputs.get("dataset") == data.id and model in ("auto", manifest.facts["model"])
         ]  # fmt: skip
         if fitting:
-            return next((found for found in fitting if found.manifest.ask.config["preset"] == preset), fitting[0])
+            return next((found for found in fitting if found.option("preset") == preset), fitting[0])
     raise ArtifactError(
         f"method '{method}' repairs a model; no undefended {'one' if model == 'auto' else model} of {data.path} with "
         f"seed {seed} is beside it or under {finding.ROOT}/; make one with: {_training_command(data, model, seed)} (or "
@@ -69,8 +69,8 @@ def unusual_suspect(suspect: ModelArtifact | None, preset: str) -> dict[str, Any
         return {}
     asked = suspect.manifest.ask
     changed = [name for name in suspect.manifest.facts.get("changed", []) if name in asked.config]
-    is_other = asked.method != "victim" and asked.config["preset"] != preset
-    told = {"preset": asked.config["preset"]} if is_other else {}
+    own = suspect.option("preset")
+    told = {"preset": own} if asked.method != "victim" and own != preset else {}
     told |= {name: asked.config[name] for name in changed}
     return {"method": asked.method, **told} if told or asked.method != "none" else {}
 

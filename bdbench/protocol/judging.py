@@ -84,7 +84,7 @@ def measure(
         triggered_predicted=said[counts],
         wanted=wanted[counts],
         triggered_rows=rows[counts],
-        target=None if config["labels"] == "all-to-all" else config["target"],
+        target=source.target,
     )
     if not counts.all():
         rates["asr_others"] = metrics.rate((said == wanted)[~counts])
@@ -132,7 +132,7 @@ def counts_for_asr(clean_labels: np.ndarray, attack: Mapping[str, Any]) -> np.nd
         attack: options of the attack.
     """
     if attack.get("labels") == "source-specific":
-        return np.asarray(clean_labels == attack["source"])
+        return np.asarray(clean_labels == attack.get("source"))
     return np.ones(len(clean_labels), dtype=bool)
 
 
@@ -214,7 +214,7 @@ def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
         "dataset_id": source.id,
         "source": source.manifest.ask.inputs.get("source"),
         "source_options": dict(source.manifest.facts.get("source_options", {})),
-        "model": asked.config["model"],
+        "model": model.option("model"),
         "model_id": model.id,
         "suspect_id": asked.inputs.get("suspect"),
         "suspect": model.manifest.facts.get("suspect") if "suspect" in asked.inputs else None,
@@ -223,7 +223,7 @@ def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
         "attack_options": dict(attacked.config),
         "defense": asked.method,
         "defense_options": dict(asked.config),
-        "preset": asked.config["preset"],
+        "preset": model.option("preset"),
         "findings": dict(model.manifest.facts.get("findings", {})),
         "changed": list(model.manifest.facts.get("changed", [])),
         "reads_truth": model.manifest.facts.get("reads_truth", False),

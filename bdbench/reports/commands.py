@@ -31,7 +31,7 @@ def poison_command(data: DatasetArtifact) -> str:
         return _line(["bdbench", "take", dataset, *options, "--out", _place(data.path.name)])
     config = dict(asked.config)
     trusted: dict[str, Any] = {name: config.pop(name) for name in ("trusted", "trusted_per_class") if name in config}
-    del config["dataset"]
+    config.pop("dataset", None)
     words = ["bdbench", "poison", *_source(data), "--attack", asked.method]
     words += [*_flags(trusted), *(["--seed", str(asked.seed)] if asked.seed else [])]
 

@@ -253,8 +253,8 @@ def loss_curves(model: ModelArtifact, path: Path) -> None:
         axis.set_xlabel(unit)
         axis.set_ylabel("loss")
         axis.grid(alpha=0.3)
-    asked = model.manifest.ask
-    _head(figure, f"{asked.method}, {asked.config['model']}, preset {asked.config['preset']}, seed {asked.seed}")
+    asked, network, preset = model.manifest.ask, model.option("model"), model.option("preset")
+    _head(figure, f"{asked.method}, {network}, preset {preset}, seed {asked.seed}")
     _save(figure, path)
 
 

@@ -131,6 +131,11 @@ def poison(
     few = int((poisoned.roles == Role.POISON).sum())
     if 0 < few < FEW_POISONED:
         progress.note(f"only {counted(few, 'poisoned sample')}: the attack may well fail; raise --rate")
+    if reserved and not len(poisoned.trusted):
+        progress.note(
+            f"no trusted images: {reserved:g} of {counted(len(source.train), 'image')} is none; raise --trusted for "
+            "defenses that need them"
+        )
     return DatasetArtifact.open(out, is_new=True)
 
 

@@ -237,8 +237,8 @@ def _suspect(
     for root in dict.fromkeys((data.path.parent, finding.ROOT)):
         for path, manifest in reversed(finding.find_artifacts(root, "model")):
             asked = manifest.ask
-            fits = asked.method == method and asked.seed == wanted["seed"] and asked.inputs["dataset"] == data.id
-            if fits and wanted["model"] in ("auto", asked.config["model"]):
+            fits = asked.method == method and asked.seed == wanted["seed"] and asked.inputs.get("dataset") == data.id
+            if fits and wanted["model"] in ("auto", asked.config.get("model")):
                 progress.note(f"suspect: {path}")
                 return ModelArtifact(path, manifest)
     return defend(data.path, method, estimate=True, progress=progress, **wanted)

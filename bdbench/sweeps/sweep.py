@@ -105,18 +105,18 @@ class Sweep:
         if records.without_places(record["asked"]) != records.without_places(self._asked(cell)):
             return State("changed" if manifests.is_artifact(self.folder / self.grid.name(cell)) else "waiting", {})
         state = record["state"]
-        if state == "done" and (wrong := damage(self.folder / record["evaluation"])):
+        if state == "done" and (wrong := damage(self.folder / record["evaluation"], "evaluation")):
             return State("waiting", {"damage": wrong})
         return State(state, record)
 
 
-def damage(evaluation: Path) -> str:
-    """Return why an evaluation cannot be read, or ''; it may lack its predictions, which a table does not need."""
+def damage(artifact: Path, kind: manifests.Kind | None = None) -> str:
+    """Return why an artifact cannot be read, or ''; it may lack files that a table does not need."""
     try:
-        manifest = manifests.read_manifest(evaluation, "evaluation")
+        manifest = manifests.read_manifest(artifact, kind)
         for name in manifest.files:
-            if name == "metrics.parquet" or (evaluation / name).exists():
-                manifests.checked_file(evaluation, manifest, name)
+            if name == "metrics.parquet" or (artifact / name).exists():
+                manifests.checked_file(artifact, manifest, name)
     except ArtifactError as error:
         return str(error)
     return ""
@@ -156,7 +156,8 @@ class Run:
         launch: starts a cell.
         jobs: cells at once.
         say: told one line for people.
-        retry: make cells again that failed before; a sweep that replaces does so anyway.
+        retry: make cells again that failed before, and mend datasets and models that are damaged; a sweep that
+            replaces makes failed ones again anyway.
         fail_fast: start nothing more after a failure.
         states: where every cell is.
         paused: why nothing is started at the moment, or "".
@@ -174,7 +175,7 @@ class Run:
 
     def __post_init__(self) -> None:
         states = self.sweep.states()
-        self.states = {cell: states[cell] for cell in self.cells}
+        self.states = {cell: self._looked_at(cell, states[cell]) for cell in self.cells}
         for state in self.states.values():
             if "damage" in state.record:
                 self.say(f"again   {state.record['damage']}")
@@ -182,6 +183,13 @@ class Run:
         self._waiting = [cell for cell in self.cells if self._is_wanted(cell)]
         self._room, self._paused_at, self._full = 0, 0.0, self.sweep.folder
         self._made: set[str] = set()
+
+    def _looked_at(self, cell: Cell, state: State) -> State:
+        """Return where a cell is: it waits if its dataset or a model of it is damaged and that is to be mended."""
+        parts = self.sweep.order(cell).makes if self.retry and state.state == "done" else ()
+        there = (place for name in parts if manifests.is_artifact(place := self.sweep.folder / name))
+        wrong = next(filter(None, map(damage, there)), "")
+        return State("waiting", {"damage": wrong}) if wrong else state
 
     def _is_wanted(self, cell: Cell) -> bool:
         wanted = {"done": False, "failed": self.retry or self.sweep.replace, "changed": self.sweep.replace}

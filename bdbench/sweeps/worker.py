@@ -102,10 +102,9 @@ def _end_with_the_giver() -> None:
 
 
 def _recorded(order: dict[str, Any], folder: Path) -> int:
-    record = Record(
-        records.sweep_file(folder, "cells", f"{order['name']}.json"),
-        {name: records.without_places(order[name]) for name in TOLD},
-    )
+    file = records.sweep_file(folder, "cells", f"{order['name']}.json")
+    files.remove_unfinished(file)
+    record = Record(file, {name: records.without_places(order[name]) for name in TOLD})
     try:
         record.write()
         evaluation = make(order, folder, record)
@@ -130,19 +129,11 @@ def make(order: Mapping[str, Any], folder: Path, record: Record) -> str:
 
     What is there but was asked otherwise is replaced if the order says so; what is damaged is made again.
     """
-    try:
-        return _make(order, folder, record, when_free)
-    except DamagedError as error:
-        record.note(f"{error}; it is made again now")
-        return _make(order, folder, record, when_whole)
-
-
-def _make(order: Mapping[str, Any], folder: Path, record: Record, taken: Callable[..., Any]) -> str:
     from bdbench import stages
 
     settings, suspected = order["asked"]["settings"], order["asked"]["suspect"]
     computing = {"device": order["device"], "precision": order["precision"], "progress": record}
-    made = partial(taken, replace=order["replace"])
+    made = partial(when_whole, note=record.note, replace=order["replace"])
     data = made(
         lambda force: stages.poison(
             settings["dataset"], settings["attack"], options=settings["attack_options"],
@@ -167,16 +158,16 @@ def _make(order: Mapping[str, Any], folder: Path, record: Record, taken: Callabl
         suspect = defended(suspected["name"], suspected["settings"])
     model = defended(order["name"], settings, suspect)
     judged = made(lambda force: stages.evaluate(model, data=data.path, force=force, **computing))
-    judged.verify()
     return str(judged.path.name)
 
 
-def when_whole(make: Callable[[bool], Any], *, replace: bool = False) -> Any:  # noqa: ANN401 - an artifact
-    """Do as `when_free`, and make an artifact again that is there but damaged."""
+def when_whole(make: Callable[[bool], Any], note: Callable[[str], None], *, replace: bool = False) -> Any:  # noqa: ANN401 - an artifact
+    """Do as `when_free`, and make an artifact again that is there but damaged, with a note."""
     try:
         artifact = when_free(make, replace=replace)
         artifact.verify()
-    except DamagedError:
+    except DamagedError as error:
+        note(f"{error}; it is made again now")
         return when_free(lambda _: make(True))
     return artifact
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bdbench.files import replace_file
+from bdbench import files
 
 
 class Point(NamedTuple):
@@ -36,8 +36,13 @@ def save(folder: Path, key: str, point: Point, objects: Mapping[str, Any]) -> No
         for part, value in _flatten(item.state_dict()).items():
             tensors[f"{name}/{part}"] = value.detach().cpu().contiguous()
     said = json.dumps(point._asdict())
-    with replace_file(folder / f"{key}.safetensors") as path:
+    with files.replace_file(folder / f"{key}.safetensors") as path:
         save_tensors(tensors, path, {"key": key, "point": said, "sha256": _checksum(key, said, tensors)})
+
+
+def remove_unfinished(folder: Path, key: str) -> None:
+    """Remove what killed processes have left of `save`; the caller holds the lock of the key."""
+    files.remove_unfinished(folder / f"{key}.safetensors")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

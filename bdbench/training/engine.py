@@ -166,6 +166,7 @@ class Engine:
             train()
             return
         with self._alone(folder / f"{key}.lock", what):
+            checkpoints.remove_unfinished(folder, key)
             point = checkpoints.load(folder, key, objects, self.progress.note)
             if point is not None:
                 self.progress.note(f"{what}: from the cache ({key[:16]})")

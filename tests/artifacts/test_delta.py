@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from toys import are_equal, weights_of
+from safetensors.torch import load_file, save_file
+from toys import are_equal, seal_again, weights_of
 
 from bdbench import files, stages
 from bdbench.artifacts import dataset
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.kinds import verify
 from bdbench.datasets.base import Source
-from bdbench.errors import ArtifactError, OriginWarning
+from bdbench.errors import ArtifactError, DamagedError, OriginWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::bdbench.errors.OriginWarning")
 
@@ -78,6 +81,35 @@ def test_it_is_verified_trained_on_and_judged_as_a_whole_one(
         models.append((weights_of(model.classifier()), rates))
     assert are_equal(models[0][0], models[1][0])
     assert models[0][1].equals(models[1][1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": torch.full((12,), 500)},
+        {"source_rows": torch.arange(-500, 0)},
+        {"images": torch.zeros(3, 3, 8, 8)},
+        None,
+    ],
+    ids=["rows", "source", "images", "none"],
+)
+def test_differences_that_do_not_fit_their_source_are_damage(
+    both: tuple[DatasetArtifact, DatasetArtifact], change: dict[str, torch.Tensor]
+) -> None:
+    file = both[1].path / "delta.safetensors"
+    save_file(load_file(file) | change if change else {"x": torch.zeros(1)}, file)
+    seal_again(both[1].path, json.loads((both[1].path / "manifest.json").read_text()))
+    with pytest.raises(DamagedError, match=r"delta\.safetensors: .*--force"):
+        _ = DatasetArtifact.open(both[1].path).train
+
+
+def test_a_truth_of_other_samples_is_damage(both: tuple[DatasetArtifact, DatasetArtifact]) -> None:
+    for data in both:
+        table = pq.ParquetFile(data.path / "truth.parquet").read()
+        pq.write_table(table.slice(0, 5), data.path / "truth.parquet")
+        seal_again(data.path, json.loads((data.path / "manifest.json").read_text()))
+        with pytest.raises(DamagedError, match="the truth: "):
+            _ = DatasetArtifact.open(data.path).unpoisoned
 
 
 def test_without_its_source_it_says_so(both: tuple[DatasetArtifact, DatasetArtifact], tmp_path: Path) -> None:

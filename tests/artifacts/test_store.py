@@ -409,7 +409,7 @@ def test_a_flipped_byte_is_said(tmp_path: Path) -> None:
 def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> None:
     path = seal(tmp_path / "a")
     (path / "extra.txt").write_text("extra")
-    with pytest.raises(ArtifactError, match=r"has no extra\.txt"):
+    with pytest.raises(DamagedError, match=r"has no extra\.txt"):
         manifests.checked_file(path, manifests.read_manifest(path), "extra.txt")
 
 
@@ -565,6 +565,20 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         _ = 1 / 0
     assert file.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["point"]
+
+
+@pytest.mark.parametrize("name", ["point", "[x]" * 60, os.fsdecode(b"\xff")])
+def test_what_a_killed_process_left_of_a_file_is_removed_and_no_other_file(tmp_path: Path, name: str) -> None:
+    file, other = tmp_path / name, tmp_path / f"{name}2"
+    for path in (file, other):
+        with pytest.raises(ZeroDivisionError), files.replace_file(path) as temporary:
+            _ = 1 / 0
+        temporary.touch()  # as SIGKILL leaves it
+        temporary.with_suffix("").touch()  # a file of the user's
+    files.remove_unfinished(file)
+    assert list(tmp_path.glob(".*.tmp")) == [temporary]
+    files.remove_unfinished(other)
+    assert [path.suffix == ".tmp" for path in tmp_path.iterdir()] == [False, False]
 
 
 # replaced without a gap

@@ -148,7 +148,10 @@ def test_two_models_of_one_dataset_are_compared(in_walk: Path, bdbench: Any, tmp
     assert "95 % interval" in result.out
     assert len((tmp_path / "d.csv").read_text().splitlines()) == 1 + sum(told["differ"].values())
     assert (tmp_path / "d.png").read_bytes()[:4] == b"\x89PNG"
-    assert "nothing to draw" in bdbench("compare", none, none, "--image", tmp_path / "e.png").err
+    same = bdbench("compare", none, none, "--image", tmp_path / "e.png").err
+    assert "nothing to draw" in same
+    assert "A and B are the same evaluation" in same
+    assert "same evaluation" not in result.err
     assert "is a dataset; compare takes models or evaluations" in bdbench("compare", none, "runs/digits-badnets-s0").err
 
 

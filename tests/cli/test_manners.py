@@ -66,6 +66,23 @@ def test_status_gc_and_verify_take_the_usual_place(here: Path, bdbench: Any) -> 
     assert "1 folder, " in swept.err
 
 
+def test_poison_says_which_dataset_train_alone_would_take(here: Path, bdbench: Any) -> None:
+    first = ("poison", "--images", 100)
+    assert "without a path" not in bdbench(*first).err
+    assert "without a path" not in bdbench(*first).err
+    said = " ".join(bdbench(*first, "--out", here / "away" / "d").err.split())
+    assert "`bdbench train` and `defend` without a path take runs/digits-100-badnets-s0, the newest under runs/" in said
+    assert "without a path" not in bdbench(*first, "--seed", 1).err
+    said = " ".join(bdbench(*first).err.split())
+    assert "`bdbench train` and `defend` without a path take runs/digits-100-badnets-s1, the newest under runs/" in said
+
+
+def test_a_share_that_reserves_no_image_is_said(here: Path, bdbench: Any) -> None:
+    said = " ".join(bdbench("poison", "--images", 100, "--trusted", 0.001).err.split())
+    assert "no trusted images: 0.001 of 100 images is none; raise --trusted" in said
+    assert "no trusted images" not in bdbench("poison", "--images", 100, "--trusted", 0).err
+
+
 # help, completion and what the parser says
 
 
@@ -77,6 +94,9 @@ def test_status_gc_and_verify_take_the_usual_place(here: Path, bdbench: Any) -> 
         (("poison", "--seed", "-1"), "must be at least 0"),
         (("poison", "--rate", "2"), "rate 2.0 must be at most 1"),
         (("show",), "Missing argument"),
+        (("train", "--milestones", "x"), "Option '--milestones' requires 2 arguments. See: bdbench train --help"),
+        (("defend", "--method=abl", "--milestones", "1"), "See: bdbench defend --method abl --help"),
+        (("--version=x",), "See: bdbench --help"),
     ],
 )
 def test_what_cannot_be_parsed_is_said_in_one_plain_line(bdbench: Any, words: tuple[str, ...], said: str) -> None:

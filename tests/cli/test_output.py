@@ -21,6 +21,7 @@ OBEYED = ("\x1b[31mred", "\x07", "\u202e")
 def test_nothing_from_outside_reaches_a_terminal_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("class")
     table.add_row(Text(HOSTILE))
+    table.add_row("[/bold] :bug:")
     for write in (console.show, console.show_wrapped, console.say_plainly, console.say_error, console.say_warning):
         write(HOSTILE)
     console.show(table)
@@ -30,6 +31,7 @@ def test_nothing_from_outside_reaches_a_terminal_as_a_command(capsys: pytest.Cap
     shown = "".join(capsys.readouterr())
     assert not any(part in shown for part in OBEYED)
     assert shown.count(r"\x1b[31mred") == 8
+    assert "[/bold] :bug:" in shown
 
 
 def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:

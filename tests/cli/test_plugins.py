@@ -107,6 +107,32 @@ def write(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     forget()
 
 
+@pytest.mark.parametrize("fault", ["raise SystemExit(3)", "1/0", "def (", "import sys; sys.exit('no licence')", "\0"])
+def test_a_module_that_fails_or_exits_when_it_is_imported_is_broken(write: Write, bdbench: Any, fault: str) -> None:
+    write(fault)
+    result = bdbench("list", "attacks", "--json")
+    rows = {row["name"]: row for row in result.json}
+    assert result.code == 0
+    assert rows["stripe"]["broken"].startswith("cannot be imported: ")
+    used = bdbench("poison", "--attack", "stripe")
+    assert used.code == 1
+    assert "plugin stripe of mypackage cannot be imported: " in used.err
+
+
+def test_what_a_module_prints_when_it_is_imported_is_no_part_of_a_document(write: Write, bdbench: Any) -> None:
+    write(f"print('hello')\n{STRIPE}")
+    result = bdbench("list", "attacks", "--json")
+    assert result.json
+    assert "hello" in result.err
+
+
+def test_a_method_that_exits_is_an_error(write: Write, bdbench: Any) -> None:
+    write(STRIPE.replace("        images[:, :, 0] = 255", "        raise SystemExit(0)"))
+    used = bdbench("poison", "--attack", "stripe", "--images", 100)
+    assert used.code == 1
+    assert "plugin stripe of mypackage failed in " in used.err
+
+
 def test_a_plugin_is_listed_by_its_docstring_and_a_broken_one_by_its_fault(write: Write, bdbench: Any) -> None:
     rows = {row["name"]: row for row in bdbench("list", "attacks", "--json").json}
     assert (rows["stripe"]["summary"], rows["stripe"]["plugin"]) == ("Brightens one row of pixels.", "mypackage 1.0")

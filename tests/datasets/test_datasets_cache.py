@@ -167,6 +167,15 @@ def test_full_disk_costs_a_note_and_leaves_no_half_file(
     assert [entry.suffix for entry in (cache_folder() / "decoded").iterdir()] == [".lock"]
 
 
+def test_what_a_killed_process_left_in_the_cache_is_removed(decoder: Decoder) -> None:
+    decoder.load()
+    left = stored()[0].with_name(f".{stored()[0].name}.12345")
+    stored()[0].rename(left)
+    decoder.load()
+    assert not left.exists()
+    assert stored()
+
+
 def test_source_that_cannot_be_read_is_named_and_nothing_is_stored(decoder: Decoder) -> None:
     decoder.file.unlink()
     with pytest.raises(DataError, match=r"images\.bin: cannot be read \(No such file"):

@@ -20,6 +20,7 @@ import torch
 from PIL import EpsImagePlugin, Image
 from test_datasets import LABELS, gray_images, load, picture, png, write_folder, write_npz, write_parquet
 
+from bdbench import parquet_files
 from bdbench.datasets import images as decoding
 from bdbench.datasets import opening
 from bdbench.datasets.opening import open_image
@@ -255,3 +256,44 @@ def test_what_is_no_file_is_never_read_as_one(tmp_path: Path, name: str) -> None
     (tmp_path / name).symlink_to("/dev/null")
     with pytest.raises(DataError, match=r"is not a file"):
         load(tmp_path / name)
+
+
+# values that many rows share
+
+
+def shared_parquet(path: Path, column: str, kind: pa.DataType, stored: bool = False) -> Path:
+    """A table of 400 rows, in one column of which all share one value of 50 KB, packed to nothing."""
+    columns = {"image": pa.array([png(picture())] * 400, pa.binary()), "label": pa.array(["a", "b"] * 200)}
+    value = b"x" * 50_000 if column == "image" else "x" * 50_000
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), pa.array([value], kind))
+    pq.write_table(pa.table(columns | {column: shared}), path, compression="zstd", store_schema=stored)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "stored"),
+    [("image", pa.binary(), False), ("label", pa.string(), False), ("label", pa.string(), True)],
+)
+def test_values_that_many_rows_share_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, kind: pa.DataType, stored: bool
+) -> None:
+    path = shared_parquet(tmp_path / "x.parquet", column, kind, stored)
+    read: list[int] = []
+    whole = parquet_files._bytes
+    monkeypatch.setattr(parquet_files, "_bytes", lambda values: (read.append(len(values)), whole(values))[1])
+    monkeypatch.setattr(parquet_files, "ARCHIVE_BYTES", 10**6)
+    monkeypatch.setattr(parquet_files, "BATCH_BYTES", 10**6)
+    with pytest.raises(DataError, match=r"its values have [\d,]+ times the bytes of the file, at most 200"):
+        load(path)
+    assert max(read) * 50_000 <= 10**6
+    assert sum(read) < 100
+
+
+def test_a_table_of_many_parts_is_read_as_one_of_a_single_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shared_parquet(tmp_path / "x.parquet", "label", pa.string())
+    file = pq.ParquetFile(path)
+    usual = parquet_files.read_table(file, path.stat().st_size)
+    monkeypatch.setattr(parquet_files, "ARCHIVE_RATIO", 10**6)
+    monkeypatch.setattr(parquet_files, "ARCHIVE_BYTES", 10**4)
+    monkeypatch.setattr(parquet_files, "BATCH_BYTES", 10**6)
+    assert parquet_files.read_table(file, path.stat().st_size).equals(usual)

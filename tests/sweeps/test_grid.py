@@ -165,6 +165,8 @@ def test_excludes_take_out_and_includes_add(tmp_path: Path) -> None:
         ("[[include]]\nseed = 3\n[[include]]\nseed = -1\n", "line 3: seeds must not be negative"),
         ("[[exclude]]\nattack = [true]\n", r"line 1: `attack` of \[\[exclude\]\] must be a list of names"),
         ("seeds = [0\n", "is not TOML"),
+        ("[recipe]\nepochs = 1979-05-27\n", "`epochs` cannot be 1979-05-27: no option is a date or a time"),
+        ("seeds = [[{a = 07:32:00}]]\n", "`a` cannot be 07:32:00"),
         ('attacks = ["low"]\n[attack.low]\nuse = "badnetz"\n', r"line 3: unknown attack 'badnetz'"),
     ],
 )  # fmt: skip

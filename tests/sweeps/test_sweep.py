@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -24,7 +25,7 @@ import pytest
 from filelock import FileLock
 from toys import FACTS, MADE
 
-from bdbench import stages
+from bdbench import files, stages
 from bdbench.artifacts import finding, manifests, store
 from bdbench.artifacts import kinds as artifacts
 from bdbench.artifacts.manifests import Ask
@@ -627,6 +628,20 @@ def test_a_cell_that_fails_is_recorded_with_its_log(tmp_path: Path) -> None:
     assert read_waiting(folder / "runs" / "grid", ()) == ["tiny-badnets-s0-none"]
 
 
+def test_what_a_killed_worker_left_of_its_record_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Sweep(grid_of(tmp_path), tmp_path / "out")
+    order = json.loads(job.order(job.grid.cells[0]).text)
+    record = records.sweep_file(job.folder, "cells", f"{order['name']}.json")
+    with pytest.raises(SystemExit), files.replace_file(record) as temporary:
+        raise SystemExit
+    temporary.touch()  # as SIGKILL leaves it
+    monkeypatch.setattr(worker, "make", lambda *_: "evaluation")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(order) + "\n"))
+    monkeypatch.setattr(worker, "_end_with_the_giver", lambda: None)
+    assert worker.main() == worker.DONE
+    assert [path.name for path in record.parent.iterdir()] == [record.name]
+
+
 def test_options_are_checked_before_anything_runs(tmp_path: Path) -> None:
     grid = grid_of(tmp_path, 'attacks = ["badnets"]\ndefenses = ["abl"]\n[defense.abl]\nisolation_rat = 0.1\n')
     with pytest.raises(OptionError, match=r"line 3, defense abl: unknown option 'isolation_rat'\. Did you mean"):
@@ -1009,6 +1024,32 @@ def test_a_sweep_makes_again_what_is_damaged_and_says_so(tmp_path: Path, monkeyp
         worker.make(json.loads(order.text), job.folder, record)
         artifacts.verify(dataset)
         assert (evaluation / "metrics.parquet").read_bytes() == before
+
+
+def test_retry_makes_datasets_and_models_again_that_are_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_folder(tmp_path))
+    job = Sweep(grid_of(tmp_path, UNDEFENDED.replace(', "blended"', "")), tmp_path / "runs")
+    (cell,) = job.grid.cells
+    order = json.loads(job.order(cell).text)
+    record = worker.Record(tmp_path / "record.json", {})
+    notes: list[str] = []
+    record.note = notes.append  # type: ignore[method-assign]
+    evaluation = worker.make(order, job.folder, record)
+    seal_record(job, cell, evaluation)
+    model, dataset = job.folder / order["name"], job.folder / order["data_name"]
+    for damaged in (model / "model.safetensors", dataset / "train.safetensors", dataset / manifests.MANIFEST):
+        content = bytearray(damaged.read_bytes())
+        damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert Run(job, [cell], Mock(), 1, notes.append).states[cell].state == "done"
+        assert Run(job, [cell], Mock(), 1, notes.append, retry=True).states[cell].state == "waiting"
+        assert notes[-1].startswith(f"again   {damaged}")
+        worker.make(order, job.folder, record)
+        assert any(note.startswith(str(damaged)) and note.endswith("it is made again now") for note in notes)
+        assert Run(job, [cell], Mock(), 1, notes.append, retry=True).states[cell].state == "done"
+    (model / "model.safetensors").unlink()  # to save space
+    assert Run(job, [cell], Mock(), 1, notes.append, retry=True).states[cell].state == "done"
 
 
 def seal_record(job: Sweep, cell: Cell, evaluation: str) -> None:

@@ -25,7 +25,7 @@ from toys import (
     weights_of,
 )
 
-from bdbench import machine
+from bdbench import files, machine
 from bdbench.data import ImageDataset
 from bdbench.errors import DeviceError, OptionError, TrainingError
 from bdbench.models.classifier import Classifier
@@ -804,3 +804,19 @@ def test_what_was_not_compiled_is_not_kept_as_if_it_were(monkeypatch: pytest.Mon
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
     engine.reuse_or_train(tmp_path, "key", {"model": model}, "features", lambda: None)  # known from the start
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+def test_what_a_killed_run_left_of_a_kept_network_is_removed(tmp_path: Path) -> None:
+    model = toy_model(toy_data(40))
+
+    def killed() -> None:
+        with pytest.raises(ZeroDivisionError), files.replace_file(tmp_path / "key.safetensors") as temporary:
+            _ = 1 / 0
+        temporary.touch()  # as SIGKILL leaves it
+        left.append(temporary)
+
+    left: list[Path] = []
+    toy_engine().reuse_or_train(tmp_path, "key", {"model": model}, "features", killed)
+    assert left[0].exists()
+    toy_engine().reuse_or_train(tmp_path, "key", {"model": model}, "features", lambda: None)
+    assert not left[0].exists()
