@@ -108,9 +108,9 @@ class Registry:
         """
         if self.kind == "defense" and name.lower() in OTHER_NAMES:
             return OptionError(f"defense '{name}' is called {OTHER_NAMES[name.lower()]} here")
-        if self.kind == "defense" and name.lower() in NOT_YET:
-            known = f"Known: {', '.join(sorted(self.rows))}"
-            return OptionError(f"defense '{name}' ({NOT_YET[name.lower()]}) is not in bdbench yet. {known}")
+        detector = DETECTOR_NAMES.get(name.lower(), name.lower())
+        if self.kind == "defense" and detector in DETECTORS.rows:
+            return OptionError(f"'{name}' is a detector, not a defense; try: bdbench scan --method {detector}")
         return unknown_name(self.kind, name, self.rows, self.families_hint(name), own)
 
     def check_options(self, name: str, options: Iterable[str], beside: Collection[str] = ()) -> None:
@@ -148,11 +148,10 @@ OTHER_NAMES = {
     "super-fine-tuning": "sft", "dde": "ep", "mbns": "bnp",
 }  # fmt: skip
 """What defenses are called elsewhere."""
-NOT_YET = {
-    "strip": "STRIP", "ac": "Activation Clustering", "activation-clustering": "Activation Clustering",
-    "spectral": "Spectral Signatures", "spectral-signatures": "Spectral Signatures",
+DETECTOR_NAMES = {
+    "activation-clustering": "ac", "spectral-signatures": "spectral", "scan": "scan-lda",
 }  # fmt: skip
-"""Well-known methods against backdoors that users ask for and that are not registered."""
+"""What detectors are called elsewhere."""
 
 ATTACKS = Registry(
     "attack",

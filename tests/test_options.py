@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from bdbench.errors import NEVER_SUGGESTED, OptionError, did_you_mean, unknown_name
 from bdbench.options import Options, describe_options
-from bdbench.registry import ATTACKS, DEFENSES, NOT_YET, OTHER_NAMES, REGISTRIES
+from bdbench.registry import ATTACKS, DEFENSES, DETECTOR_NAMES, DETECTORS, OTHER_NAMES, REGISTRIES
 from bdbench.training.recipe import Recipe
 from bdbench.wording import counted, listed
 
@@ -125,12 +125,11 @@ def test_reference_rows_are_those_that_read_the_truth() -> None:
     assert {name for name in DEFENSES.names() if DEFENSES.load(name).needs_truth} == NEVER_SUGGESTED
 
 
-def test_a_well_known_method_that_is_missing_is_called_so() -> None:
-    for name, called in NOT_YET.items():
-        for typed in (name, name.upper()):
-            with pytest.raises(OptionError, match=rf"defense '{typed}' \({called}\) is not in bdbench yet\. Known: "):
-                DEFENSES.load(typed)
-    assert not set(NOT_YET) & set(DEFENSES.names())
+def test_a_detector_that_is_asked_for_as_a_defense_is_called_so() -> None:
+    for typed, meant in (("spectral", "spectral"), ("AC", "ac"), ("activation-clustering", "ac")):
+        with pytest.raises(OptionError, match=f"'{typed}' is a detector, not a defense; .* scan --method {meant}$"):
+            DEFENSES.load(typed)
+    assert not {*DETECTORS.names(), *DETECTOR_NAMES} & set(DEFENSES.names())
 
 
 def test_a_name_that_others_use_leads_to_ours() -> None:

@@ -77,8 +77,8 @@ def test_a_class_without_images_is_no_matter() -> None:
 
 def test_too_few_to_hold_out_are_refused_and_the_number_that_it_takes_is_told() -> None:
     message = (
-        r"of 14 trusted images, --holdout 0\.5 holds out 7, .* takes at least 8, with 2 left; .* \(about 16\): .*"
-        r"--trusted-per-class, or choose a method that has nothing to choose, such as ft"
+        r"of 14 trusted images, --holdout 0\.5 holds out 7 .* takes at least 8, and 2 others; .* \(about 16\): .*"
+        r"--trusted-per-class; or choose a method that has nothing to choose, such as ft"
     )
     with pytest.raises(OptionError, match=message):
         halves(labelled(14, 0), 0.5, seed=0)

@@ -263,7 +263,7 @@ def test_the_walk_from_a_folder_to_a_list_of_suspects(
     monkeypatch.chdir(tmp_path)
     write_photos(Path("photos"), {"": 20})
     assert called("suspects") == 1
-    assert "bdbench defend --method abl" in capsys.readouterr().err
+    assert "then bdbench scan" in capsys.readouterr().err
     assert called("take", "photos", "--json") == 0
     taken = json.loads(capsys.readouterr().out)
     assert taken["counts"] == {"train": 57, "test": 3, "triggered": 0, "trusted": 0}

@@ -50,10 +50,10 @@ def halves(trusted: ImageDataset, share: float, seed: int) -> Halves:
     held = int(is_held.sum())
     if held < MIN_HELD or len(trusted) - held < 2:
         raise OptionError(
-            f"of {len(trusted)} trusted images, --holdout {share:g} holds out {held}, and to choose a setting takes at "
-            f"least {MIN_HELD}, with 2 left; make the dataset with more (about "
+            f"of {len(trusted)} trusted images, --holdout {share:g} holds out {held} (a share of each class), and to "
+            f"choose a setting takes at least {MIN_HELD}, and 2 others; make the dataset with more of them (about "
             f"{max(MIN_HELD + 2, trusted.num_classes * 2, round(MIN_HELD / share))}): poison --trusted or "
-            "--trusted-per-class, or choose a method that has nothing to choose, such as ft or ft-sam"
+            "--trusted-per-class; or choose a method that has nothing to choose, such as ft or ft-sam"
         )
     return Halves(trusted.take(~is_held), trusted.take(is_held))
 

@@ -54,7 +54,7 @@ class NeuralCleanse(Repair):
         },
     }  # fmt: skip
 
-    anomaly_threshold: float = Field(2.0, ge=0, description="A class is flagged if its anomaly index is above this.")
+    anomaly_threshold: float = Field(2.0, ge=0, description="A class is flagged if its anomaly index is larger.")
     stamp_share: float = Field(0.2, ge=0, le=1, description="Share of a batch stamped with each flagged trigger.")
     oracle_target: int | None = Field(None, ge=0, description="Tell it the target class; marked in every table.")
     form: Literal["mask", "pixel"] = Field(

@@ -55,7 +55,7 @@ class SelectiveAmnesia(Repair):
     )
     forget_epochs: int = Field(10, ge=0, description="Passes over them, at most.")
     recover_stop: float = Field(
-        0.97, gt=0, le=1, description="Accuracy on the images of an epoch above which the recovery ends."
+        0.97, gt=0, le=1, description="Accuracy on the images of an epoch at which the recovery ends."
     )
 
     def mend(self, task: Task, suspect: Classifier, trusted: ImageDataset) -> Defended:
