@@ -60,7 +60,7 @@ class UNIT(ChoosingRepair):
     tolerance: float | None = Field(
         0.03, ge=0, le=1, description="Accuracy on held-out images that the bounds may cost."
     )
-    deviations: float = Field(4.0, ge=0, description="Standard deviations above the mean of a neuron's first bound.")
+    deviations: float = Field(4.0, ge=0, description="A neuron's first bound, in standard deviations from its mean.")
     cost: float = Field(1e-3, ge=0, description="Weight of the bounds, at first.")
     patience: int = Field(5, ge=1, description="Epochs in a row after which the cost is changed.")
 
