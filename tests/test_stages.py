@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import math
 import re
 import shlex
 import shutil
@@ -20,7 +21,17 @@ import pytest
 import torch
 from needs import needs_of
 from safetensors.torch import load_file, save_file
-from toys import ATTACK_NAMES, TOY_ATTACKS, TRAINS_NOTHING, cannot_compile, sealed, toy_compiler, toy_file, toy_source
+from toys import (
+    ATTACK_NAMES,
+    TOY_ATTACKS,
+    TRAINS_NOTHING,
+    cannot_compile,
+    seal_again,
+    sealed,
+    toy_compiler,
+    toy_file,
+    toy_source,
+)
 
 from bdbench import files, stages
 from bdbench.artifacts import finding, manifests, store
@@ -513,6 +524,48 @@ def test_a_suspect_of_another_data_set_is_refused(
     data = stages.poison(toy_archive, "badnets", seed=1, out=tmp_path / "data")
     with pytest.raises(ArtifactError, match=f"was trained on dataset {toys.id}, not on {data.id}"):
         stages.defend(data.path, mender, suspect=suspect.path, out=tmp_path / "mended", **CPU)
+
+
+def test_a_repair_never_replaces_its_suspect(toys: DatasetArtifact, tmp_path: Path, mender: str) -> None:
+    suspect = defend(toys, "none", tmp_path / "none")
+    (tmp_path / "link").symlink_to(suspect.path)
+    for out in (suspect.path, tmp_path / "link"):
+        with pytest.raises(OptionError, match="is the suspect itself, which a repair must not replace; choose another"):
+            stages.defend(toys.path, mender, suspect=suspect.path, out=out, force=True, **CPU)
+    assert ModelArtifact.open(suspect.path).id == suspect.id
+    verify(suspect.path)
+
+
+@pytest.mark.parametrize("fact", [{"class_names": ["a", "b"]}, {"image_shape": [1, 5000, 5000]}])
+def test_a_suspect_that_was_prepared_for_other_images_is_refused(
+    toys: DatasetArtifact, tmp_path: Path, mender: str, fact: dict[str, Any]
+) -> None:
+    """Its manifest names this dataset: a loss would index classes that it has not, or a huge image pass it."""
+    suspect = defend(toys, "none", tmp_path / "none").path
+    weights = load_file(suspect / "model.safetensors")
+    if "class_names" in fact:
+        weights |= {name: weights[name][:2].clone() for name in ("head.weight", "head.bias")}
+    save_file(weights, suspect / "model.safetensors")
+    raw = json.loads((suspect / manifests.MANIFEST).read_text())
+    seal_again(suspect, raw | {"facts": raw["facts"] | fact})
+    for method in (mender, "ft"):
+        with pytest.raises(ArtifactError, match=r"takes images of \[1, .* not those of .*; give another --suspect"):
+            stages.defend(toys.path, method, suspect=suspect, out=tmp_path / "mended", **CPU)
+
+
+@pytest.mark.parametrize(("place", "value"), [("head.weight", math.nan), ("head.weight", math.inf), ("mean", math.nan)])
+def test_a_suspect_whose_weights_are_no_numbers_is_refused(
+    toys: DatasetArtifact, tmp_path: Path, mender: str, place: str, value: float
+) -> None:
+    suspect = defend(toys, "none", tmp_path / "none").path
+    weights = load_file(suspect / "model.safetensors")
+    weights[place].view(-1)[0] = value
+    save_file(weights, suspect / "model.safetensors")
+    seal_again(suspect, json.loads((suspect / manifests.MANIFEST).read_text()))
+    for method in (mender, "clp"):
+        with pytest.raises(ArtifactError, match=rf"its weights {place} are not all finite numbers; train it again"):
+            stages.defend(toys.path, method, suspect=suspect, out=tmp_path / "mended", **CPU)
+    assert not (tmp_path / "mended").exists()
 
 
 def test_the_newest_undefended_model_of_the_same_seed_is_mended_by_default(

@@ -16,6 +16,7 @@ from bdbench.artifacts.scan import ScanArtifact
 from bdbench.datasets.cache import cache_folder
 from bdbench.defenses.base import Defense, Task, Truth
 from bdbench.errors import ArtifactError, OptionError
+from bdbench.models.bounds import BOUND
 from bdbench.models.classifier import Classifier
 from bdbench.protocol.networks import fresh_model
 from bdbench.training.engine import Engine
@@ -80,6 +81,43 @@ def suspect_line(suspect: ModelArtifact) -> str:
     method = suspect.manifest.ask.method
     made_by = {"none": "", "victim": " (the attacker's own model)"}
     return f"{suspect.path}{made_by.get(method, f' (made by {method})')}"
+
+
+def check_place(out: str | Path, suspect: ModelArtifact | None) -> None:
+    """Refuse to put a repaired model in the place of its suspect.
+
+    Raises:
+        OptionError: it would be.
+    """
+    if suspect is not None and Path(out).resolve() == suspect.path.resolve():
+        raise OptionError(f"{out} is the suspect itself, which a repair must not replace; choose another --out")
+
+
+def suspect_network(suspect: ModelArtifact | None, data: DatasetArtifact) -> Classifier | None:
+    """Return the network of a suspect, if there is one, which is to be repaired with images of a dataset.
+
+    Raises:
+        ArtifactError: see `ModelArtifact.network`; or it takes other images, has other classes, or its weights are not
+            finite.
+    """
+    if suspect is None:
+        return None
+    facts = suspect.manifest.facts
+    if facts["image_shape"] != list(data.image_shape) or facts["class_names"] != list(data.class_names):
+        raise ArtifactError(
+            f"suspect {suspect.path} takes images of {facts['image_shape']} for {len(facts['class_names'])} classes, "
+            f"not those of {data.path} ({list(data.image_shape)}, {len(data.class_names)} classes, by name); give "
+            "another --suspect"
+        )
+    network = suspect.network()
+    for name, value in network.state_dict().items():
+        is_bound = name.rpartition(".")[2] == BOUND  # which may be infinite
+        if bool(value.isnan().any()) or not (is_bound or bool(value.isfinite().all())):
+            raise ArtifactError(
+                f"suspect {suspect.path} cannot be repaired: its weights {name} are not all finite numbers; train it "
+                "again at a lower rate, or give another --suspect"
+            )
+    return network
 
 
 def find_suspect(wanted: str, near: Path) -> Path | None:

@@ -18,7 +18,16 @@ from bdbench.plugins import blamed
 from bdbench.progress import Progress, Silent
 from bdbench.protocol import naming
 from bdbench.protocol.budget import resolve_budget, settings_of, usual_preset, usual_settings
-from bdbench.protocol.inputs import check_known, open_scan, open_suspect, suspect_line, task_for, unusual_suspect
+from bdbench.protocol.inputs import (
+    check_known,
+    check_place,
+    open_scan,
+    open_suspect,
+    suspect_line,
+    suspect_network,
+    task_for,
+    unusual_suspect,
+)
 from bdbench.protocol.networks import fresh_model, model_name, work_of
 from bdbench.protocol.planning import plan_text, planned_seconds
 from bdbench.registry import DEFENSES, MODELS
@@ -112,6 +121,7 @@ def defend(
         out = naming.place(
             data.path.with_name(f"{data.path.name}-{method}"), ask, parts, force=force, progress=progress
         )
+    check_place(out, suspect_model)
     facts = plugins_of(
         (DEFENSES, method),
         (MODELS, model),
@@ -124,8 +134,7 @@ def defend(
     read = [data.path, *([suspect_model.path] if suspect_model else [])]
     with threads, store.held(*read), store.create(out, ask) as draft:
         engine = Engine(place, bf16, seed, draft.work, progress, image_memory=limit, compile=compile)
-        network = suspect_model.network() if suspect_model else None
-        task = task_for(data, defense, recipe, engine, model, network, set_aside)
+        task = task_for(data, defense, recipe, engine, model, suspect_network(suspect_model, data), set_aside)
         with blamed(plugin):
             if estimate:
                 progress.note(plan_text(method, planned_seconds(defense, task)))

@@ -162,6 +162,13 @@ def test_the_tightest_bounds_that_keep_the_accuracy_are_kept() -> None:
     assert limits.sweep[:4, 0].tolist() == [5, 3, 2, 4]
 
 
+def test_an_accuracy_is_compared_and_told_alike() -> None:
+    """In float32 3 of 160 would be 0.0188, and in float64 they are 0.0187."""
+    limits = narrow()
+    limits.finish_epoch(3 / 160, 0.0)
+    assert round(limits.sweep[0, 1].item(), 4) == round(3 / 160, 4)
+
+
 def test_the_bounds_that_are_returned_are_those_that_were_measured() -> None:
     """The authors' code stores those of before the step after which it measures."""
     engine = Watched()

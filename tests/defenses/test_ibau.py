@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backdoored import Watched, accuracies, backdoored_weights, suspect_model, task_of, trusted_data
-from torch import Tensor
+from torch import Tensor, nn
 from toys import Fuse, are_equal, toy_batch, toy_data, toy_engine, toy_model, weights_of
 
 from bdbench.defenses.base import Defended, Task
 from bdbench.defenses.repair.ibau import IBAU, implicit, of_round, stamped_cross_entropy
-from bdbench.errors import TrainingError
+from bdbench.errors import OptionError, TrainingError
 from bdbench.models.classifier import Classifier
 from bdbench.models.structure import norms_of
 from bdbench.seeds import generator
@@ -128,6 +128,43 @@ def test_what_the_perturbation_lowers_by_hand() -> None:
     logits, labels = torch.zeros(2, 4), torch.tensor([0, 3])
     delta = torch.full((1, 1, 2, 2), 3.0)
     assert IBAU(ridge=0.5).inner(logits, labels, delta).item() == pytest.approx(0.5 * 36 - math.log(4))
+
+
+# networks without second derivatives
+
+
+class Gated(nn.Module):
+    """Features through an activation that torch differentiates once only."""
+
+    size = 192
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:  # noqa: ARG002
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.hardsigmoid(images * self.scale).flatten(1)
+
+
+class Attending(Gated):
+    """Features through torch's fused attention, which it differentiates once only."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images * self.scale
+        return F.scaled_dot_product_attention(rows, rows, rows).flatten(1)
+
+
+def test_a_network_without_second_derivatives_is_refused_unless_they_are_not_taken() -> None:
+    suspect = toy_model(toy_data(), features=Gated).eval()
+    with pytest.raises(OptionError, match=r"without one \(aten::hardsigmoid_backward\); take --terms 0"):
+        IBAU().run(task_of(None, None, suspect, **RECIPE))
+    assert IBAU(terms=0).run(task_of(None, None, suspect, **RECIPE)).findings["perturbation_lengths"]
+
+
+def test_attention_is_differentiated_twice() -> None:
+    suspect = toy_model(toy_data(), features=Attending).eval()
+    mended = IBAU().run(task_of(None, None, suspect, **RECIPE)).model
+    assert not are_equal(weights_of(mended), weights_of(suspect))
 
 
 # the whole method on a backdoored model

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Task
 from bdbench.defenses.parts.perturbing import Ball, Universal, added, universal
 from bdbench.defenses.repair.base import Repair, copied
+from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.models.structure import frozen
 from bdbench.training.loop import Batch, LossFunction
@@ -64,6 +68,8 @@ class IBAU(Repair):
     def mend(self, task: Task, suspect: Classifier, trusted: ImageDataset) -> Defended:
         """Take all rounds on a copy."""
         model = copied(suspect)
+        if self.terms:
+            check_curved(model, trusted)
         adam = torch.optim.Adam(
             model.parameters(), task.recipe.lr, (task.recipe.momentum, 0.999), weight_decay=task.recipe.weight_decay
         )
@@ -95,7 +101,7 @@ class IBAU(Repair):
         """Return the loss of the second pass."""
 
         def loss(model: Classifier, batch: Batch) -> Tensor:
-            with torch.autocast(batch.images.device.type, enabled=False):
+            with torch.autocast(batch.images.device.type, enabled=False), curved():
                 delta = found.clone().requires_grad_()
                 outer = stamped_cross_entropy(model, batch, delta, self.stamp_share, valid=self.valid)
                 logits = model(added(batch.images, delta, valid=self.valid))
@@ -137,6 +143,32 @@ def implicit(outer: Tensor, inner: Tensor, delta: Tensor, terms: int, step: floa
         vector = vector - step * curved + direct
     indirect = -step * (vector * slope).sum()
     return outer + indirect - indirect.detach()
+
+
+def curved() -> AbstractContextManager[None]:
+    """Let attention be computed by operations that have second derivatives, which its fused kernels lack."""
+    return cast("AbstractContextManager[None]", sdpa_kernel(SDPBackend.MATH))
+
+
+def check_curved(model: Classifier, data: ImageDataset) -> None:
+    """Refuse a network that cannot be differentiated twice.
+
+    Raises:
+        OptionError: it has an operation without a second derivative.
+    """
+    images = (data.images[:1].to(model.mean.device).float() / 255).requires_grad_()
+    try:
+        with curved():
+            (slope,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
+        torch.autograd.grad(slope.square().sum(), [*model.parameters(), images], allow_unused=True)
+    except RuntimeError as error:
+        missing = re.search(r"derivative for (\S+) is not implemented", str(error))
+        if missing is None:
+            raise
+        raise OptionError(
+            f"method 'i-bau' takes second derivatives, and this network has an operation without one ({missing[1]}); "
+            "take --terms 0, which does without them, or another network, such as wrn-16-1 or resnet-18"
+        ) from error
 
 
 def of_round(recipe: Recipe, place: int) -> Recipe:

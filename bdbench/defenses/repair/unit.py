@@ -146,7 +146,8 @@ class Narrowing(Bounds):
             measured: accuracy of the network with the bounds as they are, on the held-out images.
             floor: what it must not fall below.
         """
-        size, keeps = self.size(), round(measured, 4) >= floor
+        measured = round(measured, 4)  # before it is stored in float32, which may round the other way
+        size, keeps = self.size(), measured >= floor
         self.sweep[int(self.done)] = torch.tensor([float(size), measured, float(self.cost)])
         self.done += 1
         if keeps and bool(size < self.smallest):
