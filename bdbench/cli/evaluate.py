@@ -273,9 +273,9 @@ def parse_assertion(text: str) -> tuple[str, str, float]:
     found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*", text)
     if found is None:
         raise OptionError(f"assertion '{text}' is not of the form METRIC<=NUMBER (or >=, <, >), such as asr<=0.05")
-    check_metrics([found[1]], f"assertion '{text}'")
+    (metric,) = check_metrics([found[1]], f"assertion '{text}'")
     try:
-        return found[1], found[2], float(found[3])
+        return metric, found[2], float(found[3])
     except ValueError as error:
         raise OptionError(f"assertion '{text}': '{found[3]}' is not a number") from error
 

@@ -129,6 +129,15 @@ def poison(
 
 def take(
     dataset: DatasetPlace,
+    trusted: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATASET",
+            help="Images that somebody vouches for, of the same classes: a folder, Parquet or .npz. They calibrate "
+            "`scan`, and repairs learn from them.",
+            show_default=False,
+        ),
+    ] = None,
     data_root: DataRoot = None,
     download: Download = True,
     image_size: ImageSize = None,
@@ -151,6 +160,10 @@ def take(
     Examples:
       bdbench take photos/ --image-size 64
 
+      bdbench take photos/ --image-size 64 --trusted vouched/
+
+      bdbench scan
+
       bdbench defend --method abl
 
       bdbench suspects --image suspects.png
@@ -163,16 +176,17 @@ def take(
         label_column=label_column,
     )  # fmt: skip
     with console.live_progress() as progress:
-        made = stages.take(dataset, source_options=given, out=out, force=force, progress=progress)
+        made = stages.take(dataset, trusted=trusted, source_options=given, out=out, force=force, progress=progress)
     facts = made.manifest.facts
     counts = facts["counts"]
     console.say_plainly(
         f"{facts['name']}: {counts['train']:,} training and {counts['test']:,} test images of "
         f"{len(facts['class_names']):,} classes, as they were found"
+        + (f", and {counts['trusted']:,} trusted images" if counts["trusted"] else "")
     )
     console.say_made(
         made,
-        [f"bdbench defend {quote(str(made.path))} --method {method}" for method in ("abl", "cbd")],
+        [f"bdbench defend {quote(str(made.path))} --method abl", f"bdbench scan {quote(str(made.path))}"],
     )
     say_newer(made)
     if json:

@@ -176,11 +176,11 @@ def check_known(defense: Defense, method: str, data: DatasetArtifact) -> None:
         )
     if defense.needs_trusted and not data.manifest.facts["counts"]["trusted"]:
         attack, place = data.manifest.ask.method, shlex.quote(f"{data.path}-trusted")
-        way_out = "of a dataset stored with `take`, no image is known to be clean"
+        way_out = "store it again with: bdbench take --trusted IMAGES, which somebody vouches for"
         if not data.is_taken:
             way_out = (
                 f"make some with: bdbench poison --attack {attack} --trusted 0.05 --out {place}, and what else it was "
-                "made with"
+                "made with, and train on it again; `clp` and `ep` repair without any"
             )
         raise ArtifactError(f"method '{method}' needs trusted clean images, and {data.path} has none; {way_out}")
 

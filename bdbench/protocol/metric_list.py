@@ -191,7 +191,7 @@ def check_metrics(names: Iterable[str], where: str) -> tuple[str, ...]:
     Raises:
         OptionError: one is no metric; the nearest is named.
     """
-    given = tuple(names)
+    given = tuple(name.lower() for name in names)
     for name in given:
         if name not in METRICS:
             raise OptionError(

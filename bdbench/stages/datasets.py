@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+
+import torch
 
 from bdbench import files
 from bdbench.artifacts import finding, store
@@ -16,10 +19,11 @@ from bdbench.artifacts.model import write_model
 from bdbench.artifacts.sources import address_of, as_given, open_source
 from bdbench.attacks.base import Attack, Lab, TrainingAttack
 from bdbench.attacks.none import NoAttack
-from bdbench.data import PoisonedDataset, Role, SourceData
+from bdbench.data import ImageDataset, PoisonedDataset, Role, SourceData, joined
 from bdbench.datasets.base import Source
 from bdbench.datasets.cache import cache_folder
 from bdbench.datasets.paths import PathSource
+from bdbench.errors import OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.plugins import blamed
 from bdbench.progress import Progress, Silent
@@ -142,6 +146,7 @@ def poison(
 def take(
     dataset: str | Path,
     *,
+    trusted: str | Path | None = None,
     source_options: Mapping[str, Any] | None = None,
     out: Path | None = None,
     force: bool = False,
@@ -151,6 +156,8 @@ def take(
 
     Args:
         dataset, force, progress: see `poison`.
+        trusted: images that somebody vouches for, as `dataset` is given: of its classes (not all need be there) and
+            opened with its options. They calibrate scans, and repairs learn from them.
         source_options: see `poison`; test_fraction is 0.05 unless it is given, since only training images are scored.
         out: folder of the artifact; default ``runs/<dataset>``, and what differs from the defaults.
 
@@ -162,9 +169,15 @@ def take(
     with blamed(DATASETS.plugin(str(dataset))):
         source = origin.open(progress)
         files = origin.files(source)
+    data = unpoisoned(source)
+    if trusted is not None:
+        vouched = open_source(trusted, {"test_fraction": TAKEN_FRACTION, **(source_options or {})}).open(progress)
+        data = replace(data, trusted=vouched_for(vouched, source))
     inputs = {"source": source.fingerprint[:16], **_guessed(origin, source)}
     if files is not None:
         inputs["files"] = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
+    if trusted is not None:
+        inputs["trusted"] = data.trusted.fingerprint[:16]
     ask = Ask("dataset", UNPOISONED, 1, {"dataset": source.name}, 0, inputs)
     facts = {"replay": False, **_source_facts(dataset, origin, source)}
     if out is None:
@@ -172,15 +185,39 @@ def take(
             facts["source_options"],
             {"test_fraction": TAKEN_FRACTION, "images": origin.images, "test_images": origin.test_images},
         )
+        parts += ["trusted"] if trusted is not None else []
         out = naming.place(finding.ROOT / source.name, ask, parts, force=force, progress=progress)
     if store.existing(out, ask, force=force, facts=facts):
         progress.note(f"{out} is there already ({ask.id}); --force makes it again")
         return DatasetArtifact.open(out)
     with store.create(out, ask) as draft:
-        write_dataset(draft, unpoisoned(source), name=source.name, augment=source.augment, files=files)
+        write_dataset(draft, data, name=source.name, augment=source.augment, files=files)
         draft.facts |= facts
         draft.made |= watch.made(resolve_device("cpu"), bf16=False) | {"training_seconds": 0.0}
     return DatasetArtifact.open(out, is_new=True)
+
+
+def vouched_for(vouched: SourceData, source: SourceData) -> ImageDataset:
+    """Return all images of a source, labelled as the classes of the same names in another one are.
+
+    Raises:
+        OptionError: a class or the image shape is another.
+    """
+    ours, theirs = source.train.class_names, vouched.train.class_names
+    strangers = [name for name in theirs if name not in ours]
+    if strangers:
+        raise OptionError(
+            f"--trusted has images of class {strangers[0]}, which the dataset has not; its classes are "
+            f"{', '.join(ours[:10])}{' ...' if len(ours) > 10 else ''}"
+        )
+    if vouched.train.image_shape != source.train.image_shape:
+        raise OptionError(
+            f"--trusted has images of {vouched.train.image_shape}, the dataset of {source.train.image_shape}; give "
+            "both one size with --image-size"
+        )
+    images = joined(vouched.train, vouched.test)
+    places = torch.tensor([ours.index(name) for name in theirs])
+    return ImageDataset(images.images, places[images.labels], ours)
 
 
 def _guessed(origin: Source, source: SourceData) -> dict[str, str]:

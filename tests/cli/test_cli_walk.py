@@ -93,6 +93,10 @@ def test_defenses_are_ranked(in_walk: Path, bdbench: Any) -> None:
     assert (only.code, "nothing to rank: no row is of a defense" in only.err) == (1, True)
 
 
+def test_a_metric_in_capitals_is_the_metric(in_walk: Path, bdbench: Any) -> None:
+    assert bdbench("table", "runs", "--columns", "BA,ASR", "--assert", "BA>=0").code == 0
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [("asr=0.1", "form"), ("asrr<=0.1", "Did you mean 'asr'"), ("acc>0.9", "Did you mean 'ba'"), ("ba<=1e", "number")],

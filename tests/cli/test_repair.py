@@ -145,7 +145,7 @@ def test_a_class_without_trusted_images_is_named(in_repair: Path, bdbench: Any) 
     bdbench("poison", "--trusted", "0.004", "--out", "runs/few")
     bdbench("train", "runs/few", "--epochs", "1", "--out", "runs/few-none")
     said = bdbench("defend", "runs/few", "--method", "ft", "--epochs", "1").err
-    assert "no trusted image of 6 of 10 classes (0, 3, 6, 7, 8 and 1 more): a repair may forget them" in said
+    assert "no trusted image of 6 of 10 classes (class 0, 3, 6, 7, 8 and 1 more): a repair may forget them" in said
 
 
 def test_repairs_are_listed_by_themselves(bdbench: Any) -> None:

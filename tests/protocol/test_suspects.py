@@ -137,7 +137,7 @@ def test_reference_rows_are_refused(method: str, toy_archive: Path, tmp_path: Pa
 
 def test_a_method_that_needs_trusted_images_is_refused_before_anything_else(toy_archive: Path, tmp_path: Path) -> None:
     taken = stages.take(toy_archive, out=tmp_path / "taken")
-    with pytest.raises(ArtifactError, match="of a dataset stored with `take`, no image is known to be clean"):
+    with pytest.raises(ArtifactError, match="store it again with: bdbench take --trusted IMAGES"):
         stages.defend(taken.path, "mcldef", **CPU)
 
 
@@ -319,3 +319,30 @@ def test_the_truth_plays_no_part(toys: DatasetArtifact, tmp_path: Path, monkeypa
     assert sorted(ranked["row"]) == list(range(120))
     assert ranked["score"].is_monotonic_decreasing
     assert opened == ["samples.parquet", "train.parquet"]
+
+
+def test_images_that_somebody_vouches_for_calibrate_a_scan_and_are_repaired_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_photos(Path("photos"), {"": 20})
+    write_photos(Path("vouched"), {"": 6})
+    taken = stages.take(Path("photos"), trusted=Path("vouched"))
+    assert taken.is_taken
+    assert taken.trusted is not None
+    counts = taken.manifest.facts["counts"]
+    assert counts["trusted"] == len(taken.trusted) == 6 * len(taken.class_names)
+    assert taken.id != stages.take(Path("photos"), out=tmp_path / "alone").id
+    budget: dict[str, Any] = {"preset": "tiny", "options": {"epochs": 1}, **CPU}
+    suspect = stages.defend(taken.path, "none", **budget)
+    assert stages.defend(taken.path, "ft", suspect=suspect.path, **budget).manifest.facts["findings"] == {}
+    assert stages.scan(taken.path, "spectral", suspect=suspect.path, **CPU).null is not None
+
+
+def test_vouched_images_of_other_classes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_photos(Path("photos"), {"": 20})
+    write_photos(Path("vouched"), {"": 6})
+    next(path for path in sorted(Path("vouched").iterdir()) if path.is_dir()).rename(Path("vouched") / "stranger")
+    with pytest.raises(OptionError, match="class stranger, which the dataset has not"):
+        stages.take(Path("photos"), trusted=Path("vouched"))

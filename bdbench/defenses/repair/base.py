@@ -53,9 +53,10 @@ class Repair(Defense):
         if missing:
             names = [trusted.class_names[label] for label in missing[:5]]
             names += [f"{len(missing) - 5} more"] if len(missing) > 5 else []
+            count = f"{len(missing)} of {trusted.num_classes} classes"
             task.engine.progress.note(
-                f"no trusted image of {len(missing)} of {trusted.num_classes} classes ({listed(names)}): a repair may "
-                "forget them; --trusted-per-class of `bdbench poison` reserves some of each"
+                f"no trusted image of {count} (class {listed(names)}): a repair may forget them; --trusted-per-class "
+                "of `bdbench poison` reserves some of each"
             )
         return missing
 
