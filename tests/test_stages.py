@@ -308,7 +308,7 @@ def test_an_interrupted_defense_ends_as_an_uninterrupted_one(
     whole = defend(toys, name, tmp_path / "whole", options={"epochs": epochs})
 
     class Fuse(Silent):
-        left = 8  # an epoch has two more calls than steps
+        left = 9  # an epoch has two more calls than steps, of which there are six at most
 
         def advance(self, amount: int, status: str = "") -> None:  # noqa: ARG002
             self.left -= 1
@@ -679,7 +679,7 @@ def test_evaluate_asks_for_a_data_set_that_it_cannot_find(
 def test_evaluate_refuses_another_data_set(toys: DatasetArtifact, toy_archive: Path, tmp_path: Path) -> None:
     other = stages.poison(toy_archive, "badnets", seed=1, out=tmp_path / "other")
     model = defend(toys, "none", tmp_path / "none")
-    with pytest.raises(ArtifactError, match=f"was trained on dataset {toys.id}, but .*other is {other.id}"):
+    with pytest.raises(ArtifactError, match=f"is of dataset {toys.id}, but .*other is {other.id}"):
         stages.evaluate(model.path, data=other.path, **CPU)
 
 

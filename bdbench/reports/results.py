@@ -75,8 +75,8 @@ def evaluation_row(evaluation: EvaluationArtifact) -> dict[str, Any]:
         DamagedError: its numbers cannot be read, or one that every evaluation has is missing.
     """
     facts = evaluation.manifest.facts
-    row: dict[str, Any] = {"judged": "model", **facts}
-    row |= {name: facts.get(name) for name in (*SOURCE, "suspect_id", "suspect")}
+    row: dict[str, Any] = {**facts, **{name: facts.get(name) for name in (*SOURCE, "suspect_id", "suspect")}}
+    row["judged"] = facts.get("judged", "model")
     row |= {"evaluation_id": evaluation.id, "path": str(evaluation.path)}
     entries = {entry["metric"]: entry for entry in evaluation.records("metrics.parquet")}
     for name in (*RATES, *SCORES):

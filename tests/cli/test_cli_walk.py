@@ -613,7 +613,7 @@ def test_suspects_takes_the_newest_dataset_and_no_other_ones_answer(copy_of_walk
     assert bdbench("take", "digits").code == 0
     result = bdbench("suspects")
     assert result.code == 1
-    assert "no model of runs/digits, the newest dataset, scored samples" in result.err
+    assert "no model or scan of runs/digits, the newest dataset, scored samples" in result.err
 
 
 def test_help_says_which_presets_have_another_value(bdbench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
