@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 QUICK = ("scan-lda", "spectral", "ac")
 """What is run where no method is named; the first one where there are trusted images only."""
+LARGE_SHARE = 0.02
+"""Of poison: a rule that sets nothing aside below it is told so."""
 CAVEAT = "Nothing that stands out does not mean clean: a trigger that the suspect has not learned is not seen."
 
 
@@ -144,6 +146,13 @@ def show_scans(made: list[ScanArtifact]) -> None:
             Text(_standing_out(one)),
         )
     console.show(table)
+    for one in made:
+        facts = one.manifest.facts
+        if facts.get("smallest_share", 0) > LARGE_SHARE:
+            console.show_wrapped(
+                f"{one.manifest.ask.method}: {facts['null']:,} trusted images calibrate, so {facts['decide']} sets "
+                f"nothing aside below {facts['smallest_share']:.0%} of poison; more trusted images lower this limit"
+            )
     if not any(one.manifest.facts.get("flagged") or _standing_out(one) for one in made):
         console.show_wrapped(f"Nothing stands out. {CAVEAT}")
 
