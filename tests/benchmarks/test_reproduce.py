@@ -504,7 +504,7 @@ def test_the_tables_of_the_pages_are_those_of_the_results(name: str) -> None:
 
 def test_the_comparison_of_the_repository_is_that_of_the_results() -> None:
     text = compare.PAGE.read_text(encoding="utf-8")
-    settings = compare.measured(BENCHMARKS / "results", list(SUITES))
+    settings = compare.measured(BENCHMARKS / "results", [*SUITES, "repairs"])
     assert compare.fill(text, compare.MARKER, compare.markdown(ENTRIES, settings)) == text
 
 
