@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from test_stages import CPU, hashes, scramble
+from toys import sealed
 
 from bdbench import stages
 from bdbench.artifacts.dataset import DatasetArtifact
 from bdbench.artifacts.kinds import verify
+from bdbench.artifacts.manifests import MANIFEST
 from bdbench.artifacts.model import ModelArtifact
-from bdbench.artifacts.scan import ScanArtifact
+from bdbench.artifacts.scan import ScanArtifact, class_evidence
 from bdbench.defenses.training.retrain import at_random
-from bdbench.errors import ArtifactError, OptionError
+from bdbench.errors import ArtifactError, DamagedError, OptionError
+from bdbench.files import file_sha256
 from bdbench.registry import DETECTORS
 from bdbench.sweeps import worker
 
@@ -134,3 +140,43 @@ def test_a_grid_cannot_name_a_scan() -> None:
     found = worker.check({"named": [["defense", "again", "retrain", {}]], "models": []})
     assert [(axis, label) for axis, label, _ in found["errors"]] == [("defense", "again")]
     assert "--without" in found["errors"][0][2]
+
+
+def prepared(found: ScanArtifact, folder: Path, change: Callable[[dict[str, Any]], None]) -> ScanArtifact:
+    """A copy of a scan that somebody changed, its hashes right again."""
+    shutil.copytree(found.path, folder)
+    raw = json.loads((folder / MANIFEST).read_text())
+    change(raw["facts"])
+    for file in raw["files"]:
+        place = folder / file
+        raw["files"][file] = {"sha256": file_sha256(place), "bytes": place.stat().st_size}
+    (folder / MANIFEST).write_text(json.dumps(sealed(raw)))
+    return ScanArtifact.open(folder)
+
+
+@pytest.mark.parametrize("name", ["flagged", "null", "at_least", "suspect", "smallest_share"])
+def test_facts_of_a_scan_have_a_form(name: str, toys: DatasetArtifact, suspect: ModelArtifact, tmp_path: Path) -> None:
+    found = scan(toys, "spectral", suspect, tmp_path / "scan")
+    with pytest.raises(ArtifactError, match=name):
+        prepared(found, tmp_path / "prepared", lambda facts: facts.update({name: ["x"]}))
+
+
+def test_scores_and_classes_that_somebody_prepared_are_damage(
+    toys: DatasetArtifact, suspect: ModelArtifact, tmp_path: Path
+) -> None:
+    found = scan(toys, "spectral", suspect, tmp_path / "scan")
+
+    def spoil(file: str, column: str, value: Any) -> ScanArtifact:
+        folder = tmp_path / column
+
+        def change(_: dict[str, Any]) -> None:
+            frame = pd.read_parquet(folder / file)
+            frame.loc[1, column] = value
+            frame.to_parquet(folder / file, index=False)
+
+        return prepared(found, folder, change)
+
+    with pytest.raises(DamagedError, match="no number"):
+        spoil("samples.parquet", "score", float("nan")).samples_of(120)
+    with pytest.raises(DamagedError, match="does not judge its 4 classes"):
+        class_evidence(spoil("classes.parquet", "label", 99))

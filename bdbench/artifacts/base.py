@@ -196,6 +196,20 @@ class Artifact:
         return table
 
 
+def checked_samples(artifact: Artifact, count: int) -> pd.DataFrame:
+    """Return the scores of an artifact: row, score, set_aside of `count` training samples.
+
+    Raises:
+        DamagedError: there are scores of other rows, or one is no number.
+    """
+    path, samples = artifact.path, artifact.frame("samples.parquet")
+    if samples["row"].tolist() != list(range(count)):
+        raise DamagedError(path, f"{path} scored {len(samples)} samples, not these {count}; {AGAIN}")
+    if not np.isfinite(samples["score"]).all():
+        raise DamagedError(path, f"{path} has a score that is no number; {AGAIN}")
+    return samples
+
+
 def write_frame(draft: Draft, name: str, columns: Mapping[str, Tensor]) -> None:
     """Write columns of N values each as a Parquet file of a draft, with the number of each row."""
     count = len(next(iter(columns.values())))

@@ -156,6 +156,13 @@ class ScanFacts(_Form):
     decide: StrictStr
     class_names: ClassNames
     scanned: StrictStr
+    suspect: StrictStr = ""
+    null_learned: StrictBool = False
+    null: Count = 0
+    null_flagged: Count = 0
+    flagged: Count = 0
+    at_least: Number = 0.0
+    smallest_share: Number = 0.0
     findings: Table = {}
     plugins: Plugins = {}
 

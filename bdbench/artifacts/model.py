@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from bdbench.artifacts.base import Artifact, write_frame
+from bdbench.artifacts.base import Artifact, checked_samples, write_frame
 from bdbench.artifacts.manifests import AGAIN
 from bdbench.artifacts.store import Draft
 from bdbench.data import ImageDataset
@@ -108,12 +108,7 @@ class ModelArtifact(Artifact):
         Raises:
             DamagedError: there are scores of other rows, or one is no number.
         """
-        samples = self.samples
-        if samples is not None and samples["row"].tolist() != list(range(count)):
-            raise DamagedError(self.path, f"{self.path} scored {len(samples)} samples, not these {count}; {AGAIN}")
-        if samples is not None and not np.isfinite(samples["score"]).all():
-            raise DamagedError(self.path, f"{self.path} has a score that is no number; {AGAIN}")
-        return samples
+        return checked_samples(self, count) if "samples.parquet" in self.manifest.files else None
 
     def rounds_of(self, count: int) -> list[Round]:
         """Return what the method would have set aside after each epoch, of `count` samples; none where it told none.

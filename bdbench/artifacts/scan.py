@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from bdbench.artifacts.base import Artifact, write_frame
+from bdbench.artifacts.base import Artifact, checked_samples, write_frame
 from bdbench.artifacts.manifests import AGAIN
 from bdbench.artifacts.store import Draft
 from bdbench.detectors.base import ClassEvidence
@@ -55,12 +54,7 @@ class ScanArtifact(Artifact):
         Raises:
             DamagedError: there are scores of other rows, or one is no number.
         """
-        samples = self.samples
-        if samples["row"].tolist() != list(range(count)):
-            raise DamagedError(self.path, f"{self.path} scored {len(samples)} samples, not these {count}; {AGAIN}")
-        if not samples["score"].map(math.isfinite).all():
-            raise DamagedError(self.path, f"{self.path} has a score that is no number; {AGAIN}")
-        return samples
+        return checked_samples(self, count)
 
 
 def write_scan(
@@ -91,5 +85,13 @@ def write_scan(
 
 
 def class_evidence(scan: ScanArtifact) -> list[ClassEvidence]:
-    """Return what speaks for each class, as the detector said it."""
-    return [ClassEvidence(**row) for row in scan.records("classes.parquet")]
+    """Return what speaks for each class, as the detector said it; nothing where it judges none.
+
+    Raises:
+        DamagedError: it is not said of all classes, in their order.
+    """
+    found = [ClassEvidence(**{name: row[name] for name in CLASSES.names}) for row in scan.records("classes.parquet")]
+    classes = len(scan.manifest.facts["class_names"])
+    if [one.label for one in found] not in ([], list(range(classes))):
+        raise DamagedError(scan.path, f"{scan.path} does not judge its {classes} classes; {AGAIN}")
+    return found

@@ -83,7 +83,7 @@ def scan(
     if fail_above is not None and not has_trusted:
         raise OptionError(
             f"--fail-above compares with trusted images, and {place} has none: without them it is not known how often "
-            "a clean image is flagged; make the dataset with poison --trusted"
+            "a clean image is flagged; make the dataset with `poison --trusted` or `take --trusted`"
         )
     methods = [method] if method is not None else [name for name in QUICK if has_trusted or name != "scan-lda"]
     if method is None and out is not None:

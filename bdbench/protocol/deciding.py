@@ -105,8 +105,8 @@ def decide(rule: Rule, scanned: Scanned, labels: Tensor, null: Null | None) -> D
     facts: dict[str, Any] = {"decide": str(rule)}
     if rule.name in ("alarm", "fdr") and null is None:
         raise OptionError(
-            f"--decide {rule} compares with trusted images, and there are none; make the dataset with poison "
-            "--trusted, give --trusted FOLDER, or choose --decide budget:SHARE or none"
+            f"--decide {rule} compares with trusted images, and there are none; make the dataset with `poison "
+            "--trusted` or `take --trusted`, or choose --decide budget:SHARE or none"
         )
     if rule.name == "native" and scanned.native is None:
         raise OptionError(f"this method has no rule of its own; --decide must be {FORMS.removesuffix(' or native')}")

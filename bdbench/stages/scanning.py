@@ -87,8 +87,8 @@ def scan(
     has_trusted = bool(data.manifest.facts["counts"]["trusted"])
     if detector.needs_trusted and not has_trusted:
         raise ArtifactError(
-            f"detector '{method}' compares with trusted images, and {data.path} has none; make it with poison "
-            "--trusted, or choose a detector that needs none, such as spectral"
+            f"detector '{method}' compares with trusted images, and {data.path} has none; make it with `poison "
+            "--trusted` or `take --trusted`, or choose a detector that needs none, such as spectral"
         )
     looked_at = None
     if detector.needs_suspect:
@@ -211,7 +211,7 @@ def _calibrating(detector: DatasetDetector, trusted: ImageDataset, seed: int) ->
     if not bool(calibrates.any()):
         raise ArtifactError(
             f"{len(trusted)} trusted images are too few to compare with some and to calibrate by others: at least 2 of "
-            "one class; make the dataset with more: poison --trusted or --trusted-per-class"
+            "one class; make the dataset with more: `poison` or `take` --trusted"
         )
     return calibrates
 
