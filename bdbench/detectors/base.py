@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -18,7 +17,6 @@ from bdbench.errors import MethodError, OptionError
 from bdbench.models.classifier import Classifier
 from bdbench.options import Options
 from bdbench.training.engine import Engine
-from bdbench.training.recipe import Recipe
 
 Family = Literal["representation", "dynamics", "perturbation", "label-free", "inversion", "weights", "control"]
 """What a detector looks at: those of one family err together, so a combination takes one of each."""
@@ -38,23 +36,17 @@ class Sight:
     Attributes:
         data: the N samples to score: the training set as it came and, behind it, trusted images that calibrate. A
             detector cannot tell the two apart: so their scores compare.
-        engine: what trains and evaluates.
-        recipe: how the benchmark trains.
-        new_model: a fresh network of the benchmark's architecture, see `Task`.
+        engine: what evaluates, and trains.
         suspect: a model that learned the training set undefended, only for a detector with `needs_suspect`.
         reference: trusted images that calibrate nothing, only for a detector with `needs_trusted`.
         look: gives the suspect's embeddings; called once, by those that ask for features.
-        cache: folder for what several runs can share; None keeps none.
     """
 
     data: ImageDataset
     engine: Engine
-    recipe: Recipe
-    new_model: Callable[[str], Classifier]
     look: Callable[[], Seen]
     suspect: Classifier | None = None
     reference: ImageDataset | None = None
-    cache: Path | None = None
 
     @property
     def known_suspect(self) -> Classifier:

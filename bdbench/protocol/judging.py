@@ -71,7 +71,7 @@ def measure(
 
     if not source.is_attacked:
         rates = {"ba": metrics.rate(column("test", "prediction") == column("test", "clean_label"))}
-        samples = None if source.is_taken else model.samples
+        samples = None if source.is_taken else model.samples_of(source.manifest.facts["counts"]["train"])
         if samples is not None and model.manifest.facts["sets_aside"]:
             rates["false_alarms"] = metrics.false_alarms(_set_aside(samples), source.is_poison)
         return rates, {}

@@ -28,9 +28,8 @@ from bdbench.models.classifier import Classifier
 from bdbench.plugins import blamed
 from bdbench.progress import Progress, Silent
 from bdbench.protocol import deciding, judging, naming
-from bdbench.protocol.budget import resolve_budget
 from bdbench.protocol.inputs import dataset_of
-from bdbench.protocol.networks import fresh_model, model_name, work_of
+from bdbench.protocol.networks import model_name, work_of
 from bdbench.registry import DETECTORS
 from bdbench.stages.models import defend
 from bdbench.training.devices import Precision, resolve_device, suited_threads, use_bf16
@@ -118,11 +117,9 @@ def scan(
         calibrates = None if trusted is None else _calibrating(detector, trusted, seed)
         null = None if trusted is None or calibrates is None else trusted.take(calibrates)
         reference = trusted.take(~calibrates) if trusted and calibrates is not None and detector.needs_trusted else None
-        _, _, recipe = resolve_budget("none", preset, {}, data)
         sight = Sight(
-            data.train if null is None else joined(data.train, null), engine, recipe,
-            lambda purpose: fresh_model(name, data.train, seed, purpose),
-            partial(_look, engine, network, looked_at, data, calibrates), network, reference, cache_folder(),
+            data.train if null is None else joined(data.train, null), engine,
+            partial(_look, engine, network, looked_at, data, calibrates), network, reference,
         )  # fmt: skip
         with blamed(DETECTORS.plugin(method)):
             found = detector.run(sight)

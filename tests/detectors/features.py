@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from toys import toy_engine, toy_model
+from toys import toy_engine
 
 from bdbench.data import ImageDataset
 from bdbench.detectors.base import Seen, Sight
 from bdbench.seeds import generator
-from bdbench.training.recipe import Recipe
 
 
 def sight_of(
@@ -20,7 +19,7 @@ def sight_of(
     images = torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8)
     data = ImageDataset(images, labels, classes)
     seen = Seen(features.float(), None if known is None else known.float())
-    return Sight(data, toy_engine(), Recipe(), lambda _: toy_model(data), lambda: seen, reference=reference)
+    return Sight(data, toy_engine(), lambda: seen, reference=reference)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

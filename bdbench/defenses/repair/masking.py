@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bdbench.data import ImageDataset
 from bdbench.defenses.base import Defended, Task
-from bdbench.defenses.parts.holding import accuracy, halves, strongest
+from bdbench.defenses.parts.holding import accuracy, halves, strongest, unmet
 from bdbench.defenses.parts.masks import Masks, prune
 from bdbench.defenses.repair.base import ChoosingRepair
 from bdbench.models.classifier import Classifier
@@ -54,12 +54,7 @@ class MaskingRepair(ChoosingRepair):
         choice = strongest(THRESHOLDS, trial.accuracy_at, trial.before, len(held), self.tolerance)
         findings = {**told, **choice.findings}
         if choice.setting is None:
-            best = max(tried["accuracy"] for tried in findings["sweep"])
-            said = (
-                f"no threshold keeps the accuracy on {len(held)} held-out images at {findings['accuracy_floor']:.3f} "
-                f"or more (the best one: {best:.3f}); model unchanged; --tolerance allows more"
-            )
-            return _unchanged(task.engine, suspect, {**findings, "pruned": {}}, said)
+            return _unchanged(task.engine, suspect, {**findings, "pruned": {}}, unmet(findings))
         return _pruned(task.engine, suspect, masks, choice.setting, findings)
 
     @abstractmethod
