@@ -179,59 +179,49 @@ def scan_facts(scan: ScanArtifact, source: DatasetArtifact, suspect: str) -> dic
         scan, source: the scan and its dataset.
         suspect: name of the network that it looked at, "" if it looked at none.
     """
-    asked, attacked, made = scan.manifest.ask, source.manifest.ask, scan.manifest.made
-    return {
+    return _shared_facts(scan, source) | {
         "judged": "scan",
-        "dataset": source.manifest.facts["name"],
-        "dataset_id": source.id,
-        "source": source.manifest.ask.inputs.get("source"),
-        "source_options": dict(source.manifest.facts.get("source_options", {})),
         "model": suspect,
-        "model_id": scan.id,
-        "attack": attacked.method,
-        "replay": source.manifest.facts.get("replay", False),
-        "attack_options": dict(attacked.config),
-        "defense": asked.method,
-        "defense_options": dict(asked.config),
         "preset": "",
-        "findings": dict(scan.manifest.facts.get("findings", {})),
         "decide": scan.manifest.facts["decide"],
         "at_least": scan.manifest.facts.get("at_least"),
-        "seed": asked.seed,
-        "attack_seed": attacked.seed,
-        "seconds": made["seconds"],
-        "peak_memory_bytes": made["peak_memory_bytes"],
-        "device": made["device"],
-        "precision": made["precision"],
+        "seconds": scan.manifest.made["seconds"],
     }
 
 
 def row_facts(model: ModelArtifact, source: DatasetArtifact) -> dict[str, Any]:
     """Return what a table needs to know beside the metrics, so that it opens evaluations only."""
-    asked, attacked = model.manifest.ask, source.manifest.ask
+    asked, made = model.manifest.ask, model.manifest.made
+    return _shared_facts(model, source) | {
+        "model": model.option("model"),
+        "suspect_id": asked.inputs.get("suspect"),
+        "suspect": model.manifest.facts.get("suspect") if "suspect" in asked.inputs else None,
+        "preset": model.option("preset"),
+        "changed": list(model.manifest.facts.get("changed", [])),
+        "reads_truth": model.manifest.facts.get("reads_truth", False),
+        # Counted by epochs too: those before an interruption are in the history, not in the last start's seconds.
+        "seconds": max(made["seconds"], made["training_seconds"]),
+    }
+
+
+def _shared_facts(judged: ModelArtifact | ScanArtifact, source: DatasetArtifact) -> dict[str, Any]:
+    """Return what a table needs to know of a model and of a scan alike."""
+    asked, attacked, made = judged.manifest.ask, source.manifest.ask, judged.manifest.made
     return {
         "dataset": source.manifest.facts["name"],
         "dataset_id": source.id,
-        "source": source.manifest.ask.inputs.get("source"),
+        "source": attacked.inputs.get("source"),
         "source_options": dict(source.manifest.facts.get("source_options", {})),
-        "model": model.option("model"),
-        "model_id": model.id,
-        "suspect_id": asked.inputs.get("suspect"),
-        "suspect": model.manifest.facts.get("suspect") if "suspect" in asked.inputs else None,
+        "model_id": judged.id,
         "attack": attacked.method,
         "replay": source.manifest.facts.get("replay", False),
         "attack_options": dict(attacked.config),
         "defense": asked.method,
         "defense_options": dict(asked.config),
-        "preset": model.option("preset"),
-        "findings": dict(model.manifest.facts.get("findings", {})),
-        "changed": list(model.manifest.facts.get("changed", [])),
-        "reads_truth": model.manifest.facts.get("reads_truth", False),
+        "findings": dict(judged.manifest.facts.get("findings", {})),
         "seed": asked.seed,
         "attack_seed": attacked.seed,
-        # Counted by epochs too: those before an interruption are in the history, not in the last start's seconds.
-        "seconds": max(model.manifest.made["seconds"], model.manifest.made["training_seconds"]),
-        "peak_memory_bytes": model.manifest.made["peak_memory_bytes"],
-        "device": model.manifest.made["device"],
-        "precision": model.manifest.made["precision"],
+        "peak_memory_bytes": made["peak_memory_bytes"],
+        "device": made["device"],
+        "precision": made["precision"],
     }
